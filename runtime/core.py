@@ -1,0 +1,167 @@
+"""The nouns that the engine, the scheduler and the service share: requests, events, errors.
+
+Knows no tensors' meaning beyond their shapes, no network and no backend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from nuwa.spec.tasks import Task
+
+Pixels = npt.NDArray[np.uint8]  # [height, width, 3] or [frames, height, width, 3], sRGB
+Mask = npt.NDArray[np.bool_]  # [height, width]; True = generate here
+
+MAX_SEED = 2**63 - 1
+
+
+class UnsupportedTaskError(Exception):
+    """The loaded bundle cannot do this task; the message says which it can."""
+
+
+class CancelledError(Exception):
+    """The request was cancelled, or its deadline passed, before it was finished."""
+
+
+class QueueFullError(Exception):
+    """The scheduler's bounded queue has no room."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one token is drawn from the model's distribution.
+
+    temperature 0 is argmax (top_k, top_p and the seed then do not matter); top_k 0 and top_p 1
+    switch those filters off; guidance_scale 1 switches classifier-free guidance off.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature <= 100.0:  # also refuses NaN
+            raise ValueError(f"temperature {self.temperature} is not in [0, 100]")
+        if not 0 <= self.top_k < 2**31:
+            raise ValueError(f"top_k {self.top_k} is not in [0, 2147483647]; 0 means no limit")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p {self.top_p} is not in (0, 1]")
+        if not 0.0 <= self.guidance_scale <= 50.0:
+            raise ValueError(f"guidance_scale {self.guidance_scale} is not in [0, 50]")
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One image or clip to generate.
+
+    prompt: any Unicode text; "" only where the task needs no text.
+    frame_count: frames of the result (1 for the image tasks).
+    seed: 0 .. 2**63 - 1; the same seed gives the same tokens under any schedule.
+    sample_index: which of several samples of one seed this is.
+    frames: uint8 [F, H, W, 3], the given picture or clip of completion, prediction, manipulation.
+    mask: bool [H, W], True where those tasks generate.
+    sketch: class ids uint8 [F, H, W] for S2I and S2V.
+    schedule: "wave", or "raster" for one-by-one decoding (same tokens, for comparison).
+    """
+
+    task: Task
+    prompt: str = ""
+    frame_count: int = 1
+    seed: int = 0
+    sample_index: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
+    frames: Pixels | None = None
+    mask: Mask | None = None
+    sketch: npt.NDArray[np.uint8] | None = None
+    schedule: str = "wave"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"seed {self.seed} is not in [0, {MAX_SEED}]")
+        if self.frame_count < 1:
+            raise ValueError(f"frame_count {self.frame_count} is not at least 1")
+        if self.schedule not in ("wave", "raster"):
+            raise ValueError(f"schedule {self.schedule!r} is not one of 'wave', 'raster'")
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds spent on one request, by phase, and how many steps decoding took."""
+
+    queue: float = 0.0
+    encode: float = 0.0
+    decode: float = 0.0
+    pixels: float = 0.0
+    total: float = 0.0
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The request left the queue and holds a slot; queue_seconds is how long it waited."""
+
+    queue_seconds: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Counts so far. positions: tokens decoded; frames: frames whose tokens are complete."""
+
+    positions_done: int
+    positions_total: int
+    frames_done: int
+    frames_total: int
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One finished frame: pixels uint8 [H, W, 3], tokens int32 [h, w]."""
+
+    index: int
+    pixels: Pixels
+    tokens: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Done:
+    """Always the last event of a request that was not cancelled and did not fail."""
+
+    timings: Timings
+
+
+Event = Accepted | Progress | Frame | Done
+
+
+@dataclass(frozen=True)
+class SlotStep:
+    """What one decode step did for one slot.
+
+    frames: (index, tokens int32 [h, w]) of each frame that this step completed, in index order.
+    """
+
+    slot: int
+    positions_done: int
+    positions_total: int
+    frames: tuple[tuple[int, npt.NDArray[np.int32]], ...]
+    done: bool
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a loaded bundle is and can do (GetModel, `nuwa inspect`)."""
+
+    name: str
+    bundle_hash: str
+    tasks: tuple[Task, ...]
+    height: int
+    width: int
+    max_frames: int
+    codebook_size: int
+    parameter_count: int
+    precision: str
+    licence: str
+    backend: str
