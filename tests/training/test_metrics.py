@@ -1,0 +1,77 @@
+"""Metrics against closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from nuwa.training.metrics import bootstrap_interval, frechet_distance, mean_iou, psnr
+
+
+def _whitened(count, size, seed):
+    """Samples whose mean is exactly 0 and covariance exactly the identity."""
+    x = np.random.default_rng(seed).normal(size=(count, size))
+    x -= x.mean(0)
+    return x @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
+
+
+def test_frechet_of_diagonal_gaussians():
+    a, b = _whitened(200, 5, 0), _whitened(300, 5, 1)
+    sigma_a, sigma_b = np.array([1, 2, 3, 0.5, 0]), np.array([2, 2, 1, 0, 0.1])
+    shift = np.array([1.0, -2, 0, 0, 0.5])
+    expected = np.square(shift).sum() + np.square(sigma_a - sigma_b).sum()
+    assert frechet_distance(a * sigma_a + shift, b * sigma_b) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_of_covariances_that_do_not_commute():
+    # In two dimensions trace((AB)^1/2)^2 = trace(AB) + 2 det(AB)^1/2.
+    a, b = np.array([[2.0, 1.0], [1.0, 3.0]]), np.array([[1.0, -0.8], [-0.8, 4.0]])
+    samples = [
+        _whitened(50, 2, i) @ np.linalg.cholesky(covariance).T
+        for i, covariance in enumerate((a, b))
+    ]
+    root = math.sqrt(np.trace(a @ b) + 2 * math.sqrt(np.linalg.det(a @ b)))
+    expected = np.trace(a) + np.trace(b) - 2 * root
+    assert frechet_distance(*samples) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_is_zero_on_itself_symmetric_and_blind_to_rotation():
+    rng = np.random.default_rng(3)
+    a, b = rng.normal(size=(40, 64)), rng.normal(size=(50, 64)) * 2 + 1  # fewer samples than D
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-6)
+    turn, _ = np.linalg.qr(rng.normal(size=(64, 64)))
+    assert frechet_distance(a @ turn, b @ turn) == pytest.approx(frechet_distance(a, b), rel=1e-6)
+    with pytest.raises(ValueError, match="1 and 50 samples"):
+        frechet_distance(a[:1], b)
+
+
+def test_psnr():
+    black = np.zeros((4, 4, 3), np.uint8)
+    assert psnr(black, black + 255) == 0.0
+    assert psnr(black + 1, black) == pytest.approx(20 * math.log10(255))
+    assert psnr(black, black) == math.inf
+    with pytest.raises(ValueError, match="differ"):
+        psnr(black, black[:2])
+
+
+def test_mean_iou_by_hand():
+    target = np.array([[0, 0, 1, 1], [0, 0, 1, 1]])
+    labels = np.array([[0, 1, 1, 1], [0, 0, 1, 2]])
+    # class 0: 3/4; class 1: 3/5; class 2: 0/1; class 3 is in neither map
+    assert mean_iou(labels, target, 4) == pytest.approx((3 / 4 + 3 / 5 + 0) / 3)
+    assert mean_iou(target, target, 4) == 1.0
+
+
+def test_bootstrap_interval_covers_as_the_normal_approximation_does():
+    values = np.repeat([1.0, 0.0], [300, 100])
+    low, high = bootstrap_interval(values)
+    half = 1.96 * math.sqrt(0.75 * 0.25 / 400)
+    assert low == pytest.approx(0.75 - half, abs=0.006)
+    assert high == pytest.approx(0.75 + half, abs=0.006)
+    assert bootstrap_interval(np.ones(5)) == (1.0, 1.0)
+    assert bootstrap_interval(values) == (low, high)
+    with pytest.raises(ValueError, match="no values"):
+        bootstrap_interval(np.array([]))

@@ -1,0 +1,35 @@
+"""Exponential moving average of a model's weights (Polyak), the weights that are shipped."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+class WeightAverage:
+    """`model` holds the average of `source`; buffers and frozen parameters are copied as they are."""
+
+    def __init__(self, source: nn.Module, decay: float) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"average decay {decay} is not in [0, 1)")
+        self.source, self.decay = source, decay
+        self.model = copy.deepcopy(source).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One step of the average."""
+        pairs = zip(self.source.parameters(), self.model.parameters(), strict=True)
+        for current, average in pairs:
+            if current.requires_grad:
+                average.lerp_(current, 1.0 - self.decay)
+            else:
+                average.copy_(current)
+        for current, average in zip(self.source.buffers(), self.model.buffers(), strict=True):
+            average.copy_(current)
+
+    @torch.no_grad()
+    def copy(self) -> None:
+        """Starts the average anew at the current weights."""
+        self.model.load_state_dict(self.source.state_dict())

@@ -1,0 +1,119 @@
+"""The judge: tells class, colour, background and motion of a sprite clip.
+
+The class comes from a small CNN trained on real clips; the rest from `readers`. The CNN sees the
+ink around the sprite in gray, so colour, place and background cannot leak into the class. Knows
+nothing of the models it judges, nor how it was trained itself.
+
+Shapes: F frames, S canvas side, C = CROP side, B frames in a batch, D = FEATURE_COUNT.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .readers import locate, read_background, read_colour, read_motion
+from .sprites import world
+from .sprites.world import SpriteWorld
+
+CROP = 36  # holds the 24-pixel tile wherever in it the centroid lies
+FEATURE_COUNT = 64
+NO_CLASS = -1
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a clip (or image) shows. NO_CLASS and "none" stand for: nothing that can be named."""
+
+    class_index: int
+    colour: str
+    background: str
+    motion: str
+    features: np.ndarray  # f64[D], mean over the frames of the CNN's last hidden layer
+
+
+class ShapeNet(nn.Module):
+    """f32[B,1,C,C] ink -> (features f32[B,D], class logits f32[B,classes])."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        widths, strides = (1, 16, 32, 64, 64, 96), (1, 2, 2, 1, 2)
+        layers: list[nn.Module] = []
+        for before, after, stride in zip(widths[:-1], widths[1:], strides, strict=True):
+            layers += [nn.Conv2d(before, after, 3, stride, 1, bias=False)]
+            layers += [nn.BatchNorm2d(after), nn.ReLU()]
+        self.trunk = nn.Sequential(*layers)
+        self.hidden = nn.Linear(widths[-1] * 4, FEATURE_COUNT)
+        self.head = nn.Linear(FEATURE_COUNT, classes)
+
+    def forward(self, ink_B1CC: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = F.adaptive_avg_pool2d(self.trunk(ink_B1CC), 2).flatten(1)
+        features_BD = F.relu(self.hidden(F.dropout(pooled, 0.2, self.training)))
+        return features_BD, self.head(features_BD)
+
+
+class Judge:
+    """A trained judge of one level ("digits": 10 classes, "full": 20)."""
+
+    def __init__(self, level: str, network: ShapeNet, metadata: dict) -> None:
+        self.level, self.network, self.metadata = level, network.eval(), metadata
+
+    @torch.inference_mode()
+    def read(self, frames: np.ndarray) -> Verdict:
+        """Verdict on u8[F,S,S,3]; F = 1 is an image, whose motion is "none"."""
+        layout = locate(frames)
+        seen = np.flatnonzero(np.isfinite(layout.track_F2).all(1))
+        class_index, features = NO_CLASS, np.zeros(FEATURE_COUNT)
+        if len(seen):
+            crops = np.stack([crop_ink(layout.ink_FSS[f], layout.track_F2[f]) for f in seen])
+            features_BD, logits = self.network(torch.from_numpy(crops)[:, None])
+            class_index = int(logits.log_softmax(-1).mean(0).argmax())
+            # Frames without a sprite count as zero features.
+            features = features_BD.double().sum(0).numpy() / len(frames)
+        return Verdict(
+            class_index,
+            read_colour(frames, layout),
+            read_background(layout),
+            read_motion(layout.track_F2),
+            features,
+        )
+
+    def read_motion(self, frames: np.ndarray) -> str:
+        """The motion alone of u8[F,S,S,3]."""
+        return read_motion(locate(frames).track_F2)
+
+    def save(self, folder: Path) -> None:
+        """Writes judge.safetensors and judge.json."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.contiguous() for name, t in self.network.state_dict().items()}
+        save_file(tensors, folder / "judge.safetensors")
+        text = json.dumps({"level": self.level, **self.metadata}, indent=2)
+        (folder / "judge.json").write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Judge:
+        """Reads what `save` wrote; OSError without the files, ValueError for another world."""
+        metadata = json.loads((folder / "judge.json").read_text(encoding="utf-8"))
+        level = metadata.pop("level")
+        if metadata["world_version"] != world.VERSION:
+            raise ValueError(
+                f"the judge in {folder} was trained on version {metadata['world_version']} of the "
+                f"sprite world, this is version {world.VERSION}; train it again"
+            )
+        network = ShapeNet(SpriteWorld(level, "train").class_count)
+        network.load_state_dict(load_file(folder / "judge.safetensors"), strict=True)
+        return cls(level, network, metadata)
+
+
+def crop_ink(ink_SS: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """f32[C,C] of the ink around `centre` (row, column); zero outside the canvas."""
+    padded = np.pad(ink_SS, CROP // 2)
+    row, column = (round(float(c)) for c in centre)
+    return padded[row : row + CROP, column : column + CROP].astype(np.float32)

@@ -1,0 +1,65 @@
+"""Draws tokens from logits given one uniform number per row; exported as part of `decoder_step`.
+
+Per-row parameters, mixed freely in a batch. No random state: the caller brings the uniforms.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def guide(logits_TK: Tensor, guidance_T: Tensor, unconditional_row_T: Tensor) -> Tensor:
+    """Classifier-free guidance: u + g * (c - u), u being the logits of another row of the call.
+
+    A row that names itself as its unconditional one keeps its logits exactly.
+    """
+    unconditional_TK = logits_TK[unconditional_row_T.long()]
+    return unconditional_TK + guidance_T[:, None] * (logits_TK - unconditional_TK)
+
+
+def sample(
+    logits_TK: Tensor,
+    temperature_T: Tensor,
+    top_k_T: Tensor,
+    top_p_T: Tensor,
+    uniform_T: Tensor,
+    ranks_W: Tensor,
+) -> Tensor:
+    """int32 [T]: inverse CDF, in vocabulary order, of the filtered distribution of each row.
+
+    temperature 0 is argmax; top_k 0 keeps all; top_p 1 keeps all, else the least set of likeliest
+    tokens whose probability reaches it. ranks is arange(W): how many of the likeliest tokens are
+    sorted to find the cut-offs; W must be K if any row has top_p < 1 without a top_k, else at
+    least the largest top_k, else 1. Tokens tied with the last kept one are kept too.
+    """
+    greedy_T = logits_TK.argmax(dim=-1)
+    scaled_TK = logits_TK / torch.where(temperature_T > 0, temperature_T, 1.0)[:, None]
+    best_TW = scaled_TK.topk(ranks_W.shape[0], dim=-1).values
+    highest_T1 = best_TW[:, :1]
+
+    within_k_TW = (top_k_T == 0)[:, None] | (ranks_W[None, :] < top_k_T[:, None])
+    weight_TW = torch.exp(best_TW - highest_T1) * within_k_TW
+    running_TW = weight_TW.cumsum(dim=-1)
+    within_p_TW = running_TW - weight_TW < top_p_T[:, None] * running_TW[:, -1:]
+    kept_T1 = (within_k_TW & within_p_TW).sum(dim=-1, keepdim=True)
+    cut_T1 = best_TW.gather(1, (kept_T1 - 1).clamp_min(0))
+    filters_T1 = ((top_k_T > 0) | (top_p_T < 1.0))[:, None]
+
+    kept_TK = (scaled_TK >= cut_T1) | ~filters_T1
+    cdf_TK = (torch.exp(scaled_TK - highest_T1) * kept_TK).cumsum(dim=-1)
+    total_T1 = cdf_TK[:, -1:]
+    drawn_T = (cdf_TK <= uniform_T[:, None] * total_T1).sum(dim=-1)
+    last_T = (cdf_TK < total_T1).sum(dim=-1)  # rounding must not step past the last kept token
+    token_T = torch.where(temperature_T > 0, torch.minimum(drawn_T, last_T), greedy_T)
+    return token_T.to(torch.int32)
+
+
+def sort_width(top_k, top_p, codebook_size: int) -> int:
+    """The W of `sample` for sequences of top_k and top_p values."""
+    width = 1
+    for k, p in zip(top_k, top_p, strict=True):
+        if p < 1.0 and k == 0:
+            return codebook_size
+        width = max(width, int(k))
+    return min(width, codebook_size)

@@ -1,0 +1,161 @@
+"""The training loop: steps, metrics, sample pictures, checkpoints that survive a kill.
+
+Knows nothing of what is trained: a Recipe does one step and hands over its state. Every step is
+seeded by its own number, so a resumed run repeats the unbroken one.
+
+A run folder holds metrics.jsonl (one line a step), tensorboard/, samples/, state-<step>.pt (the
+last two) and whatever the recipe exports.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Recipe(Protocol):
+    """What is trained."""
+
+    def step(self, step: int, lr_factor: float) -> dict[str, float]:
+        """One optimiser step; returns metrics, `loss` among them."""
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on: weights, averages, optimisers."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+
+    def sample(self, path: Path) -> None:
+        """Writes a picture that shows how far training is."""
+
+    def export(self, folder: Path) -> None:
+        """Writes the checkpoint that inference loads."""
+
+
+@dataclass(frozen=True)
+class TrainerOptions:
+    """How long and how often; counts are optimiser steps.
+
+    warmup and decay are fractions of `steps`: the learning rate rises linearly over the first,
+    stays, and falls linearly to zero over the second.
+    """
+
+    steps: int
+    seed: int = 0
+    warmup: float = 0.05
+    decay: float = 0.3
+    checkpoint_every: int = 200
+    sample_every: int = 200
+    stop_after: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps {self.steps} is not at least 1")
+        if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):
+            raise ValueError(f"warmup {self.warmup} and decay {self.decay} do not fit in one run")
+
+    def lr_factor(self, step: int) -> float:
+        """Multiplier of the peak learning rate at a step (0-based)."""
+        rise = self.warmup * self.steps
+        fall = self.decay * self.steps
+        factor = min(1.0, (step + 1) / rise) if rise else 1.0
+        return min(factor, (self.steps - step) / fall) if fall else factor
+
+
+def train(recipe: Recipe, run: Path, options: TrainerOptions) -> None:
+    """Runs `recipe` up to `options.steps`, going on from the newest state in `run` if there is one.
+
+    `options.stop_after` ends early at that step, with a state saved (a planned pause). Raises
+    FloatingPointError naming the step if the loss is not finite; earlier states stay on disk.
+    """
+    for name in ("samples", "tensorboard"):
+        (run / name).mkdir(parents=True, exist_ok=True)
+    first = _resume(recipe, run)
+    last = min(options.steps, options.stop_after or options.steps)
+    writer = SummaryWriter(str(run / "tensorboard"), purge_step=first)
+    with _metrics_file(run / "metrics.jsonl", first) as metrics, _progress_bar() as bar:
+        task = bar.add_task(run.name, total=options.steps, completed=first, note="")
+        for step in range(first, last):
+            torch.manual_seed((options.seed << 32) + step)
+            began = time.perf_counter()
+            values = recipe.step(step, options.lr_factor(step))
+            if not math.isfinite(values["loss"]):
+                raise FloatingPointError(
+                    f"the loss is {values['loss']} at step {step}; earlier states are in {run}"
+                )
+            values["seconds"] = time.perf_counter() - began
+            metrics.write(json.dumps({"step": step, **values}) + "\n")
+            metrics.flush()
+            for key, value in values.items():
+                writer.add_scalar(key, value, step)
+            bar.update(task, advance=1, note=f"loss {values['loss']:.4f}")
+            done = step + 1
+            if done % options.checkpoint_every == 0 or done == last:
+                _save(recipe, run, done)
+            if done % options.sample_every == 0 or done == last:
+                recipe.sample(run / "samples" / f"{done:07d}.png")
+    writer.close()
+    recipe.export(run / "checkpoint")
+
+
+def _save(recipe: Recipe, run: Path, step: int) -> None:
+    """Atomic: a kill at any moment leaves the previous state whole."""
+    target = run / f"state-{step:08d}.pt"
+    partial = target.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        torch.save({"step": step, "recipe": recipe.state()}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, target)
+    for old in sorted(run.glob("state-*.pt"))[:-2]:
+        old.unlink()
+
+
+def _resume(recipe: Recipe, run: Path) -> int:
+    states = sorted(run.glob("state-*.pt"))
+    if not states:
+        return 0
+    state = torch.load(states[-1], weights_only=True, map_location="cpu")
+    recipe.load_state(state["recipe"])
+    return int(state["step"])
+
+
+def _metrics_file(path: Path, first: int):
+    """The metrics file opened for appending, without lines of steps that will be repeated."""
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] < first:
+                    kept.append(line)
+            except json.JSONDecodeError:  # a line cut short by a kill
+                continue
+    path.write_text("".join(line + "\n" for line in kept))
+    return open(path, "a", encoding="utf-8")
+
+
+def _progress_bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
