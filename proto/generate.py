@@ -1,4 +1,4 @@
-"""Regenerates the Python modules of proto/nuwa/v1 from the .proto files: `python proto/generate.py`.
+"""Makes the Python modules of proto/nuwa/v1 from the .proto files: `python proto/generate.py`.
 
 Needs grpcio-tools (the `dev` extra) and knows nothing of the runtime. The version that made the
 committed modules is written in their headers; they run on that protobuf and grpcio or newer.
@@ -36,9 +36,7 @@ def generate(out: Path) -> list[Path]:
     if protoc.main(arguments) != 0:
         raise RuntimeError(f"protoc could not compile {', '.join(sources)}")
     suffixes = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")
-    return [
-        out / source.replace(".proto", suffix) for source in sources for suffix in suffixes
-    ]
+    return [out / source.replace(".proto", suffix) for source in sources for suffix in suffixes]
 
 
 def main() -> int:

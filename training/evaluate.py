@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,7 @@ def evaluate(
     if judge.level != level:
         raise ValueError(f"the judge is one of level {judge.level!r}, not {level!r}")
 
-    report = {
+    report: dict[str, Any] = {
         "evaluator": "sprites",
         "world_version": world.VERSION,
         "level": level,

@@ -149,6 +149,26 @@ class Embedding(nn.Module):
         return torch.where(is_bos, self.bos.to(embedded), embedded + position)
 
 
+class Volume(nn.Module):
+    """Index tables of one grid: what each position is fed, where it is, how layers see it."""
+
+    def __init__(self, config: DecoderConfig, grid: Grid) -> None:
+        super().__init__()
+        before = torch.from_numpy(predecessors(grid, config.shift)).long()
+        self.register_buffer("before", before, persistent=False)
+        coordinates = torch.from_numpy(grid.coordinates()).long()
+        self.register_buffer("coordinates", coordinates, persistent=False)
+        self.windows = nn.ModuleList(
+            BandedAttention(grid, extent, causal=True) for extent in config.window_extents
+        )
+        extents = config.window_extents
+        self.window_of = [extents.index(config.layer_extent(n)) for n in range(config.layers)]
+
+    def band(self, layer: int) -> nn.Module:
+        """The self-attention of a layer."""
+        return self.windows[self.window_of[layer]]
+
+
 class NUWA(nn.Module):
     """The whole trainable model without its VQ-GAN."""
 
@@ -161,7 +181,7 @@ class NUWA(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(decoder, n) for n in range(decoder.layers))
         self.head_norm = nn.LayerNorm(decoder.width, eps=_NORM_EPS)
         self.head = nn.Linear(decoder.width, config.image.codebook_size)
-        self._bands: dict[tuple[Grid, int], BandedAttention] = {}
+        self._volumes: dict[Grid, Volume] = {}
 
     def logits(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., K]."""
@@ -174,29 +194,28 @@ class NUWA(nn.Module):
         cut to the longest text of the batch); grid: frames x height x width with N positions, at
         most the configured frames.
         """
-        before = torch.from_numpy(predecessors(grid, self.config.decoder.shift)).long()
-        before = before.to(tokens_BN.device)
+        return self.volume_logits(tokens_BN, text_BM, self.volume(grid, tokens_BN.device))
+
+    def volume_logits(self, tokens_BN: Tensor, text_BM: Tensor, volume: Volume) -> Tensor:
+        """`forward` with the grid's tables at hand (what the trainer compiles)."""
         bos_B1 = tokens_BN.new_full((tokens_BN.shape[0], 1), self.config.bos)
-        fed_BN = torch.cat([tokens_BN, bos_B1], dim=1)[:, before]  # -1 is the <bos> at the end
-        coordinates = torch.from_numpy(grid.coordinates()).long().to(tokens_BN.device)
-        x_BNd = self.embedding(fed_BN, coordinates)
+        fed_BN = torch.cat([tokens_BN, bos_B1], dim=1)[:, volume.before]  # -1 is the <bos>
+        x_BNd = self.embedding(fed_BN, volume.coordinates)
         memory_BMd, mask = self.text(text_BM), self.text.mask(text_BM)
         heads = self.config.decoder.heads
         for layer, block in enumerate(self.blocks):
             q, k, v = block.self_project(x_BNd)
-            band = self.band(grid, layer).to(q.device)
-            x_BNd = block.after_self(x_BNd, band(q, k, v, block.bias, heads))
+            attended = volume.band(layer)(q, k, v, block.bias, heads)
+            x_BNd = block.after_self(x_BNd, attended)
             k, v = block.cross_memory(memory_BMd)
             x_BNd = block.after_cross(x_BNd, _dense(block.cross_query(x_BNd), k, v, mask, heads))
         return self.logits(x_BNd)
 
-    def band(self, grid: Grid, layer: int) -> BandedAttention:
-        """Index tables of a layer's self-attention on a grid, made once."""
-        extent = self.config.decoder.layer_extent(layer)
-        key = (grid, self.config.decoder.window_extents.index(extent))
-        if key not in self._bands:
-            self._bands[key] = BandedAttention(grid, extent, causal=True)
-        return self._bands[key]
+    def volume(self, grid: Grid, device: torch.device | None = None) -> Volume:
+        """The tables of a grid, made once."""
+        if grid not in self._volumes:
+            self._volumes[grid] = Volume(self.config.decoder, grid).to(device)
+        return self._volumes[grid]
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads: int) -> Tensor:

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+NEAREST = Image.Resampling.NEAREST
 CAPTION_HEIGHT = 14
 GAP = 6
-PAPER, RIGHT, WRONG = (24, 24, 24), (120, 220, 120), (240, 120, 120)
+PAPER, RIGHT, WRONG = (72, 72, 72), (120, 220, 120), (240, 120, 120)
 
 NOTES = """\
 - real, VQ: what the judge makes of the same real clips, as they are and after a round trip
@@ -78,19 +79,19 @@ def write_report(out: Path, report: dict, specimens: dict[str, list[Specimen]]) 
 def contact_sheet(specimens: list[Specimen]) -> Image.Image:
     """Each specimen's frames above the real ones, caption below: green if judged all right."""
     frame_count, height, width = specimens[0].made.shape[:3]
-    scale = 2 if frame_count == 1 else 1
-    columns = 6 if frame_count == 1 else 2
-    cell_width = max(frame_count * width * scale, 200) + GAP
-    cell_height = 2 * height * scale + CAPTION_HEIGHT + GAP
+    scale, columns = (2, 6) if frame_count == 1 else (1, 2)
+    step_x, step_y = width * scale + 1, height * scale + 1  # a line of paper between frames
+    cell_width = max(frame_count * step_x, 200) + GAP
+    cell_height = 2 * step_y + CAPTION_HEIGHT + GAP
     rows = -(-len(specimens) // columns)
     sheet = Image.new("RGB", (columns * cell_width, rows * cell_height), PAPER)
     draw = ImageDraw.Draw(sheet)
     for i, specimen in enumerate(specimens):
         left, top = i % columns * cell_width, i // columns * cell_height
         for line, clip in enumerate((specimen.made, specimen.real)):
-            strip = Image.fromarray(np.concatenate(list(clip), axis=1))
-            strip = strip.resize((strip.width * scale, strip.height * scale), Image.Resampling.BOX)
-            sheet.paste(strip, (left, top + line * height * scale))
-        position = (left + 2, top + 2 * height * scale)
-        draw.text(position, specimen.caption, fill=RIGHT if specimen.right else WRONG)
+            for f, frame in enumerate(clip):
+                picture = Image.fromarray(frame).resize((width * scale, height * scale), NEAREST)
+                sheet.paste(picture, (left + f * step_x, top + line * step_y))
+        colour = RIGHT if specimen.right else WRONG
+        draw.text((left + 2, top + 2 * step_y), specimen.caption, fill=colour)
     return sheet

@@ -41,7 +41,7 @@ def train_judge(
     source = SpriteWorld(level, "train", seed)
     torch.manual_seed(seed)
     network = ShapeNet(source.class_count).train()
-    network = network.to(memory_format=torch.channels_last)
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
     for step in range(steps):

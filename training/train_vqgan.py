@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nuwa.spec.config import VQGANConfig
 
@@ -52,6 +52,7 @@ class VQGANOptions:
     discriminator_width: int = 32
     beta: float = 0.25
     emphasis: float = 0.0
+    square: float = 0.0
     codebook: str = "ema"
     average: float = 0.995
     bf16: bool = True
@@ -62,6 +63,13 @@ class VQGANOptions:
             raise ValueError(f"codebook {self.codebook!r} is not one of 'ema', 'gradient'")
         if self.batch < 1:
             raise ValueError(f"batch {self.batch} is not at least 1")
+
+
+def _initialise(module: nn.Module) -> None:
+    """Unit gain: PyTorch's default shrinks the signal at every convolution off the skip path."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+        nn.init.zeros_(module.bias)
 
 
 class VQGANRecipe:
@@ -81,6 +89,7 @@ class VQGANRecipe:
         self.options, self.pictures, self.perceptual = options, pictures, perceptual
         self.device = torch.device(device)
         self.model = VQGAN(config).to(self.device)
+        self.model.apply(_initialise)
         self.model.quantize.embedding.weight.requires_grad_(options.codebook == "gradient")
         self.codebook = CodebookAverage(self.model.quantize).to(self.device)
         self.average = WeightAverage(self.model, options.average)
@@ -112,7 +121,7 @@ class VQGANRecipe:
             quantized, metrics = self._quantize(features, step)
             output = self._decode(quantized).float()
         loss = reconstruction = reconstruction_loss(
-            pixels, output, self.perceptual, options.emphasis
+            pixels, output, self.perceptual, emphasis=options.emphasis, square=options.square
         )
         if step >= options.quantize_from:
             codebook_beta = options.beta

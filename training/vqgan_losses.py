@@ -31,13 +31,13 @@ class PatchDiscriminator(nn.Module):
             ]
         stack.append(nn.Conv2d(after, 1, 4, 1, 1))
         self.main = nn.Sequential(*stack)
-        self.apply(_initialise)
+        self.apply(_initialise_discriminator)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.main(pixels)
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialise_discriminator(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -46,14 +46,22 @@ def _initialise(module: nn.Module) -> None:
 
 
 def reconstruction_loss(
-    pixels: Tensor, output: Tensor, perceptual: Perceptual | None = None, emphasis: float = 0.0
+    pixels: Tensor,
+    output: Tensor,
+    perceptual: Perceptual | None = None,
+    *,
+    emphasis: float = 0.0,
+    square: float = 0.0,
 ) -> Tensor:
     """Mean absolute error, plus the mean perceptual distance if one is given.
 
-    emphasis > 0 weighs pixels by 1 + emphasis * their distance from the picture's median colour:
-    where almost everything is background, the L1 optimum is otherwise to draw nothing else.
+    Where almost everything is background, the L1 optimum is at first to draw nothing else. Two
+    helps against it: `emphasis` weighs pixels by 1 + emphasis * their distance from the picture's
+    median colour; `square` adds that many times the squared error, which pulls on large errors.
     """
     error = (pixels - output).abs()
+    if square > 0.0:
+        error = error + square * error**2
     if emphasis > 0.0:
         median = pixels.flatten(2).median(dim=2).values[:, :, None, None]
         error = error * (1.0 + emphasis * (pixels - median).abs().amax(dim=1, keepdim=True))

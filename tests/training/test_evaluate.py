@@ -12,11 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nuwa.training import evaluate as evaluation
 from nuwa.training.evaluate import TASKS, evaluate, find_judge
 from nuwa.training.report import format_report
 from nuwa.training.sprites.world import SpriteWorld
 
 SAMPLES, SEED = 24, 100
+
+
+@pytest.fixture(autouse=True)
+def _few_reference_samples(monkeypatch):
+    monkeypatch.setattr(evaluation, "REFERENCE_SAMPLES", 40)
 
 
 class Replay:

@@ -1,0 +1,239 @@
+"""The Python client: one interface over a server (Client) or an engine in this process (LocalClient).
+
+    with Client("127.0.0.1:50051") as client:
+        clip = client.generate_video("t2v", "a 3 moves left", seed=1)
+
+Both go through the same messages and the same checks, so they give the same answers and errors.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self, Unpack
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from nuwa.spec.tasks import Task
+from nuwa.v1 import generation_pb2 as pb
+from nuwa.v1 import generation_pb2_grpc
+
+from . import convert, replies, requests, results
+from .core import Frame, ModelInfo
+from .engine_protocol import Engine
+from .requests import ImageOptions, VideoOptions
+from .results import ClipDone, ClipEvent, ClipResult, ImageResult
+from .scheduler import Scheduler
+
+
+class ClientError(Exception):
+    """The server's answer was an error, or there was no server.
+
+    reason: as listed in generation.proto, or "" where the error is gRPC's own. code: the gRPC
+    status. fields: path of each wrong field and what is wrong. metadata: further facts.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str = "",
+        code: grpc.StatusCode = grpc.StatusCode.UNKNOWN,
+        fields: dict[str, str] | None = None,
+        metadata: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.code = code
+        self.fields = fields or {}
+        self.metadata = metadata or {}
+
+
+class BaseClient(ABC):
+    """What both clients do. `deadline` is in seconds from the call; None means no limit."""
+
+    @abstractmethod
+    def get_model(self) -> ModelInfo:
+        """What is loaded."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends what is under way."""
+
+    @abstractmethod
+    def _image(
+        self, message: pb.GenerateImageRequest, deadline: float | None
+    ) -> pb.GenerateImageResponse: ...
+
+    @abstractmethod
+    def _video(
+        self, message: pb.GenerateVideoRequest, deadline: float | None
+    ) -> Iterator[pb.GenerateVideoResponse]: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def generate_image(
+        self,
+        task: Task | str,
+        prompt: str = "",
+        *,
+        deadline: float | None = None,
+        **options: Unpack[ImageOptions],
+    ) -> ImageResult:
+        """One image. Options: requests.ImageOptions."""
+        message = requests.image_request(task, prompt, options)
+        return results.image_result(self._image(message, deadline))
+
+    def stream_video(
+        self,
+        task: Task | str,
+        prompt: str = "",
+        *,
+        deadline: float | None = None,
+        **options: Unpack[VideoOptions],
+    ) -> Iterator[ClipEvent]:
+        """The events of one clip as they happen: Accepted, Progress and Frame, then ClipDone.
+
+        Options: requests.VideoOptions. Leaving the iterator early cancels the request.
+        """
+        message = requests.video_request(task, prompt, options)
+        return results.clip_events(self._video(message, deadline))
+
+    def generate_video(
+        self,
+        task: Task | str,
+        prompt: str = "",
+        *,
+        deadline: float | None = None,
+        on_event: Callable[[ClipEvent], object] | None = None,
+        **options: Unpack[VideoOptions],
+    ) -> ClipResult:
+        """One clip, all of it. Options: requests.VideoOptions. on_event hears of each event."""
+        frames: list[Frame] = []
+        done: ClipDone | None = None
+        for event in self.stream_video(task, prompt, deadline=deadline, **options):
+            if on_event is not None:
+                on_event(event)
+            if isinstance(event, Frame):
+                frames.append(event)
+            elif isinstance(event, ClipDone):
+                done = event
+        if done is None:
+            raise ClientError("the server ended the stream before it was done")
+        return results.clip_result(frames, done)
+
+
+class Client(BaseClient):
+    """A connection to a server at "host:port". Raises ClientError if none answers in time."""
+
+    def __init__(self, address: str, *, ready_timeout: float = 10.0) -> None:
+        options: list[tuple[str, int]] = [
+            ("grpc.max_receive_message_length", -1),
+            ("grpc.max_send_message_length", -1),
+        ]
+        if address.rpartition(":")[0] in ("localhost", "127.0.0.1", "[::1]"):
+            options.append(("grpc.enable_http_proxy", 0))
+        self._channel = grpc.insecure_channel(address, options)
+        self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        try:
+            grpc.channel_ready_future(self._channel).result(ready_timeout)
+        except grpc.FutureTimeoutError:
+            self._channel.close()
+            raise ClientError(
+                f"no server answered at {address} within {ready_timeout:g} s",
+                code=grpc.StatusCode.UNAVAILABLE,
+            ) from None
+
+    def close(self) -> None:
+        """Closes the connection; requests under way are cancelled."""
+        self._channel.close()
+
+    def get_model(self) -> ModelInfo:
+        """What the server has loaded."""
+        with _server_errors():
+            return results.model_info(self._stub.GetModel(pb.GetModelRequest(), timeout=10).model)
+
+    def _image(
+        self, message: pb.GenerateImageRequest, deadline: float | None
+    ) -> pb.GenerateImageResponse:
+        with _server_errors():
+            return self._stub.GenerateImage(message, timeout=deadline)
+
+    def _video(
+        self, message: pb.GenerateVideoRequest, deadline: float | None
+    ) -> Iterator[pb.GenerateVideoResponse]:
+        call = self._stub.GenerateVideo(message, timeout=deadline)
+        try:
+            with _server_errors():
+                yield from call
+        finally:
+            call.cancel()
+
+
+class LocalClient(BaseClient):
+    """An engine in this process behind its own scheduler; errors come as they are raised."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._scheduler = Scheduler(engine)
+        self._scheduler.start()
+
+    def close(self) -> None:
+        """Ends what is under way; the engine stays usable."""
+        self._scheduler.close()
+
+    def get_model(self) -> ModelInfo:
+        """What the engine has loaded."""
+        return self._scheduler.engine.info
+
+    def _image(
+        self, message: pb.GenerateImageRequest, deadline: float | None
+    ) -> pb.GenerateImageResponse:
+        job = convert.read_image_request(message, self.get_model())
+        handle = self._scheduler.submit(job.generation, timeout=deadline)
+        return replies.image_response(job, handle.events())
+
+    def _video(
+        self, message: pb.GenerateVideoRequest, deadline: float | None
+    ) -> Iterator[pb.GenerateVideoResponse]:
+        job = convert.read_video_request(message, self.get_model())
+        handle = self._scheduler.submit(job.generation, timeout=deadline)
+        return replies.clip_responses(job, handle.events())
+
+
+@contextmanager
+def _server_errors() -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise _client_error(error) from error
+
+
+def _client_error(error: grpc.RpcError) -> ClientError:
+    reason, fields, metadata = "", {}, {}
+    status = rpc_status.from_call(error)
+    for detail in status.details if status else ():
+        info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+        if detail.Unpack(info):
+            reason, metadata = info.reason, dict(info.metadata)
+        elif detail.Unpack(bad):
+            fields = {each.field: each.description for each in bad.field_violations}
+    return ClientError(
+        error.details() or error.code().name,
+        reason=reason,
+        code=error.code(),
+        fields=fields,
+        metadata=metadata,
+    )

@@ -1,0 +1,31 @@
+"""Errors that say more than the plain ones of core.py, for the service and the scheduler.
+
+Knows neither gRPC nor status codes; interceptor.py turns these into both.
+"""
+
+from __future__ import annotations
+
+from .core import CancelledError
+
+
+class FieldError(ValueError):
+    """A value given by the user is wrong; `field` is the request field's path, as in "mask.boxes".
+
+    Paths are those of proto/nuwa/v1/generation.proto.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class DeadlineExceededError(CancelledError):
+    """The request's deadline passed before it was finished."""
+
+
+class ShuttingDownError(Exception):
+    """The scheduler is closed, or closed before this request was finished."""
+
+
+class EngineError(RuntimeError):
+    """The engine failed at work it had accepted: never the user's fault. See `__cause__`."""

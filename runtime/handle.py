@@ -1,0 +1,79 @@
+"""One submitted request as its owner sees it: events to read, a way to cancel.
+
+Knows nothing of slots and steps. One thread reads events; any thread may cancel.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator
+
+from .core import Done, Event, Frame, GenerationRequest, Timings
+
+
+class Handle:
+    """What `Scheduler.submit` returns. Times are those of `time.perf_counter`."""
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        *,
+        submitted: float,
+        deadline: float | None,
+        on_cancel: Callable[[Handle], None],
+    ) -> None:
+        self.request = request
+        self.submitted = submitted
+        self.deadline = deadline
+        self.cancelled = False
+        self._on_cancel = on_cancel
+        # Unbounded, so that a slow reader never stops the decode thread; a request makes at most
+        # one event a frame and one a percent, which bounds it in fact.
+        self._events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
+
+    def cancel(self) -> None:
+        """Stops the request within one decode step; harmless when it is finished.
+
+        A reader of `events` then gets CancelledError.
+        """
+        self.cancelled = True
+        self._on_cancel(self)
+
+    def events(self) -> Iterator[Event]:
+        """Accepted, Progress and Frame as they happen, then Done.
+
+        Raises what ended the request instead: CancelledError (DeadlineExceededError where that was
+        the reason), ShuttingDownError or EngineError. Leaving the iterator early cancels.
+        """
+        try:
+            while True:
+                item = self._events.get()
+                last = isinstance(item, Done | BaseException)
+                if last:
+                    self._events.put(item)  # a second reading must end too, not block for ever
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+                if last:
+                    return
+        finally:
+            self.cancel()
+
+    def result(self) -> tuple[list[Frame], Timings]:
+        """Waits for the end; the frames in index order. Raises as `events` does."""
+        frames = []
+        timings = Timings()
+        for event in self.events():
+            if isinstance(event, Frame):
+                frames.append(event)
+            elif isinstance(event, Done):
+                timings = event.timings
+        return sorted(frames, key=lambda frame: frame.index), timings
+
+    def emit(self, event: Event) -> None:
+        """For the scheduler: hands one event to the reader."""
+        self._events.put(event)
+
+    def fail(self, error: BaseException) -> None:
+        """For the scheduler: ends the request; the reader gets `error`."""
+        self._events.put(error)

@@ -1,0 +1,144 @@
+"""Turns whatever a call raises into a gRPC status with google.rpc details, at the one place for it.
+
+The service raises plain exceptions; clients get a code, a sentence, an ErrorInfo and, for a bad
+value, the field's name. What is not the caller's doing is logged in full and told in no detail.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from nuwa.spec.tasks import Task
+
+from .core import CancelledError, QueueFullError, UnsupportedTaskError
+from .errors import DeadlineExceededError, FieldError, ShuttingDownError
+
+log = logging.getLogger("nuwa.runtime")
+
+DOMAIN = "nuwa.v1"
+RETRY_SECONDS = 1
+# A status travels in HTTP/2 headers, of which clients take 8 KiB: three copies, one of them with up
+# to three bytes a byte.
+MAX_MESSAGE_BYTES = 600
+
+# The first class that matches counts; anything else is INTERNAL.
+CODES: tuple[tuple[type[Exception], grpc.StatusCode, str], ...] = (
+    (DeadlineExceededError, grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
+    (CancelledError, grpc.StatusCode.CANCELLED, "CANCELLED"),
+    (QueueFullError, grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+    (ShuttingDownError, grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
+    (UnsupportedTaskError, grpc.StatusCode.FAILED_PRECONDITION, "UNSUPPORTED_TASK"),
+    (ValueError, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
+)
+
+
+class ErrorInterceptor(grpc.ServerInterceptor):
+    """For the methods of nuwa.v1; health and reflection pass untouched.
+
+    tasks: those that the bundle can do, for the metadata of UNSUPPORTED_TASK.
+    """
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self._tasks = ",".join(task.name for task in tasks)
+
+    def intercept_service(self, continuation: Callable, details: Any) -> Any:
+        handler = continuation(details)
+        if handler is None or not details.method.startswith(f"/{DOMAIN}."):
+            return handler
+        codecs = (_tolerant(handler.request_deserializer), handler.response_serializer)
+        if handler.response_streaming:
+            behaviour = self._guard_stream(handler.unary_stream, details.method)
+            return grpc.unary_stream_rpc_method_handler(behaviour, *codecs)
+        behaviour = self._guard(handler.unary_unary, details.method)
+        return grpc.unary_unary_rpc_method_handler(behaviour, *codecs)
+
+    def _guard(self, behaviour: Callable, method: str) -> Callable:
+        def guarded(request: Any, context: grpc.ServicerContext) -> Any:
+            try:
+                return behaviour(_decoded(request), context)
+            except Exception as error:
+                self._abort(error, method, context)
+
+        return guarded
+
+    def _guard_stream(self, behaviour: Callable, method: str) -> Callable:
+        def guarded(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            try:
+                yield from behaviour(_decoded(request), context)
+            except Exception as error:
+                self._abort(error, method, context)
+
+        return guarded
+
+    def _abort(self, error: Exception, method: str, context: grpc.ServicerContext) -> NoReturn:
+        status = self.status(error)
+        if status.code == grpc.StatusCode.INTERNAL.value[0]:
+            log.error("%s failed: %s", method, status.message, exc_info=error)
+        else:
+            log.info("%s refused or stopped: %s", method, type(error).__name__)
+        context.abort_with_status(rpc_status.to_status(status))
+        raise AssertionError("abort_with_status raises")
+
+    def status(self, error: Exception) -> status_pb2.Status:
+        """What the client is told about `error`."""
+        matching = (entry[1:] for entry in CODES if isinstance(error, entry[0]))
+        code, reason = next(matching, (grpc.StatusCode.INTERNAL, "INTERNAL"))
+        if code is grpc.StatusCode.INTERNAL:
+            incident = uuid.uuid4().hex[:8]
+            message = f"internal error; the server's log has the details under {incident}"
+        else:
+            message = _shorten(str(error))
+        info = error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)
+        details: list[Message] = [info]
+        if isinstance(error, UnsupportedTaskError):
+            info.metadata["tasks"] = self._tasks
+        if isinstance(error, QueueFullError):
+            wait = Duration(seconds=RETRY_SECONDS)
+            details.append(error_details_pb2.RetryInfo(retry_delay=wait))
+        if isinstance(error, FieldError):
+            bad = error_details_pb2.BadRequest()
+            bad.field_violations.add(field=_shorten(error.field), description=message)
+            details.append(bad)
+        status = status_pb2.Status(code=code.value[0], message=message)
+        for detail in details:
+            packed = AnyMessage()
+            packed.Pack(detail)
+            status.details.append(packed)
+        return status
+
+
+class _Undecodable:
+    """Stands for a request whose bytes are no message."""
+
+
+def _tolerant(deserialize: Callable[[bytes], Message]) -> Callable[[bytes], Message | _Undecodable]:
+    def tolerant(data: bytes) -> Message | _Undecodable:
+        try:
+            return deserialize(data)
+        except DecodeError:
+            return _Undecodable()  # raised in the handler instead, where it gets a status
+
+    return tolerant
+
+
+def _decoded(request: Message | _Undecodable) -> Message:
+    if isinstance(request, _Undecodable):
+        raise ValueError("the request is not a valid message (text must be UTF-8)")
+    return request
+
+
+def _shorten(text: str) -> str:
+    data = text.encode(errors="replace")
+    if len(data) <= MAX_MESSAGE_BYTES:
+        return text
+    return data[: MAX_MESSAGE_BYTES - 3].decode(errors="ignore") + "..."

@@ -1,0 +1,173 @@
+"""The gRPC server around a scheduler: ports, health, reflection, limits and an orderly end.
+
+Plaintext, so it listens on the loopback interface unless told otherwise. Knows neither bundles nor
+how requests are converted.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from concurrent import futures
+from types import FrameType
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from nuwa.v1 import generation_pb2, generation_pb2_grpc
+
+from .engine_protocol import Engine
+from .interceptor import ErrorInterceptor
+from .media import DEFAULT_LIMITS, Limits
+from .scheduler import DEFAULT_QUEUE_SIZE, Scheduler
+from .service import GenerationService
+
+log = logging.getLogger("nuwa.runtime")
+
+SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+MAX_RECEIVE_BYTES = 16 * 2**20
+DEFAULT_GRACE = 30.0
+SLOW_READERS = 16  # calls that may still be sending when their decoding is done
+SPARE_THREADS = 8  # for health, reflection and GetModel
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+class Server:
+    """Serves one engine. start(), then stop(); as a context manager it does both.
+
+    port 0 takes a free one; `address` says which. OSError if the port cannot be had.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        queue_size: int = DEFAULT_QUEUE_SIZE,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
+        self.scheduler = Scheduler(engine, queue_size=queue_size)
+        max_calls = queue_size + engine.slots + SLOW_READERS
+        self._server = grpc.server(
+            futures.ThreadPoolExecutor(max_calls + SPARE_THREADS, "nuwa-rpc"),
+            interceptors=[ErrorInterceptor(engine.info.tasks)],
+            options=[
+                ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
+                ("grpc.max_send_message_length", -1),
+                # Without this a second server on the port starts too, and gets half of the calls.
+                ("grpc.so_reuseport", 0),
+                # A waiting request is silent for long; clients may ask every 10 s if we live.
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ],
+        )
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(
+            GenerationService(self.scheduler, max_calls=max_calls, limits=limits), self._server
+        )
+        # Watch holds no thread this way, however many balancers watch.
+        self._health = health.HealthServicer(
+            experimental_non_blocking=True,
+            experimental_thread_pool=futures.ThreadPoolExecutor(2, "nuwa-health"),
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        self.address = _listen(self._server, host, port)
+        self._stopped = False
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Takes requests from now on, and tells health checks so."""
+        self.scheduler.start()
+        self._server.start()
+        for name in ("", SERVICE):
+            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    def stop(self, grace: float = 0.0) -> None:
+        """NOT_SERVING, no new calls, `grace` seconds for those at hand, then the end of all."""
+        if self._stopped:
+            return
+        self._stopped = True
+        self._health.enter_graceful_shutdown()
+        self._server.stop(grace).wait()
+        self.scheduler.close()
+
+    def hasten(self) -> None:
+        """Cuts the grace of a stop() that another thread is in."""
+        self._server.stop(0)
+
+
+def serve_until_signal(
+    server: Server, *, load_seconds: float = 0.0, grace: float = DEFAULT_GRACE
+) -> None:
+    """Starts, prints one line when ready, and returns after SIGTERM or SIGINT and a drain.
+
+    A second signal cuts the drain. Only for the main thread.
+    """
+    asked = threading.Event()
+    previous = {}
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        if asked.is_set():
+            # Not from within the handler: it may have interrupted a lock that stop() needs.
+            threading.Thread(target=server.hasten, daemon=True).start()
+        asked.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        previous[number] = signal.signal(number, on_signal)
+    try:
+        server.start()
+        info = server.scheduler.engine.info
+        print(
+            f"nuwa: ready on {server.address}: {info.name} ({', '.join(info.tasks)}) "
+            f"on {info.backend}, loaded in {load_seconds:.2f} s, {resident_megabytes():.0f} MB",
+            flush=True,
+        )
+        asked.wait()
+        log.info("draining: at most %.0f s for the calls at hand", grace)
+        started = time.perf_counter()
+        server.stop(grace)
+        log.info("stopped after %.2f s", time.perf_counter() - started)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def resident_megabytes() -> float:
+    """Memory of this process that is in RAM, in units of 10**6 bytes; 0 where /proc is missing."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            for line in status:
+                if line.startswith("VmRSS:"):
+                    return int(line.split()[1]) * 1024 / 1e6
+    except OSError:
+        pass
+    return 0.0
+
+
+def _listen(server: grpc.Server, host: str, port: int) -> str:
+    """Binds a port; the address that clients connect to."""
+    if not 0 <= port < 2**16:
+        raise ValueError(f"port {port} is not in [0, 65535]")
+    if host not in LOOPBACK:
+        log.warning("listening on %s without encryption or authentication", host)
+    if ":" in host and not host.startswith("["):
+        host = f"[{host}]"
+    problem = f"cannot listen on {host}:{port}; is the port taken, or the host not of this machine?"
+    try:
+        bound = server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:
+        raise OSError(problem) from error
+    if bound == 0:
+        raise OSError(problem)
+    return f"{host}:{bound}"

@@ -1,0 +1,100 @@
+"""The manifest of a bundle: what model it holds, which files, how exact, under which licence.
+
+Also the names of a bundle's graphs and of their inputs and outputs. Reads and writes JSON text;
+opening a folder and checking its files is the runtime's work (runtime/bundle.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from .config import ModelConfig
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TEXT_TOKENIZER = "tokenizer.json"
+PRECISIONS = ("fp32", "fp16")  # the storage type of weights and caches
+
+DECODER_STEP = "decoder_step"
+TEXT_ENCODER = "text_encoder"
+IMAGE_TOKENIZER = "image_tokenizer"
+IMAGE_DETOKENIZER = "image_detokenizer"
+GRAPHS = (DECODER_STEP, TEXT_ENCODER, IMAGE_TOKENIZER, IMAGE_DETOKENIZER)
+
+STEP_ROW_INPUTS = (
+    *("tokens", "coordinates", "slot", "write_index", "neighbours"),
+    *("condition_slot", "cross_neighbours"),
+    *("temperature", "top_k", "top_p", "uniform", "guidance", "unconditional_row"),
+)
+
+_HASH = re.compile(r"[0-9a-f]{64}")
+# One path component that means the same file on every system.
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+
+class BundleError(ValueError):
+    """A folder is not a bundle that this version can use; the message says why and what to do."""
+
+
+def graph_file(graph: str) -> str:
+    """File name of a graph in a bundle."""
+    return f"{graph}.onnx"
+
+
+def layer_names(kind: str, layers: int) -> list[str]:
+    """`kind_0`, `kind_1`, ...: kind is key_cache, value_cache, cross_key or cross_value."""
+    return [f"{kind}_{layer}" for layer in range(layers)]
+
+
+def decoder_step_inputs(layers: int) -> list[str]:
+    """Inputs of decoder_step, in order."""
+    caches = [
+        name
+        for kind in ("key_cache", "value_cache", "cross_key", "cross_value")
+        for name in layer_names(kind, layers)
+    ]
+    return [*STEP_ROW_INPUTS, "ranks", *caches]
+
+
+def decoder_step_outputs(layers: int) -> list[str]:
+    """Outputs of decoder_step, in order; bind each cache output to its input's memory."""
+    caches = [*layer_names("key_cache", layers), *layer_names("value_cache", layers)]
+    return ["next_tokens", "logits", *(f"{name}_out" for name in caches)]
+
+
+def text_encoder_outputs(layers: int) -> list[str]:
+    """Outputs of text_encoder, in order."""
+    return [*layer_names("cross_key", layers), *layer_names("cross_value", layers)]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json.
+
+    cache_entries: R, entries of a cache slot; files: SHA-256 of every other file by name; parity:
+    per graph, how far ONNX Runtime is from PyTorch (see export/verify.py); parameter_count: all
+    weights, image tokenizer included; licence and training_data: of the weights, as their
+    checkpoint states them; created: UTC, ISO 8601.
+    """
+
+    name: str
+    config: ModelConfig
+    tasks: tuple[str, ...]
+    precision: str
+    opset: int
+    cache_entries: int
+    files: dict[str, str]
+    parity: dict[str, dict[str, Any]]
+    parameter_count: int
+    licence: str
+    training_data: str
+    created: str
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """JSON text that `from_json` reads back to an equal manifest."""
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"

@@ -1,0 +1,111 @@
+"""An engine without a model, whose answers can be worked out by hand.
+
+A frame is 4 x 4 tokens and 8 x 8 pixels: a token is a square of 2 x 2 pixels. One step decodes one
+row of 4 tokens in every admitted slot, so a clip of F frames takes 4 F steps, and frame f is finished
+by step 4 (f + 1). The token of frame f, row i, column j is
+
+    (seed + sample_index + 16 f + 4 i + j) % 512
+
+and a token t is the colour (t % 256, t // 256, 7). It can do t2i, i2i, ti2i, t2v, s2v, v2v, tv2v (not
+s2i); known frames and masks are accepted and otherwise ignored. The prompt "refused" fails `check`.
+
+To misbehave on purpose: put an error into `admit_error`, `step_error` (used once) or give a seed in
+`bad_pixel_seeds`; clear `gate` to hold every step until it is set again.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+from nuwa.runtime.core import GenerationRequest, ModelInfo, SlotStep, UnsupportedTaskError
+from nuwa.spec.tasks import Task
+
+GRID = 4
+SIZE = 8
+CODEBOOK = 512
+MAX_FRAMES = 10
+TASKS = tuple(task for task in Task if task is not Task.S2I)
+
+
+def expected_tokens(seed: int, frame: int) -> np.ndarray:
+    """The answer: i32 [4, 4]."""
+    cells = np.arange(GRID * GRID).reshape(GRID, GRID)
+    return ((seed + GRID * GRID * frame + cells) % CODEBOOK).astype(np.int32)
+
+
+def expected_pixels(tokens: np.ndarray) -> np.ndarray:
+    """Tokens i32 [..., 4, 4] as colours u8 [..., 8, 8, 3]."""
+    colours = np.stack([tokens % 256, tokens // 256, np.full_like(tokens, 7)], axis=-1)
+    return colours.astype(np.uint8).repeat(2, axis=-3).repeat(2, axis=-2)
+
+
+class FakeEngine:
+    def __init__(self, slots: int = 1) -> None:
+        self.slots = slots
+        self.info = ModelInfo(
+            name="fake",
+            bundle_hash="0" * 64,
+            tasks=TASKS,
+            height=SIZE,
+            width=SIZE,
+            max_frames=MAX_FRAMES,
+            codebook_size=CODEBOOK,
+            parameter_count=3_000_000_000,
+            precision="fp32",
+            licence="CC0-1.0",
+            backend="fake",
+        )
+        self.allocated: dict[int, GenerationRequest] = {}
+        self.admitted: list[GenerationRequest] = []
+        self.rows_done: dict[int, int] = {}
+        self.steps = 0
+        self.pixel_calls: list[int] = []
+        self.admit_error: Exception | None = None
+        self.step_error: Exception | None = None
+        self.bad_pixel_seeds: set[int] = set()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def check(self, request: GenerationRequest) -> None:
+        if request.task not in TASKS:
+            raise UnsupportedTaskError(f"{request.task} is not among {', '.join(TASKS)}")
+        if request.prompt == "refused":
+            raise ValueError("prompt 'refused' is refused")
+
+    def admit(self, request: GenerationRequest, slot: int) -> None:
+        assert slot not in self.allocated, "a slot was used twice"
+        self.allocated[slot] = request
+        self.rows_done[slot] = 0
+        self.admitted.append(request)
+        if self.admit_error:
+            error, self.admit_error = self.admit_error, None
+            raise error
+
+    def step(self) -> list[SlotStep]:
+        assert self.gate.wait(10), "a test forgot to open the gate"
+        if self.step_error:
+            error, self.step_error = self.step_error, None
+            raise error
+        self.steps += 1
+        return [self._step_slot(slot, request) for slot, request in self.allocated.items()]
+
+    def _step_slot(self, slot: int, request: GenerationRequest) -> SlotStep:
+        self.rows_done[slot] += 1
+        rows, rows_total = self.rows_done[slot], GRID * request.frame_count
+        frames: tuple = ()
+        if rows % GRID == 0:
+            index = rows // GRID - 1
+            frames = ((index, expected_tokens(request.seed + request.sample_index, index)),)
+        return SlotStep(slot, GRID * rows, GRID * rows_total, frames, rows == rows_total)
+
+    def release(self, slot: int) -> None:
+        self.allocated.pop(slot, None)
+        self.rows_done.pop(slot, None)
+
+    def pixels(self, tokens: np.ndarray) -> np.ndarray:
+        assert tokens.dtype == np.int32 and tokens.shape[1:] == (GRID, GRID)
+        self.pixel_calls.append(len(tokens))
+        if self.bad_pixel_seeds & set(tokens[:, 0, 0].tolist()):
+            raise ValueError("these tokens are bad")
+        return expected_pixels(tokens)

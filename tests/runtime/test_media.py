@@ -1,0 +1,244 @@
+"""Reading hostile files, writing exact ones."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from nuwa.runtime import media
+from nuwa.runtime.media import Limits, MediaError
+from PIL import Image
+
+RANDOM = np.random.default_rng(0)
+CLIP = RANDOM.integers(0, 256, (4, 8, 12, 3), dtype=np.uint8)
+CLIP[2] = CLIP[1]  # equal neighbours, which Pillow would join
+
+
+def file_of(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pillow_animation(kind: str) -> bytes:
+    first, *others = (Image.fromarray(frame) for frame in CLIP)
+    return file_of(first, kind, save_all=True, append_images=others)
+
+
+FILES = {
+    "png": media.encode_picture(CLIP[0], "png"),
+    "webp": media.encode_picture(CLIP[0], "webp"),
+    "gif": media.encode_picture(CLIP[0], "gif"),
+    "jpeg": file_of(Image.fromarray(CLIP[0]), "JPEG"),
+    "animated webp": media.encode_animation(CLIP, "webp"),
+    "animated gif": media.encode_animation(CLIP, "gif"),
+    "animated png": pillow_animation("PNG"),
+    "pillow's gif": pillow_animation("GIF"),
+    "pillow's webp": pillow_animation("WEBP"),
+}
+
+
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_lossless_pictures_come_back_bit_identical(kind):
+    np.testing.assert_array_equal(media.decode_clip(FILES[kind])[0], CLIP[0])
+
+
+def test_an_animated_webp_keeps_every_frame_bit_identical():
+    np.testing.assert_array_equal(media.decode_clip(FILES["animated webp"]), CLIP)
+
+
+def test_an_animated_gif_keeps_every_frame_and_few_colours_exactly():
+    few = (CLIP // 128 * 255).astype(np.uint8)
+    np.testing.assert_array_equal(media.decode_clip(media.encode_animation(few, "gif")), few)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fps", "milliseconds"),
+    [("webp", 8, 125), ("webp", 1, 1000), ("webp", 50, 20), ("gif", 8, 120), ("gif", 50, 20)],
+)
+def test_frames_last_as_long_as_asked(kind, fps, milliseconds):
+    with Image.open(io.BytesIO(media.encode_animation(CLIP, kind, fps))) as image:
+        assert (image.n_frames, image.info["loop"]) == (4, 0)
+        for index in range(4):
+            image.seek(index)
+            image.load()
+            assert image.info["duration"] == milliseconds
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 3, 5), (3, 17, 1)])
+def test_odd_sizes_are_animated(size):
+    frames = RANDOM.integers(0, 2, (*size, 3), dtype=np.uint8) * 255
+    for kind in media.ANIMATION_FORMATS:
+        np.testing.assert_array_equal(
+            media.decode_clip(media.encode_animation(frames, kind)), frames
+        )
+
+
+def test_raw_is_the_bytes():
+    assert media.encode_picture(CLIP[0], "raw") == CLIP[0].tobytes()
+
+
+def test_upscale_repeats_pixels():
+    large = media.upscale(CLIP, 3)
+    assert large.shape == (4, 24, 36, 3)
+    np.testing.assert_array_equal(large[:, 1::3, 2::3], CLIP)
+    np.testing.assert_array_equal(large[:, 0::3, 0::3], CLIP)
+    assert media.upscale(CLIP, 1) is CLIP
+
+
+@pytest.mark.parametrize("factor", [0, -1, 9])
+def test_upscale_refuses_other_factors(factor):
+    with pytest.raises(ValueError, match=r"not in \[1, 8\]"):
+        media.upscale(CLIP, factor)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_cut_anywhere_is_refused(name):
+    whole = FILES[name]
+    for length in range(len(whole)):
+        with pytest.raises(MediaError):
+            media.decode_clip(whole[:length])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_corrupt_file_is_read_or_refused_but_never_anything_else(name):
+    generator = np.random.default_rng(1)
+    for _ in range(150):
+        data = np.frombuffer(FILES[name], np.uint8).copy()
+        places = generator.integers(0, len(data), 3)
+        data[places] = generator.integers(0, 256, 3)
+        try:
+            frames = media.decode_clip(data.tobytes(), Limits(max_pixels=10_000))
+        except MediaError:
+            continue
+        assert frames.dtype == np.uint8 and frames.ndim == 4 and frames[..., 0].size <= 10_000
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is empty"),
+        (b"a caption, not a picture", "is not a PNG, WEBP, GIF, JPEG file"),
+        (b"\x89PNG\r\n\x1a\n", "is not a|is damaged"),
+        (file_of(Image.new("RGB", (4, 4)), "BMP"), "is not a"),
+        (file_of(Image.new("RGB", (4, 4)), "TIFF"), "is not a"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not a"),
+    ],
+)
+def test_other_files_are_refused(data, message):
+    with pytest.raises(MediaError, match=message):
+        media.decode_clip(data)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(name + body))
+        return struct.pack(">I", len(body)) + name + body + checksum
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" * 100))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(5000, 5000), (13_000, 13_000), (65_000, 65_000)])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_bomb_is_refused_before_its_pixels_are_decoded(size, monkeypatch):
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("pixels were decoded"))
+    with pytest.raises(MediaError, match="the limit is 16777216"):
+        media.decode_clip(png_header(*size))
+
+
+@pytest.mark.parametrize("name", ["animated webp", "animated gif", "animated png"])
+def test_frames_count_towards_the_limits(name):
+    frame = CLIP[0, ..., 0].size
+    assert len(media.decode_clip(FILES[name], Limits(max_pixels=4 * frame))) >= 3
+    with pytest.raises(MediaError, match="pixels; the limit is"):
+        media.decode_clip(FILES[name], Limits(max_pixels=2 * frame))
+    with pytest.raises(MediaError, match="more than 2 frames"):
+        media.decode_clip(FILES[name], Limits(max_frames=2))
+
+
+def test_files_that_are_too_long_are_refused_unopened(monkeypatch):
+    monkeypatch.setattr(Image, "open", lambda *a, **k: pytest.fail("the file was opened"))
+    with pytest.raises(MediaError, match="is 1001 bytes long; the limit is 1000"):
+        media.decode_clip(bytes(1001), Limits(max_bytes=1000))
+
+
+def test_transparency_is_put_on_black():
+    image = np.full((2, 2, 4), 200, np.uint8)
+    image[..., 3] = [[255, 0], [0, 255]]
+    decoded = media.decode_clip(file_of(Image.fromarray(image), "PNG"))[0]
+    assert decoded[..., 0].tolist() == [[200, 0], [0, 200]]
+
+
+def test_sixteen_bit_pictures_are_refused():
+    image = Image.fromarray(np.full((2, 2), 40_000, np.uint16))
+    with pytest.raises(MediaError, match="8 bits a channel"):
+        media.decode_clip(file_of(image, "PNG"))
+
+
+def test_photographs_are_turned_upright():
+    photo = Image.new("RGB", (8, 4))
+    exif = photo.getexif()
+    exif[0x0112] = 6
+    assert media.decode_clip(file_of(photo, "JPEG", exif=exif)).shape == (1, 8, 4, 3)
+
+
+CLASSES = np.arange(12, dtype=np.uint8).reshape(3, 4) + 9
+
+
+def test_class_ids_are_the_indices_of_a_palette_png():
+    image = Image.fromarray(CLASSES, "L").convert("P")
+    image.putpalette([value for _ in range(256) for value in (255, 0, 17)])
+    image.putdata(CLASSES.flatten().tolist())
+    data = file_of(image, "PNG", optimize=False)
+    np.testing.assert_array_equal(media.decode_class_map(data), CLASSES[None])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP"])
+def test_class_ids_are_the_greys_of_other_pictures(kind):
+    grey = Image.fromarray(CLASSES)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = file_of(grey.convert("RGB") if kind == "WEBP" else grey, kind, **options)
+    np.testing.assert_array_equal(media.decode_class_map(data), CLASSES[None])
+
+
+@pytest.mark.parametrize("kind", media.ANIMATION_FORMATS)
+def test_class_ids_of_a_clip(kind):
+    frames = np.stack([CLASSES, CLASSES + 1, CLASSES + 1])
+    data = media.encode_animation(np.repeat(frames[..., None], 3, axis=-1), kind)
+    np.testing.assert_array_equal(media.decode_class_map(data), frames)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("png", "has colours"), ("jpeg", "is a JPEG"), ("webp", "has colours")]
+)
+def test_class_maps_without_classes_are_refused(name, message):
+    with pytest.raises(MediaError, match=message):
+        media.decode_class_map(FILES[name])
+
+
+def test_a_mask_is_what_is_bright():
+    values = np.array([[0, 127], [128, 255]], np.uint8)
+    mask = media.decode_mask(file_of(Image.fromarray(values), "PNG"))
+    assert mask.tolist() == [[False, False], [True, True]]
+    with pytest.raises(MediaError, match="4 frames"):
+        media.decode_mask(FILES["animated webp"])
+
+
+@pytest.mark.parametrize("fps", [0, -8, 51])
+def test_absurd_speeds_are_refused(fps):
+    with pytest.raises(ValueError, match="frames_per_second"):
+        media.encode_animation(CLIP, "webp", fps)
+
+
+def test_unknown_formats_are_refused():
+    with pytest.raises(ValueError, match="'jpeg' is not one of png, webp, gif, raw"):
+        media.encode_picture(CLIP[0], "jpeg")
+    with pytest.raises(ValueError, match="'png' is not one of webp, gif"):
+        media.encode_animation(CLIP, "png")

@@ -1,0 +1,379 @@
+"""The scheduler over the fake engine, most of it turn by turn without a thread."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import time
+
+import numpy as np
+import pytest
+from nuwa.runtime.core import (
+    Accepted,
+    CancelledError,
+    Done,
+    Frame,
+    GenerationRequest,
+    Progress,
+    QueueFullError,
+    UnsupportedTaskError,
+)
+from nuwa.runtime.errors import DeadlineExceededError, EngineError, ShuttingDownError
+from nuwa.runtime.scheduler import Scheduler
+from nuwa.spec.tasks import Task
+
+from .fake_engine import FakeEngine, expected_pixels, expected_tokens
+
+
+def request(seed: int = 0, frames: int = 1) -> GenerationRequest:
+    return GenerationRequest(Task.T2V, "a 3 moves left", frame_count=frames, seed=seed)
+
+
+def turn(scheduler: Scheduler, times: int = 1) -> None:
+    """Turns, and checks after each that the engine's slots are those that the scheduler counts."""
+    for _ in range(times):
+        scheduler.turn()
+        assert len(scheduler.engine.allocated) == scheduler.active
+
+
+def test_a_clip_gives_its_events_in_order_and_its_pixels():
+    scheduler = Scheduler(FakeEngine())
+    handle = scheduler.submit(request(seed=250, frames=3))
+    turn(scheduler, 12)
+    events = list(handle.events())
+    kinds = [type(event) for event in events]
+    assert kinds[0] is Accepted and kinds[-1] is Done
+    frame_turn = [Progress] * 4 + [Frame]
+    assert kinds[1:-1] == frame_turn * 3
+    assert [(e.positions_done, e.frames_done) for e in events if isinstance(e, Progress)] == [
+        (4 * rows, rows // 4) for rows in range(1, 13)
+    ]
+    for index, frame in enumerate(event for event in events if isinstance(event, Frame)):
+        assert frame.index == index
+        np.testing.assert_array_equal(frame.tokens, expected_tokens(250, index))
+        np.testing.assert_array_equal(frame.pixels, expected_pixels(frame.tokens))
+    assert events[-1].timings.steps == 12
+    assert scheduler.active == 0
+
+
+def test_progress_is_at_most_one_event_a_percent():
+    scheduler = Scheduler(FakeEngine())
+    handle = scheduler.submit(request(frames=100))
+    turn(scheduler, 400)
+    assert sum(isinstance(event, Progress) for event in handle.events()) == 101
+
+
+def test_requests_are_admitted_first_come_first_served():
+    engine = FakeEngine(slots=2)
+    scheduler = Scheduler(engine)
+    handles = [scheduler.submit(request(seed)) for seed in range(5)]
+    turn(scheduler)
+    assert (scheduler.active, scheduler.queued) == (2, 3)
+    turn(scheduler, 11)
+    assert [r.seed for r in engine.admitted] == [0, 1, 2, 3, 4]
+    for seed, handle in enumerate(handles):
+        frames, timings = handle.result()
+        np.testing.assert_array_equal(frames[0].tokens, expected_tokens(seed, 0))
+        assert timings.steps == 4
+
+
+def test_a_request_joins_others_that_are_running():
+    engine = FakeEngine(slots=2)
+    scheduler = Scheduler(engine)
+    first = scheduler.submit(request(frames=2))
+    turn(scheduler, 3)
+    second = scheduler.submit(request(frames=1))
+    turn(scheduler, 5)
+    assert len(first.result()[0]) == 2 and len(second.result()[0]) == 1
+    assert engine.steps == 8
+
+
+def test_frames_finished_in_one_step_become_pixels_in_one_call():
+    engine = FakeEngine(slots=3)
+    scheduler = Scheduler(engine)
+    for seed in range(3):
+        scheduler.submit(request(seed))
+    turn(scheduler, 4)
+    assert engine.pixel_calls == [3]
+
+
+def test_cancel_while_queued_makes_room_at_once():
+    scheduler = Scheduler(FakeEngine(), queue_size=1)
+    running = scheduler.submit(request())
+    turn(scheduler)
+    waiting = scheduler.submit(request())
+    with pytest.raises(QueueFullError, match="the queue is full: 1 requests are waiting"):
+        scheduler.submit(request())
+    waiting.cancel()
+    with pytest.raises(CancelledError, match="waited in the queue"):
+        waiting.result()
+    scheduler.submit(request()).cancel()
+    turn(scheduler, 3)
+    assert len(running.result()[0]) == 1
+
+
+def test_cancel_while_running_frees_the_slot_within_one_turn():
+    engine = FakeEngine()
+    scheduler = Scheduler(engine)
+    first = scheduler.submit(request(frames=10))
+    second = scheduler.submit(request(seed=9))
+    turn(scheduler, 5)
+    first.cancel()
+    first.cancel()
+    turn(scheduler)
+    assert engine.admitted[-1].seed == 9 and engine.steps == 6
+    with pytest.raises(CancelledError):
+        first.result()
+    turn(scheduler, 3)
+    np.testing.assert_array_equal(second.result()[0][0].tokens, expected_tokens(9, 0))
+
+
+def test_leaving_the_event_iterator_cancels():
+    scheduler = Scheduler(FakeEngine())
+    handle = scheduler.submit(request(frames=10))
+    turn(scheduler)
+    events = handle.events()
+    next(events)
+    events.close()
+    turn(scheduler)
+    assert scheduler.active == 0
+
+
+def test_a_finished_request_can_be_read_again_and_cancelled():
+    scheduler = Scheduler(FakeEngine())
+    handle = scheduler.submit(request())
+    turn(scheduler, 4)
+    assert len(handle.result()[0]) == 1
+    handle.cancel()
+    assert [type(event) for event in handle.events()] == [Done]
+
+
+@pytest.mark.parametrize("turns", [0, 2], ids=["queued", "running"])
+def test_deadline_ends_a_request(turns):
+    scheduler = Scheduler(FakeEngine())
+    handle = scheduler.submit(request(), timeout=0.02)
+    turn(scheduler, turns)
+    time.sleep(0.03)
+    turn(scheduler)
+    with pytest.raises(DeadlineExceededError, match=r"within 0.02 s"):
+        handle.result()
+    assert (scheduler.active, scheduler.queued) == (0, 0)
+
+
+def test_deadline_that_is_kept_changes_nothing():
+    scheduler = Scheduler(FakeEngine())
+    handle = scheduler.submit(request(), timeout=60)
+    turn(scheduler, 4)
+    assert len(handle.result()[0]) == 1
+
+
+def test_a_failing_step_ends_all_running_requests_and_no_waiting_one():
+    engine = FakeEngine(slots=2)
+    scheduler = Scheduler(engine)
+    handles = [scheduler.submit(request(seed)) for seed in range(3)]
+    turn(scheduler)
+    engine.step_error = ValueError("shapes disagree")
+    turn(scheduler)
+    for handle in handles[:2]:
+        with pytest.raises(EngineError, match="while decoding: ValueError: shapes disagree"):
+            handle.result()
+    turn(scheduler, 4)
+    np.testing.assert_array_equal(handles[2].result()[0][0].tokens, expected_tokens(2, 0))
+
+
+def test_a_request_that_cannot_be_admitted_fails_alone():
+    engine = FakeEngine(slots=2)
+    scheduler = Scheduler(engine)
+    good = scheduler.submit(request(1))
+    turn(scheduler)
+    engine.admit_error = MemoryError("no room")
+    bad = scheduler.submit(request(2))
+    after = scheduler.submit(request(3))
+    turn(scheduler, 4)
+    with pytest.raises(EngineError, match="preparing the request: MemoryError") as failure:
+        bad.result()
+    assert isinstance(failure.value.__cause__, MemoryError)
+    assert len(good.result()[0]) == 1
+    turn(scheduler, 1)
+    assert len(after.result()[0]) == 1
+
+
+def test_a_request_whose_pixels_fail_fails_alone():
+    engine = FakeEngine(slots=3)
+    engine.bad_pixel_seeds = {1}
+    scheduler = Scheduler(engine)
+    handles = [scheduler.submit(request(seed)) for seed in range(3)]
+    turn(scheduler, 4)
+    assert engine.pixel_calls == [3, 1, 1, 1]
+    with pytest.raises(EngineError, match="making pixels"):
+        handles[1].result()
+    assert len(handles[0].result()[0]) == len(handles[2].result()[0]) == 1
+    assert scheduler.active == 0
+
+
+def test_a_failing_release_is_survived(caplog):
+    engine = FakeEngine()
+    scheduler = Scheduler(engine)
+    handle = scheduler.submit(request())
+    release, engine.release = engine.release, lambda slot: 1 / 0
+    scheduler.turn()
+    handle.cancel()
+    scheduler.turn()
+    assert "could not release slot 0" in caplog.text
+    engine.release = release
+    engine.release(0)
+    handle = scheduler.submit(request())
+    turn(scheduler, 4)
+    assert len(handle.result()[0]) == 1
+
+
+def test_what_the_engine_refuses_is_not_queued():
+    scheduler = Scheduler(FakeEngine())
+    with pytest.raises(ValueError, match="refused"):
+        scheduler.submit(GenerationRequest(Task.T2I, "refused"))
+    with pytest.raises(UnsupportedTaskError):
+        scheduler.submit(GenerationRequest(Task.S2I))
+    assert scheduler.queued == 0
+
+
+def test_timings_are_the_phases_of_the_request():
+    engine = FakeEngine()
+    slow = {"admit": 0.02, "step": 0.01, "pixels": 0.03}
+    for name, seconds in slow.items():
+        method = getattr(engine, name)
+
+        def slowed(*args, _method=method, _seconds=seconds):
+            time.sleep(_seconds)
+            return _method(*args)
+
+        setattr(engine, name, slowed)
+    scheduler = Scheduler(engine)
+    handle = scheduler.submit(request())
+    time.sleep(0.01)
+    turn(scheduler, 4)
+    timings = handle.result()[1]
+    assert timings.queue >= 0.01 and timings.encode >= 0.02
+    assert timings.decode >= 0.04 and timings.pixels >= 0.03
+    parts = timings.queue + timings.encode + timings.decode + timings.pixels
+    assert parts <= timings.total <= parts + 0.05
+
+
+def test_ten_thousand_random_turns_leak_no_slot():
+    generator = random.Random(3)
+    engine = FakeEngine(slots=4)
+    scheduler = Scheduler(engine, queue_size=8)
+    handles = []
+    for _ in range(10_000):
+        action = generator.random()
+        if action < 0.3 and scheduler.queued < 8:
+            handles.append(scheduler.submit(request(frames=generator.randint(1, 2))))
+        elif action < 0.4 and handles:
+            generator.choice(handles).cancel()
+        elif action < 0.42:
+            engine.step_error = RuntimeError("now and then")
+        turn(scheduler)
+    engine.step_error = None
+    turn(scheduler, 100)
+    assert (scheduler.active, scheduler.queued, engine.allocated) == (0, 0, {})
+    ends = {"done": 0, "cancelled": 0, "failed": 0}
+    for handle in handles:
+        try:
+            handle.result()
+            ends["done"] += 1
+        except CancelledError:
+            ends["cancelled"] += 1
+        except EngineError:
+            ends["failed"] += 1
+    assert sum(ends.values()) == len(handles) and min(ends.values()) > 0
+
+
+def test_many_threads_over_the_decode_thread():
+    engine = FakeEngine(slots=3)
+    results: dict[int, np.ndarray] = {}
+
+    def ask(seed: int) -> None:
+        results[seed] = scheduler.submit(request(seed)).result()[0][0].tokens
+
+    with Scheduler(engine) as scheduler:
+        threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+    assert len(results) == 20
+    for seed, tokens in results.items():
+        np.testing.assert_array_equal(tokens, expected_tokens(seed, 0))
+
+
+def test_close_ends_what_runs_and_what_waits():
+    engine = FakeEngine()
+    engine.gate.clear()
+    scheduler = Scheduler(engine)
+    scheduler.start()
+    running, waiting = (scheduler.submit(request(frames=10)) for _ in range(2))
+    events = running.events()
+    assert isinstance(next(events), Accepted)
+    threading.Timer(0.05, engine.gate.set).start()
+    scheduler.close()
+    for ended in (events, waiting.events()):
+        with pytest.raises(ShuttingDownError, match="shut down before"):
+            list(ended)
+    with pytest.raises(ShuttingDownError, match="shutting down"):
+        scheduler.submit(request())
+    assert engine.allocated == {}
+    scheduler.close()
+
+
+def test_close_with_grace_finishes_what_is_at_hand():
+    scheduler = Scheduler(FakeEngine())
+    scheduler.start()
+    handles = [scheduler.submit(request(seed)) for seed in range(3)]
+    scheduler.close(grace=10)
+    assert [len(handle.result()[0]) for handle in handles] == [1, 1, 1]
+
+
+def test_close_of_a_scheduler_that_never_started_ends_what_waits():
+    scheduler = Scheduler(FakeEngine())
+    handle = scheduler.submit(request())
+    scheduler.close()
+    with pytest.raises(ShuttingDownError):
+        handle.result()
+
+
+def test_nobody_waits_for_a_dead_decode_thread(monkeypatch, caplog):
+    engine = FakeEngine()
+    scheduler = Scheduler(engine)
+    handle = scheduler.submit(request())
+    monkeypatch.setattr(scheduler, "_admit", lambda: 1 / 0)
+    scheduler.start()
+    with pytest.raises(EngineError, match="decode thread died"):
+        handle.result()
+    assert "ZeroDivisionError" in caplog.text
+    with pytest.raises(ShuttingDownError):
+        scheduler.submit(request())
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_queue_has_room_for_one_at_least(size):
+    with pytest.raises(ValueError, match="queue_size"):
+        Scheduler(FakeEngine(), queue_size=size)
+
+
+def test_wrong_answers_of_an_engine_end_the_request_not_the_loop():
+    engine = FakeEngine()
+    scheduler = Scheduler(engine)
+    pixels, engine.pixels = engine.pixels, lambda tokens: pixels(tokens)[:0]
+    handle = scheduler.submit(request())
+    turn(scheduler, 4)
+    with pytest.raises(EngineError, match="making pixels"):
+        handle.result()
+    step, engine.step = engine.step, lambda: list(itertools.repeat("nonsense", 1))
+    handle = scheduler.submit(request())
+    turn(scheduler)
+    with pytest.raises(EngineError, match="decoding"):
+        handle.result()
+    engine.step, engine.pixels = step, pixels
+    handle = scheduler.submit(request())
+    turn(scheduler, 4)
+    assert len(handle.result()[0]) == 1
