@@ -2,7 +2,7 @@
 
 NearbyAttention and CachedNearbyAttention, domain `nuwa`, version 1; spec/reference.py says what
 they compute. The bodies are what runs wherever no kernel of that name is registered. Knows nothing
-of PyTorch and nothing of the graphs that call the functions.
+of PyTorch and nothing of the graphs that call the functions, except the sizes that `attach` reads.
 
 How the bodies are laid out, and why:
 
@@ -10,22 +10,24 @@ How the bodies are laid out, and why:
   these inputs, so common-subexpression elimination leaves one copy of it.
 - The cache, seen as [S * R * heads, head_dim], is gathered straight into [T, heads, n, head_dim]:
   no transpose of gathered rows, and two batched matrix products do the rest. Measured on ONNX
-  Runtime's CPU provider against Einsum, Mul + ReduceSum, the Attention operator and gathering
-  [T, n, d]: fastest or equal at every T.
-- A row that writes nothing repeats the write of the first row that does, so that every shape is
-  static and the order of writes cannot matter. If no row writes, all of them write back what entry
-  0 of the first row's slot already holds.
-- Attention reads ScatterND's output, never its input: with one buffer bound to both, the write is
-  in place.
-- `Gemm` without its optional third input is zero: this is how an absent bias becomes zeros.
+  Runtime's CPU provider (1 thread, T = 1, 8, 20, 32) against GatherND, Einsum, Mul + ReduceSum, the
+  Attention operator and gathering [T, n, d]: fastest from T = 8 on, within 5 % at T = 1.
+- Rows that write nothing are dropped before ScatterND, which is the only way to write nothing at
+  all. Attention reads ScatterND's output, never its input: with one buffer bound to both, the write
+  is in place.
+- Sizes that are the same in every call of a file are constants of its bodies (`Sizes`): runtimes
+  fold no arithmetic on the shape of a tensor with a dynamic axis.
 - Entries of masked neighbours are read as entry 0 and weighed with zero: what a cache holds must be
   finite, also where nothing was written yet.
 
-Legend: T positions in a call, S cache slots, R entries a slot, n neighbours, H heads, e = head_dim,
-d = H * e; in the bodies a name's suffix gives its shape.
+Legend: T positions in a call, W of them that write, S cache slots, R entries a slot, n neighbours,
+H heads, e = head_dim, d = H * e; in the bodies a name's suffix gives its shape.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import onnx
 import onnx.parser
@@ -50,46 +52,25 @@ _OUTPUTS = {NEARBY: ("out",), CACHED: ("out", "key_cache_out", "value_cache_out"
 _INDEX_INPUTS = ("slot", "write_index", "neighbours")
 
 _WRITE = """
-  no_write = Constant <value = int32 {0}> ()
-  first_axis = Constant <value_ints = [0]> ()
-  last_axis = Constant <value_ints = [1]> ()
-  one_row = Constant <value_ints = [1]> ()
-  skips_T = Less (write_index, no_write)
+  no_entry = Constant <value = int32 {0}> ()
+  to_row = Constant <value_ints = [-1]> ()
+  to_column = Constant <value_ints = [1]> ()
+  skips_T = Less (write_index, no_entry)
   writes_T = Not (skips_T)
-  writes_i32_T = Cast <to = 6> (writes_T)
-  first_writer_1 = ArgMax <axis = 0, keepdims = 1> (writes_i32_T)
-  count = Shape (write_index)
-  first_write_1 = Gather (write_index, first_writer_1)
-  first_slot_1 = Gather (slot, first_writer_1)
-  none_writes_1 = Less (first_write_1, no_write)
-  spare_row_1 = Where (none_writes_1, count, first_writer_1)
-  spare_entry_1 = Max (first_write_1, no_write)
-  start = Constant <value = int64 {0}> ()
-  step = Constant <value = int64 {1}> ()
-  no_axes = Constant <value_ints = [0]> ()
-  count_0 = Squeeze (count, no_axes)
-  own_row_T = Range (start, count_0, step)
-  source_T = Where (skips_T, spare_row_1, own_row_T)
-  to_slot_T = Where (skips_T, first_slot_1, slot)
-  to_entry_T = Where (skips_T, spare_entry_1, write_index)
-  to_slot_T1 = Unsqueeze (to_slot_T, last_axis)
-  to_entry_T1 = Unsqueeze (to_entry_T, last_axis)
-  to_i32_T2 = Concat <axis = 1> (to_slot_T1, to_entry_T1)
-  to_T2 = Cast <to = 7> (to_i32_T2)
-  kept_i32_2 = Concat <axis = 0> (first_slot_1, spare_entry_1)
-  kept_12 = Unsqueeze (kept_i32_2, first_axis)
-  kept_i64_12 = Cast <to = 7> (kept_12)
-  kept_key_1d = GatherND (key_cache, kept_i64_12)
-  key_rows = Concat <axis = 0> (key_new, kept_key_1d)
-  key_Td = Gather (key_rows, source_T)
-  key_cache_out = ScatterND (key_cache, to_T2, key_Td)
-  kept_value_1d = GatherND (value_cache, kept_i64_12)
-  value_rows = Concat <axis = 0> (value_new, kept_value_1d)
-  value_Td = Gather (value_rows, source_T)
-  value_cache_out = ScatterND (value_cache, to_T2, value_Td)
+  writer_1W = NonZero (writes_T)
+  writer_W = Reshape (writer_1W, to_row)
+  place_T1 = Unsqueeze (write_index, to_column)
+  slot_T1 = Unsqueeze (slot, to_column)
+  place_i32_T2 = Concat <axis = 1> (slot_T1, place_T1)
+  place_T2 = Cast <to = 7> (place_i32_T2)
+  place_W2 = Gather (place_T2, writer_W)
+  key_Wd = Gather (key_new, writer_W)
+  value_Wd = Gather (value_new, writer_W)
+  key_cache_out = ScatterND (key_cache, place_W2, key_Wd)
+  value_cache_out = ScatterND (value_cache, place_W2, value_Wd)
 """
 
-_ATTEND = """
+_CONSTANTS = """
   zero = Constant <value = int32 {0}> ()
   one = Constant <value = int32 {1}> ()
   zero_f = Constant <value = float {0}> ()
@@ -100,23 +81,25 @@ _ATTEND = """
   axes_02 = Constant <value_ints = [0, 2]> ()
   axes_12 = Constant <value_ints = [1, 2]> ()
   axes_23 = Constant <value_ints = [2, 3]> ()
-  rest = Constant <value_ints = [-1]> ()
-  single = Constant <value_ints = [1]> ()
-
+  rest_1 = Constant <value_ints = [-1]> ()
+  one_1 = Constant <value_ints = [1]> ()
   heads_0 = Constant <value_int: int = @heads> ()
   heads_1 = Unsqueeze (heads_0, axis_0)
   heads_i32 = Cast <to = 6> (heads_0)
-  width_1 = Shape <start = 1, end = 2> (query)
-  size_1 = Div (width_1, heads_1)
-  rows_shape = Concat <axis = 0> (rest, size_1)
-  query_shape = Concat <axis = 0> (rest, heads_1, single, size_1)
-  out_shape = Concat <axis = 0> (rest, width_1)
-  size_f = Cast <to = 1> (size_1)
-  root = Sqrt (size_f)
-  scale = Reciprocal (root)
+"""
 
+_HEAD_DIM_KNOWN = "e_1 = Constant <value_ints = [HEAD_DIM]> ()"
+_HEAD_DIM_READ = """
+  d_1 = Shape <start = 1, end = 2> (query)
+  e_1 = Div (d_1, heads_1)
+"""
+_ENTRIES_KNOWN = "entries_i32 = Constant <value = int32[1] {ENTRIES}> ()"
+_ENTRIES_READ = """
   entries_1 = Shape <start = 1, end = 2> (KEY)
   entries_i32 = Cast <to = 6> (entries_1)
+"""
+
+_INDEX = """
   stride = Mul (entries_i32, heads_i32)
   head_H = Range (zero, heads_i32, one)
   head_1H1 = Unsqueeze (head_H, axes_02)
@@ -127,7 +110,6 @@ _ATTEND = """
   row_Tn = Add (offset_Tn, base_T1)
   row_T1n = Unsqueeze (row_Tn, axis_1)
   row_THn = Add (row_T1n, head_1H1)
-
   masked_Tn = Less (neighbours, zero)
   mask_Tn = Where (masked_Tn, never, zero_f)
   mask_T11n = Unsqueeze (mask_Tn, axes_12)
@@ -135,53 +117,93 @@ _ATTEND = """
   empty_T1 = Less (last_T1, zero)
   any_T1 = Where (empty_T1, zero_f, one_f)
   any_T111 = Unsqueeze (any_T1, axes_23)
+"""
 
-  columns = Shape <start = 1, end = 2> (neighbours)
-  zeros_H1_shape = Concat <axis = 0> (heads_1, single)
-  zeros_1n_shape = Concat <axis = 0> (single, columns)
-  zeros_f_H1 = Expand (zero_f, zeros_H1_shape)
-  zeros_f_1n = Expand (zero_f, zeros_1n_shape)
+_BIAS_NEVER = "mask = Identity (mask_T11n)"
+_BIAS_ALWAYS = """
+  bias_f = Cast <to = 1> (bias)
+  bias_H1n = Unsqueeze (bias_f, axis_1)
+  mask = Add (mask_T11n, bias_H1n)
+"""
+# Gemm without its optional third input is zero: an absent bias becomes zeros.
+_BIAS_MAYBE = """
+  n_1 = Shape <start = 1, end = 2> (neighbours)
+  H1 = Concat <axis = 0> (heads_1, one_1)
+  _1n = Concat <axis = 0> (one_1, n_1)
+  zeros_f_H1 = Expand (zero_f, H1)
+  zeros_f_1n = Expand (zero_f, _1n)
   zeros_H1 = CastLike (zeros_f_H1, query)
   zeros_1n = CastLike (zeros_f_1n, query)
-  given_Hn = Gemm (zeros_H1, zeros_1n, bias)
-  bias_Hn = Cast <to = 1> (given_Hn)
-  bias_H1n = Unsqueeze (bias_Hn, axis_1)
-  bias_TH1n = Add (mask_T11n, bias_H1n)
+  bias_or_zeros = Gemm (zeros_H1, zeros_1n, bias)
+  bias_f = Cast <to = 1> (bias_or_zeros)
+  bias_H1n = Unsqueeze (bias_f, axis_1)
+  mask = Add (mask_T11n, bias_H1n)
+"""
 
+_ATTEND = """
+  e_f = Cast <to = 1> (e_1)
+  root = Sqrt (e_f)
+  scale = Reciprocal (root)
+  query_shape = Concat <axis = 0> (rest_1, heads_1, one_1, e_1)
+  rows_shape = Concat <axis = 0> (rest_1, e_1)
+  d_out_1 = Mul (e_1, heads_1)
+  out_shape = Concat <axis = 0> (rest_1, d_out_1)
   query_f = Cast <to = 1> (query)
-  query_TH1e = Reshape (query_f, query_shape)
-  key_rows_e = Reshape (KEY, rows_shape)
-  value_rows_e = Reshape (VALUE, rows_shape)
-  key_stored = Gather (key_rows_e, row_THn)
-  value_stored = Gather (value_rows_e, row_THn)
+  query_Td = Mul (query_f, scale)
+  query_TH1e = Reshape (query_Td, query_shape)
+  key_rows = Reshape (KEY, rows_shape)
+  value_rows = Reshape (VALUE, rows_shape)
+  key_stored = Gather (key_rows, row_THn)
+  value_stored = Gather (value_rows, row_THn)
   key_THne = Cast <to = 1> (key_stored)
   value_THne = Cast <to = 1> (value_stored)
   key_THen = Transpose <perm = [0, 1, 3, 2]> (key_THne)
   product_TH1n = MatMul (query_TH1e, key_THen)
-  scaled_TH1n = Mul (product_TH1n, scale)
-  scores_TH1n = Add (scaled_TH1n, bias_TH1n)
-  weights_TH1n = Softmax <axis = -1> (scores_TH1n)
+  scores_TH1n = Add (product_TH1n, mask)
+  softmax_TH1n = Softmax <axis = -1> (scores_TH1n)
+  weights_TH1n = Mul (softmax_TH1n, any_T111)
   mean_TH1e = MatMul (weights_TH1n, value_THne)
-  out_TH1e = Mul (mean_TH1e, any_T111)
-  out_f = Reshape (out_TH1e, out_shape)
+  out_f = Reshape (mean_TH1e, out_shape)
   out = CastLike (out_f, query)
 """
 
 
-def functions(opset: int) -> tuple[FunctionProto, FunctionProto]:
-    """The two functions, bodies in the standard operators of `opset` (18 or later)."""
-    attend = _ATTEND.replace("KEY", "key").replace("VALUE", "value")
-    attend_cached = _ATTEND.replace("KEY", "key_cache_out").replace("VALUE", "value_cache_out")
-    return _function(NEARBY, attend, opset), _function(CACHED, _WRITE + attend_cached, opset)
+@dataclass(frozen=True)
+class Sizes:
+    """What all calls of one function in a file have in common; None where they differ.
+
+    head_dim: e; entries: R; bias: whether a bias is given.
+    """
+
+    head_dim: int | None = None
+    entries: int | None = None
+    bias: bool | None = None
 
 
-def _function(name: str, body: str, opset: int) -> FunctionProto:
+def function(name: str, opset: int, sizes: Sizes = Sizes()) -> FunctionProto:  # noqa: B008
+    """The function `name`, its body in the standard operators of `opset` (18 or later).
+
+    A body made for some `sizes` is right for calls of those sizes only.
+    """
     attributes = ", ".join(f'{key}: string = "{value}"' for key, value in PLUGIN_ATTRIBUTES.items())
+    write = _WRITE if name == CACHED else ""
     text = f"""<opset_import: ["" : {opset}], domain: "{DOMAIN}">
 {name} <heads, {attributes}> ({", ".join(_INPUTS[name])}) => ({", ".join(_OUTPUTS[name])}) {{
-{body}
+{write}{_attend(name, sizes)}
 }}"""
     return onnx.parser.parse_function(text)
+
+
+def _attend(name: str, sizes: Sizes) -> str:
+    head_dim = _HEAD_DIM_READ if sizes.head_dim is None else _HEAD_DIM_KNOWN
+    entries = _ENTRIES_READ if sizes.entries is None else _ENTRIES_KNOWN
+    bias = {None: _BIAS_MAYBE, True: _BIAS_ALWAYS, False: _BIAS_NEVER}[sizes.bias]
+    body = "\n".join([_CONSTANTS, head_dim, entries, _INDEX, bias, _ATTEND])
+    key, value = ("key_cache_out", "value_cache_out") if name == CACHED else ("key", "value")
+    words = {"HEAD_DIM": sizes.head_dim, "ENTRIES": sizes.entries, "KEY": key, "VALUE": value}
+    for word, meaning in words.items():
+        body = body.replace(word, str(meaning))
+    return body
 
 
 def schemas() -> dict[str, OpSchema]:
@@ -213,14 +235,45 @@ def _schema(name: str) -> OpSchema:
 
 
 def attach(model: ModelProto) -> None:
-    """Adds to `model`, in place, the functions that its nodes call."""
+    """Adds to `model`, in place, the functions that its nodes call, made for those calls."""
     opset = next(entry.version for entry in model.opset_import if entry.domain == "")
-    called = {node.op_type for node in operator_nodes(model)}
-    model.functions.extend(f for f in functions(opset) if f.name in called)
-    if called and all(entry.domain != DOMAIN for entry in model.opset_import):
+    nodes = operator_nodes(model)
+    for name in (NEARBY, CACHED):
+        calls = [node for node in nodes if node.op_type == name]
+        if calls:
+            model.functions.append(function(name, opset, _common_sizes(model, calls)))
+    if nodes and all(entry.domain != DOMAIN for entry in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
 
 
 def operator_nodes(model: ModelProto) -> list[NodeProto]:
     """The graph's nodes of domain `nuwa`."""
     return [node for node in model.graph.node if node.domain == DOMAIN]
+
+
+def _common_sizes(model: ModelProto, calls: list[NodeProto]) -> Sizes:
+    infos = [*model.graph.input, *model.graph.value_info]
+    shapes = {info.name: info.type.tensor_type.shape for info in infos}
+
+    def size(node: NodeProto, formal: str, axis: int) -> int | None:
+        shape = shapes.get(node.input[_INPUTS[node.op_type].index(formal)])
+        return shape.dim[axis].dim_value or None if shape is not None and shape.dim else None
+
+    def sizes(node: NodeProto) -> Sizes:
+        given = dict(zip(_INPUTS[node.op_type], node.input, strict=False))
+        width = size(node, "query", 1)
+        heads = next(a.i for a in node.attribute if a.name == "heads")
+        stored = "key_cache" if node.op_type == CACHED else "key"
+        head_dim = width // heads if width is not None else None
+        return Sizes(head_dim, size(node, stored, 1), bool(given.get("bias")))
+
+    found = [sizes(node) for node in calls]
+
+    def common(values: list) -> Any:
+        return values[0] if all(value == values[0] for value in values) else None
+
+    return Sizes(
+        common([s.head_dim for s in found]),
+        common([s.entries for s in found]),
+        common([s.bias for s in found]),
+    )

@@ -1,4 +1,4 @@
-"""The Python client: one interface over a server (Client) or an engine in this process (LocalClient).
+"""Python clients: the same interface over a server (Client) and in this process (LocalClient).
 
     with Client("127.0.0.1:50051") as client:
         clip = client.generate_video("t2v", "a 3 moves left", seed=1)

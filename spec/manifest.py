@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import ModelConfig
+from .tasks import Task
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -83,7 +84,7 @@ class Manifest:
 
     name: str
     config: ModelConfig
-    tasks: tuple[str, ...]
+    tasks: tuple[Task, ...]
     precision: str
     opset: int
     cache_entries: int
@@ -98,3 +99,72 @@ class Manifest:
     def to_json(self) -> str:
         """JSON text that `from_json` reads back to an equal manifest."""
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Manifest from `to_json`'s text; BundleError for anything unknown, missing or invalid."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise BundleError(f"{MANIFEST} is not JSON ({error}); export the bundle again") from None
+        if not isinstance(data, dict) or "format_version" not in data:
+            raise BundleError(f"{MANIFEST} names no format_version; it is not that of a bundle")
+        version = data["format_version"]
+        if version != FORMAT_VERSION:
+            raise BundleError(
+                f"{MANIFEST} has format version {version!r}, this nuwa-runtime reads "
+                f"{FORMAT_VERSION}; install the nuwa-runtime it was exported with, or export the "
+                f"checkpoint again with this one"
+            )
+        return cls(**_checked(data))
+
+
+def _checked(data: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a Manifest from parsed JSON, each of its type."""
+    fields = {field.name: field for field in dataclasses.fields(Manifest)}
+    missing, unknown = sorted(set(fields) - set(data)), sorted(set(data) - set(fields))
+    if missing or unknown:
+        raise BundleError(
+            f"{MANIFEST} lacks {missing} and has unknown fields {unknown}; it does not follow "
+            f"format version {FORMAT_VERSION}: export the bundle again"
+        )
+    for name in ("name", "licence", "training_data", "created"):
+        _require(isinstance(data[name], str), name, data[name], "a string")
+    for name in ("opset", "cache_entries", "parameter_count"):
+        _require(_is_positive(data[name]), name, data[name], "a positive integer")
+    _require(data["precision"] in PRECISIONS, "precision", data["precision"], f"in {PRECISIONS}")
+    _check_files(data["files"])
+    parity = data["parity"]
+    objects = isinstance(parity, dict) and all(isinstance(v, dict) for v in parity.values())
+    _require(objects, "parity", parity, "an object of objects")
+    return data | _parsed(data)
+
+
+def _parsed(data: dict[str, Any]) -> dict[str, Any]:
+    try:
+        config = ModelConfig.from_dict(data["config"])
+        tasks = tuple(Task(task) for task in data["tasks"])
+    except (ValueError, TypeError) as error:
+        raise BundleError(f"{MANIFEST} holds no usable model config: {error}") from None
+    return {"config": config, "tasks": tasks}
+
+
+def _check_files(files: Any) -> None:
+    _require(isinstance(files, dict), "files", files, "an object")
+    for name, digest in files.items():
+        plain = _FILE_NAME.fullmatch(name) is not None and name != MANIFEST
+        _require(plain, "files", name, "a list of plain file names inside the folder")
+        hashed = isinstance(digest, str) and _HASH.fullmatch(digest) is not None
+        _require(hashed, f"files[{name}]", digest, "a SHA-256 in hexadecimal")
+    needed = [*map(graph_file, GRAPHS), TEXT_TOKENIZER]
+    absent = [name for name in needed if name not in files]
+    _require(not absent, "files", sorted(files), f"complete: {absent} missing")
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _require(condition: bool, name: str, value: Any, wanted: str) -> None:
+    if not condition:
+        raise BundleError(f"{MANIFEST}: {name} is {value!r}, not {wanted}; export the bundle again")

@@ -197,7 +197,7 @@ class NUWA(nn.Module):
         return self.volume_logits(tokens_BN, text_BM, self.volume(grid, tokens_BN.device))
 
     def volume_logits(self, tokens_BN: Tensor, text_BM: Tensor, volume: Volume) -> Tensor:
-        """`forward` with the grid's tables at hand (what the trainer compiles)."""
+        """`forward` with the grid's tables at hand."""
         bos_B1 = tokens_BN.new_full((tokens_BN.shape[0], 1), self.config.bos)
         fed_BN = torch.cat([tokens_BN, bos_B1], dim=1)[:, volume.before]  # -1 is the <bos>
         x_BNd = self.embedding(fed_BN, volume.coordinates)

@@ -48,7 +48,6 @@ class NUWAOptions:
     average: float = 0.998
     layer_scale: float | None = 0.5
     bf16: bool = True
-    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.optimizer not in ("adam", "muon"):
@@ -82,8 +81,6 @@ class NUWARecipe:
         _initialise(self.model, vqgan, options.layer_scale)
         self.average = WeightAverage(self.model, options.average)
         self.optimizers = _optimizers(self.model, options)
-        forward = self.model.volume_logits
-        self._logits = torch.compile(forward) if options.compile else forward
         self._length = max(len(self._ids(c)) for c in _some_captions(clips)) + 2
 
     def step(self, step: int, lr_factor: float) -> dict[str, float]:
@@ -108,7 +105,8 @@ class NUWARecipe:
 
     def _backward(self, tokens: Tensor, text: Tensor, grid: Grid) -> float:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.options.bf16):
-            logits = self._logits(tokens, text, self.model.volume(grid, self.device))
+            volume = self.model.volume(grid, self.device)
+            logits = self.model.volume_logits(tokens, text, volume)
         loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
         loss.backward()
         return float(loss.detach())
@@ -175,7 +173,7 @@ class NUWARecipe:
                 guidance=2.0,
                 unconditional_1M=self.encode([UNCONDITIONAL_PROMPT]),
             )
-            codes = tokens.view(count * frames, grid.height, grid.width)
+            codes = tokens.reshape(count * frames, grid.height, grid.width)
             with torch.no_grad():
                 sheets.append(to_bytes(self.vqgan.decode(codes)).numpy())
         pictures = np.concatenate(sheets)

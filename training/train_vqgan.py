@@ -56,7 +56,6 @@ class VQGANOptions:
     codebook: str = "ema"
     average: float = 0.995
     bf16: bool = True
-    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.codebook not in ("ema", "gradient"):
@@ -105,9 +104,6 @@ class VQGANRecipe:
         self.discriminator_optimizer = torch.optim.Adam(
             self.discriminator.parameters(), lr=options.discriminator_lr, betas=(0.5, 0.9)
         )
-        wrap = torch.compile if options.compile else lambda function: function
-        self._features = wrap(self.model.features)
-        self._decode = wrap(self.model.decode_features)
 
     def step(self, step: int, lr_factor: float) -> dict[str, float]:
         options = self.options
@@ -117,9 +113,9 @@ class VQGANRecipe:
         pixels = to_signed(raw.to(self.device))
         adversarial = options.discriminator_from is not None and step >= options.discriminator_from
         with self._autocast():
-            features = self._features(pixels).float()
+            features = self.model.features(pixels).float()
             quantized, metrics = self._quantize(features, step)
-            output = self._decode(quantized).float()
+            output = self.model.decode_features(quantized).float()
         loss = reconstruction = reconstruction_loss(
             pixels, output, self.perceptual, emphasis=options.emphasis, square=options.square
         )

@@ -1,13 +1,13 @@
 """An engine without a model, whose answers can be worked out by hand.
 
 A frame is 4 x 4 tokens and 8 x 8 pixels: a token is a square of 2 x 2 pixels. One step decodes one
-row of 4 tokens in every admitted slot, so a clip of F frames takes 4 F steps, and frame f is finished
-by step 4 (f + 1). The token of frame f, row i, column j is
+row of 4 tokens in every admitted slot, so a clip of F frames takes 4 F steps, and frame f is
+finished by step 4 (f + 1). The token of frame f, row i, column j is
 
     (seed + sample_index + 16 f + 4 i + j) % 512
 
-and a token t is the colour (t % 256, t // 256, 7). It can do t2i, i2i, ti2i, t2v, s2v, v2v, tv2v (not
-s2i); known frames and masks are accepted and otherwise ignored. The prompt "refused" fails `check`.
+and a token t is the colour (t % 256, t // 256, 7). It can do every task but s2i; known frames and
+masks are accepted and otherwise ignored. The prompt "refused" fails `check`.
 
 To misbehave on purpose: put an error into `admit_error`, `step_error` (used once) or give a seed in
 `bad_pixel_seeds`; clear `gate` to hold every step until it is set again.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import threading
 
 import numpy as np
+
 from nuwa.runtime.core import GenerationRequest, ModelInfo, SlotStep, UnsupportedTaskError
 from nuwa.spec.tasks import Task
 
@@ -31,7 +32,7 @@ TASKS = tuple(task for task in Task if task is not Task.S2I)
 def expected_tokens(seed: int, frame: int) -> np.ndarray:
     """The answer: i32 [4, 4]."""
     cells = np.arange(GRID * GRID).reshape(GRID, GRID)
-    return ((seed + GRID * GRID * frame + cells) % CODEBOOK).astype(np.int32)
+    return ((seed % CODEBOOK + GRID * GRID * frame + cells) % CODEBOOK).astype(np.int32)
 
 
 def expected_pixels(tokens: np.ndarray) -> np.ndarray:

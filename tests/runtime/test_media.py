@@ -8,9 +8,10 @@ import zlib
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from nuwa.runtime import media
 from nuwa.runtime.media import Limits, MediaError
-from PIL import Image
 
 RANDOM = np.random.default_rng(0)
 CLIP = RANDOM.integers(0, 256, (4, 8, 12, 3), dtype=np.uint8)

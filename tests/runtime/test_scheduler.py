@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+
 from nuwa.runtime.core import (
     Accepted,
     CancelledError,

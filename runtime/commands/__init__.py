@@ -1,0 +1,1 @@
+"""One file a subcommand of `nuwa`: `command(parser)` adds arguments and returns what runs them."""

@@ -1,0 +1,67 @@
+"""Command-line arguments that several subcommands share, and how their values are read."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale")
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+positive.__name__ = "whole number"  # argparse says "invalid whole number value: 'x'"
+
+
+def add_engine(parser: argparse.ArgumentParser, *, slots: bool) -> None:
+    """--threads, and --slots where several requests may run at a time."""
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--threads", type=positive, metavar="N", help="CPU threads (default: one a core)"
+    )
+    if slots:
+        group.add_argument(
+            "--slots",
+            type=positive,
+            default=1,
+            metavar="N",
+            help="requests that are decoded at a time; others wait (default: %(default)s)",
+        )
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """How tokens are drawn. Absent values are left to the server's defaults."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="0 takes the likeliest token always; lower is safer, higher more varied (default: 1)",
+    )
+    group.add_argument(
+        "--top-k", type=int, metavar="K", help="draw from the K likeliest tokens; 0: all (default)"
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="draw from the likeliest tokens that together have probability P (default: 1, all)",
+    )
+    group.add_argument(
+        "--guidance-scale",
+        type=float,
+        metavar="G",
+        help="how strongly the text leads, about 1.5 to 4; 1: no guidance (default)",
+    )
+
+
+def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of add_sampling that were given."""
+    values = {name: getattr(arguments, name) for name in SAMPLING}
+    return {name: value for name, value in values.items() if value is not None}

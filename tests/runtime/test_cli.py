@@ -1,0 +1,387 @@
+"""The command line over the fake engine: what it writes, prints, and says of mistakes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import signal
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from nuwa.runtime import cli, media
+from nuwa.runtime.commands import evaluate
+from nuwa.runtime.server import Server
+from nuwa.spec.config import preset
+from nuwa.spec.manifest import Manifest
+from nuwa.spec.tasks import Task
+
+from .fake_engine import FakeEngine, expected_pixels, expected_tokens
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """What `load_engine` gives; its arguments are noted in `engine.loaded`."""
+    engine = FakeEngine()
+    engine.loaded = []
+    module = types.ModuleType("nuwa.runtime.engine")
+
+    def load_engine(bundle, *, slots=1, threads=None):
+        engine.loaded.append((str(bundle), slots, threads))
+        return engine
+
+    module.load_engine = load_engine
+    monkeypatch.setitem(sys.modules, "nuwa.runtime.engine", module)
+    return engine
+
+
+def clip(seed: int, frames: int) -> np.ndarray:
+    return np.stack([expected_pixels(expected_tokens(seed, index)) for index in range(frames)])
+
+
+def run(*words: object) -> int:
+    return cli.main([str(word) for word in words])
+
+
+def test_generate_writes_a_clip(engine, tmp_path, capsys):
+    out = tmp_path / "clip.webp"
+    words = ["generate", "b", "--task", "t2v", "--prompt", "a 3", "--out", out, "--frames", 3]
+    knobs = ["--temperature", 0.5, "--top-k", 4, "--top-p", 0.9, "--guidance-scale", 2]
+    assert run(*words, *knobs, "--seed", 5, "--scale", 2, "--threads", 2) == 0
+    np.testing.assert_array_equal(media.decode_clip(out.read_bytes()), media.upscale(clip(5, 3), 2))
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{out}: 3 frames of 16 x 16, seed 5, ")
+    assert printed.err == "", "no progress bar where nobody looks"
+    assert engine.loaded == [("b", 1, 2)]
+    sampling = engine.admitted[0].sampling
+    values = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.guidance_scale)
+    assert values == (0.5, 4, 0.9, 2.0)
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "gif", "PNG"])
+def test_generate_writes_an_image(engine, tmp_path, suffix):
+    out = tmp_path / f"three.{suffix}"
+    assert run("generate", "b", "--task", "T2I", "--prompt", "a 3", "--seed", 1, "--out", out) == 0
+    np.testing.assert_array_equal(media.decode_clip(out.read_bytes()), clip(1, 1))
+
+
+def test_generate_asks_a_server(tmp_path, capsys):
+    out = tmp_path / "clip.gif"
+    with Server(FakeEngine()) as server:
+        words = ["--task", "t2v", "--prompt", "a 3", "--seed", 1, "--frames", 2, "--out", out]
+        assert run("generate", "--server", server.address, *words) == 0
+        np.testing.assert_array_equal(media.decode_clip(out.read_bytes()), clip(1, 2))
+        assert run("generate", "--server", server.address, *words, "--top-p", 3) == 2
+    assert "nuwa generate: error: top_p 3.0 is not in (0, 1]" in capsys.readouterr().err
+
+
+def test_generate_takes_files_and_boxes(engine, tmp_path):
+    picture = np.full((8, 8, 3), 200, np.uint8)
+    still, moving = tmp_path / "still.png", tmp_path / "moving.webp"
+    still.write_bytes(media.encode_picture(picture, "png"))
+    moving.write_bytes(media.encode_animation(np.stack([picture] * 6), "webp"))
+    image, video = tmp_path / "out.png", tmp_path / "out.webp"
+    assert (
+        run("generate", "b", "--task", "i2i", "--image", still, "--mask", still, "--out", image)
+        == 0
+    )
+    boxes = ["--box", "0,0,2,2", "--box", "7,7,1,1"]
+    words = ["--task", "tv2v", "--prompt", "a 3", "--video", moving, "--out", video]
+    assert run("generate", "b", *words, *boxes) == 0
+    assert run("generate", "b", "--task", "s2v", "--sketch", moving, "--out", video) == 0
+    words = ["--task", "v2v", "--video", moving, "--keep", 4, "--frames", 7, "--out", video]
+    assert run("generate", "b", *words, "--schedule", "raster", "--sample-index", 3) == 0
+    completion, edit, drawn, predicted = engine.admitted
+    assert completion.mask.all() and edit.mask.sum() == 5
+    assert len(edit.frames) == 6 and drawn.sketch.shape == (6, 8, 8)
+    assert len(predicted.frames) == 4 and predicted.frame_count == 7
+    assert (predicted.schedule, predicted.sample_index) == ("raster", 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("b --task t2v --prompt a --out x.png", "clips end in .webp or .gif"),
+        ("b --task t2i --prompt a --out x.mp4", "images end in .png or .webp or .gif"),
+        ("b --task t2i --prompt a --out no/such/x.png", "there is no folder no/such"),
+        ("b --task t2x --out x.png", "unknown task 't2x'; choose one of t2i"),
+        ("b --task t2i --out x.png", "prompt is empty; task T2I needs one"),
+        ("b --task t2i --prompt refused --out x.png", "'refused' is refused"),
+        ("b --task s2i --out x.png", "this bundle cannot do S2I; it can do T2I"),
+        ("b --task t2i --prompt a --scale 9 --out x.png", "--scale 9 is not in [1, 8]"),
+        ("b --task t2v --prompt a --fps 0 --out x.gif", "--fps 0 is not in [1, 50]"),
+        ("b --task t2v --prompt a --frames 99 --out x.gif", "frame_count 99 is not in [1, 10]"),
+        ("b --task t2i --prompt a --frames 2 --out x.png", "task t2i takes no --frames"),
+        ("b --task t2v --prompt a --image i.png --out x.gif", "task t2v takes no --image"),
+        ("b --task i2i --image no.png --box 0,0,1,1 --out x.png", "no.png: No such file"),
+        ("b --task t2v --prompt a --keep 2 --out x.gif", "--keep needs --video"),
+        ("b --task t2i --prompt a --mask m --box 0,0,1,1 --out x.png", "not both"),
+        ("b --task t2i --prompt a --box 1,2 --out x.png", "is not LEFT,TOP,WIDTH,HEIGHT"),
+        ("b --task t2i --prompt a --seed -1 --out x.png", "seed -1 is not in"),
+        ("b --task t2i --prompt a --top-k 99999999999 --out x.png", "top_k 99999999999"),
+        ("b --task t2i --prompt a --threads 0 --out x.png", "0 is not at least 1"),
+        ("--task t2i --prompt a --out x.png", "name either a bundle or --server"),
+        ("b --server h:1 --task t2i --prompt a --out x.png", "name either a bundle or --server"),
+        ("b --task t2i", "the following arguments are required: --out"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_no_file(
+    engine, tmp_path, monkeypatch, capsys, words, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert run("generate", *words.split()) == 2
+    error = capsys.readouterr().err
+    last = error.strip().splitlines()[-1]
+    assert last.startswith("nuwa generate: error: ") and message in last, error
+    assert "Traceback" not in error and list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_where_an_error_comes_from(engine, tmp_path):
+    with pytest.raises(ValueError, match="prompt is empty"):
+        run("generate", "b", "--task", "t2i", "--out", tmp_path / "x.png", "--debug")
+
+
+def test_faults_that_are_ours_keep_their_traceback(engine, tmp_path):
+    engine.step_error = ZeroDivisionError("a bug")
+    with pytest.raises(RuntimeError, match="engine failed while decoding"):
+        run("generate", "b", "--task", "t2i", "--prompt", "a", "--out", tmp_path / "x.png")
+
+
+def test_ctrl_c_is_quiet(monkeypatch, engine, tmp_path, capsys):
+    def interrupt(request):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "check", interrupt)
+    words = ["--task", "t2i", "--prompt", "a", "--out", tmp_path / "x.png"]
+    assert run("generate", "b", *words) == 130
+    assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def bundle(monkeypatch, tmp_path):
+    """A manifest as export writes it, and one file."""
+    (tmp_path / "decoder_step.onnx").write_bytes(bytes(2_500_000))
+    manifest = Manifest(
+        name="sprites",
+        config=preset("sprites"),
+        tasks=(Task.T2I, Task.T2V),
+        precision="fp32",
+        opset=18,
+        cache_entries=640,
+        files={"decoder_step.onnx": "ab" * 32},
+        parity={"decoder_step": {"max_abs": 1e-6}},
+        parameter_count=5_000_000,
+        licence="CC0-1.0",
+        training_data="sprites",
+        created="2026-01-01T00:00:00Z",
+    )
+    opened = types.SimpleNamespace(path=tmp_path, manifest=manifest, hash="cd" * 32)
+    monkeypatch.setattr("nuwa.runtime.bundle.open_bundle", lambda path: opened)
+    return manifest
+
+
+def test_inspect_is_readable(bundle, tmp_path, capsys):
+    assert run("inspect", tmp_path) == 0
+    lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["name"] == "sprites" and lines["tasks"] == "t2i, t2v"
+    assert (
+        lines["parameter_count"] == "5 000 000" and lines["parity.decoder_step.max_abs"] == "1e-06"
+    )
+    assert lines["bundle"].endswith("cd" * 32)
+    assert "2.50 MB  sha256 abababababababab" in lines["file"]
+    assert any(name.startswith("config.") for name in lines)
+
+
+def test_inspect_json_is_the_manifest(bundle, tmp_path, capsys):
+    assert run("inspect", tmp_path, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(bundle.to_json())
+
+
+def test_inspect_of_no_bundle(tmp_path, capsys):
+    assert run("inspect", tmp_path) == 2
+    assert "nuwa inspect: error: " in capsys.readouterr().err
+
+
+class Evaluator:
+    """Calls `generate` once a task and reports what it got."""
+
+    def __call__(
+        self, generate, *, tasks, split, samples, seed, level="digits", out=None, progress=None
+    ):
+        self.options = (split, samples, seed, level, out)
+        self.results = {}
+        for index, task in enumerate(tasks):
+            given = clip(0, 4) if task == "v2v" else None
+            prompt = "" if task == "v2v" else "a 3"
+            count = 10 if Task(task).is_video else 1
+            self.results[task] = generate(
+                task=task, prompt=prompt, frame_count=count, seed=seed, frames=given
+            )
+            progress(index + 1, len(tasks))
+        return {
+            "tasks": {task: {"scores": {"class": {"model": 0.5, "low": None}}} for task in tasks}
+        }
+
+
+@pytest.fixture
+def evaluator(monkeypatch):
+    evaluator = Evaluator()
+    monkeypatch.setattr(evaluate, "load_evaluator", lambda name: evaluator)
+    return evaluator
+
+
+def test_evaluate_hands_the_engine_to_the_evaluator(engine, evaluator, tmp_path, capsys):
+    words = ["--tasks", "t2i,t2v,v2v", "--samples", 8, "--seed", 3, "--split", "novel"]
+    assert run("evaluate", "b", *words, "--out", tmp_path, "--top-k", 2, "--set", "level=full") == 0
+    assert evaluator.options == ("novel", 8, 3, "full", tmp_path)
+    np.testing.assert_array_equal(evaluator.results["t2i"], clip(3, 1))
+    np.testing.assert_array_equal(evaluator.results["v2v"], clip(3, 10))
+    assert all(request.sampling.top_k == 2 for request in engine.admitted)
+    assert "t2v   class            model 0.500  low -" in capsys.readouterr().out
+
+
+def test_evaluate_prints_json(engine, evaluator, capsys):
+    assert run("evaluate", "b", "--json") == 0
+    assert set(json.loads(capsys.readouterr().out)["tasks"]) == {"t2i", "t2v"}
+    assert evaluator.options == ("test", 512, 0, "digits", None)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("b --set colour=red", "has no option 'colour'; it has"),
+        ("b --set colour", "is not NAME=VALUE"),
+        ("b --tasks t2i,t2w", "unknown task 't2w'"),
+        ("b --samples 0", "0 is not at least 1"),
+        ("b --samples many", "invalid whole number value: 'many'"),
+    ],
+)
+def test_mistakes_of_evaluate(engine, evaluator, capsys, words, message):
+    assert run("evaluate", *words.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_evaluators_that_are_not_there(capsys, engine, monkeypatch):
+    assert run("evaluate", "b", "--evaluator", "nothing") == 2
+    assert "there is no evaluator 'nothing'; installed: " in capsys.readouterr().err
+    entry = importlib.metadata.EntryPoint("broken", "no_such_module:f", evaluate.GROUP)
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: [entry])
+    assert run("evaluate", "b", "--evaluator", "broken") == 2
+    assert "needs no_such_module; install it with: pip install" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [*cli.BUILT_IN])
+def test_every_command_explains_itself_with_examples(name, capsys):
+    assert run(name, "--help") == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: nuwa {name}") and "examples:" in text
+    assert f"nuwa {name} " in text.split("examples:")[1]
+
+
+def test_the_overview_names_every_command(capsys):
+    assert run("--help") == 0
+    text = capsys.readouterr().out
+    for name in (*cli.BUILT_IN, "train", "export"):
+        assert f"\n  {name} " in text
+    assert run() == 2
+    assert "usage: nuwa COMMAND" in capsys.readouterr().err
+
+
+def test_unknown_commands(capsys):
+    assert run("paint") == 2
+    assert "nuwa paint: error: there is no such command; choose one of generate" in (
+        capsys.readouterr().err
+    )
+
+
+def test_version(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("nuwa-runtime ")
+
+
+def entry_points(monkeypatch, value: str) -> None:
+    entry = importlib.metadata.EntryPoint("train", value, cli.GROUP)
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: [entry])
+
+
+def test_commands_of_other_folders(monkeypatch, capsys):
+    module = types.ModuleType("elsewhere")
+
+    def command(parser):
+        parser.add_argument("--steps", type=int)
+
+        def run(args):
+            if args.steps == 0:
+                import no_such_torch  # noqa: F401
+            return args.steps
+
+        return run
+
+    module.command = command
+    monkeypatch.setitem(sys.modules, "elsewhere", module)
+    entry_points(monkeypatch, "elsewhere:command")
+    assert run("train", "--steps", 7) == 7
+    assert run("train", "--steps", 0) == 2
+    wanted = (
+        "nuwa train: error: needs no_such_torch; install it with: pip install 'nuwa-runtime[train]'"
+    )
+    assert wanted in capsys.readouterr().err
+
+
+def test_commands_whose_module_needs_what_is_missing(monkeypatch, capsys):
+    entry_points(monkeypatch, "no_such_torch.cli:command")
+    assert run("train") == 2
+    assert "needs no_such_torch; install it with: pip install 'nuwa-runtime[train]'" in (
+        capsys.readouterr().err
+    )
+    entry_points(monkeypatch, "nuwa.no_such_part:command")
+    assert run("train") == 2
+    assert "nuwa.no_such_part is missing from this installation" in capsys.readouterr().err
+
+
+def test_python_m_is_the_command():
+    command = [sys.executable, "-m", "nuwa.runtime", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("nuwa-runtime ")
+
+
+SERVE = """
+import sys, types
+from tests.runtime.fake_engine import FakeEngine
+module = types.ModuleType("nuwa.runtime.engine")
+module.load_engine = lambda bundle, *, slots, threads: FakeEngine(slots)
+sys.modules["nuwa.runtime.engine"] = module
+from nuwa.runtime.cli import main
+sys.exit(main(["serve", "b", "--port", "0", "--slots", "3", "--queue-size", "5"]))
+"""
+
+
+def test_serve_serves_until_told_to_stop(tmp_path, request, capsys):
+    root = request.config.rootpath
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVE],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        line = process.stdout.readline()
+        assert line.startswith("nuwa: ready on 127.0.0.1:"), process.stderr.read()
+        address = line.split()[3].rstrip(":")
+        out = tmp_path / "x.png"
+        words = ["--task", "t2i", "--prompt", "a", "--out", out]
+        assert run("generate", "--server", address, *words) == 0
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        errors = process.stderr.read()
+    assert "t2i: 1 frames, 4 steps" in errors and "Traceback" not in errors
+    assert out.exists()
+
+
+def test_serve_tells_of_a_taken_port(engine, capsys):
+    with Server(FakeEngine()) as server:
+        assert run("serve", "b", "--port", server.address.rpartition(":")[2]) == 2
+    assert "nuwa serve: error: cannot listen on 127.0.0.1:" in capsys.readouterr().err

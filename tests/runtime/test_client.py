@@ -1,0 +1,183 @@
+"""Both clients over the fake engine: the same calls, the same answers."""
+
+from __future__ import annotations
+
+import time
+
+import grpc
+import numpy as np
+import pytest
+
+from nuwa.runtime import media
+from nuwa.runtime.client import Client, ClientError, LocalClient
+from nuwa.runtime.core import Accepted, Frame, Progress, UnsupportedTaskError
+from nuwa.runtime.errors import DeadlineExceededError, FieldError
+from nuwa.runtime.requests import image_request, video_request
+from nuwa.runtime.results import ClipDone
+from nuwa.runtime.server import Server
+
+from .fake_engine import FakeEngine, expected_pixels, expected_tokens
+
+PICTURE = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+CLIP = np.stack([PICTURE, PICTURE, PICTURE + 1])
+
+
+@pytest.fixture
+def engine():
+    return FakeEngine()
+
+
+@pytest.fixture(params=["server", "local"])
+def client(request, engine):
+    if request.param == "local":
+        with LocalClient(engine) as client:
+            yield client
+        return
+    with Server(engine) as server, Client(server.address) as client:
+        yield client
+
+
+def test_an_image(client):
+    result = client.generate_image("t2i", "a 3", seed=9, include_tokens=True, request_id="mine")
+    np.testing.assert_array_equal(result.tokens, expected_tokens(9, 0))
+    np.testing.assert_array_equal(result.pixels, expected_pixels(expected_tokens(9, 0)))
+    assert (result.seed, result.request_id, result.timings.steps) == (9, "mine", 4)
+    assert result.timings.total >= result.timings.decode > 0
+    assert client.generate_image("T2I", "a 3").tokens is None
+
+
+def test_an_image_in_a_file(client):
+    result = client.generate_image("t2i", "a 3", seed=9, output_format="png", scale=2)
+    np.testing.assert_array_equal(media.decode_clip(result.data)[0], result.pixels)
+    assert result.data.startswith(b"\x89PNG") and result.pixels.shape == (16, 16, 3)
+
+
+def test_a_clip(client):
+    seen = []
+    result = client.generate_video(
+        "t2v",
+        "a 3",
+        frame_count=3,
+        seed=9,
+        include_tokens=True,
+        animation_format="webp",
+        frames_per_second=4,
+        on_event=seen.append,
+    )
+    tokens = np.stack([expected_tokens(9, frame) for frame in range(3)])
+    np.testing.assert_array_equal(result.tokens, tokens)
+    np.testing.assert_array_equal(result.frames, expected_pixels(tokens))
+    np.testing.assert_array_equal(media.decode_clip(result.animation), result.frames)
+    kinds = [type(event) for event in seen]
+    assert kinds == [Accepted, *([Progress] * 4 + [Frame]) * 3, ClipDone]
+    assert result.timings.steps == 12 and result.seed == 9
+
+
+def test_arrays_arrive_as_they_are(client, engine):
+    mask = np.zeros((8, 8), bool)
+    mask[2:4] = True
+    maps = CLIP[..., 0].copy()
+    client.generate_image("i2i", image=PICTURE, mask=mask)
+    client.generate_video("tv2v", "a 3", video=CLIP, mask=[(1, 2, 3, 4), (0, 0, 1, 1)])
+    client.generate_video("s2v", sketch=maps)
+    client.generate_video("v2v", video=CLIP, sample_index=2, schedule="raster", temperature=0.5)
+    completion, edit, drawn, predicted = engine.admitted
+    np.testing.assert_array_equal(completion.frames, PICTURE[None])
+    np.testing.assert_array_equal(completion.mask, mask)
+    np.testing.assert_array_equal(edit.frames, CLIP)
+    assert edit.mask.sum() == 13 and edit.mask[2:6, 1:4].all()
+    np.testing.assert_array_equal(drawn.sketch, maps)
+    assert (predicted.frame_count, predicted.sample_index, predicted.schedule) == (10, 2, "raster")
+    assert predicted.sampling.temperature == 0.5
+
+
+def test_files_arrive_as_they_are(client, engine, tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_bytes(media.encode_picture(PICTURE, "png"))
+    client.generate_image("ti2i", "a 3", image=path, mask=[(0, 0, 8, 8)])
+    client.generate_image("ti2i", "a 3", image=path.read_bytes(), mask=path)
+    for request in engine.admitted:
+        np.testing.assert_array_equal(request.frames, PICTURE[None])
+
+
+def test_get_model(client, engine):
+    assert client.get_model() == engine.info
+
+
+def test_leaving_a_stream_cancels_it(client, engine):
+    engine.gate.clear()
+    events = client.stream_video("t2v", "a 3")
+    assert isinstance(next(events), Accepted)
+    events.close()
+    time.sleep(0.1)
+    engine.gate.set()
+    end = time.monotonic() + 5
+    while engine.allocated:
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    assert engine.steps < 40
+
+
+def test_errors_of_the_server_are_client_errors(engine):
+    with Server(engine) as server, Client(server.address) as client:
+        with pytest.raises(ClientError, match="top_p 2.0 is not in") as failure:
+            client.generate_image("t2i", "a 3", top_p=2)
+        assert failure.value.reason == "INVALID_REQUEST"
+        assert failure.value.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert list(failure.value.fields) == ["sampling.top_p"]
+        with pytest.raises(ClientError, match="cannot do S2I") as failure:
+            client.generate_image("s2i", sketch=PICTURE[..., 0])
+        assert failure.value.metadata["tasks"].startswith("T2I,")
+        with pytest.raises(ClientError) as failure:
+            client.generate_video("t2v")
+        assert "prompt" in failure.value.fields
+        engine.gate.clear()
+        with pytest.raises(ClientError) as failure:
+            client.generate_image("t2i", "a 3", deadline=0.1)
+        assert failure.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+        engine.gate.set()
+
+
+def test_errors_without_a_server_are_the_plain_ones(engine):
+    with LocalClient(engine) as client:
+        with pytest.raises(FieldError, match="top_p 2.0"):
+            client.generate_image("t2i", "a 3", top_p=2)
+        with pytest.raises(UnsupportedTaskError):
+            client.generate_image("s2i", sketch=PICTURE[..., 0])
+        engine.step = lambda: time.sleep(0.01) or []
+        with pytest.raises(DeadlineExceededError):
+            client.generate_image("t2i", "a 3", deadline=0.05)
+
+
+def test_no_server():
+    started = time.monotonic()
+    with pytest.raises(ClientError, match="no server answered at 127.0.0.1:1 within 0.3 s"):
+        Client("127.0.0.1:1", ready_timeout=0.3)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"image": "picture.png"}, TypeError, "image is of type str"),
+        ({"image": PICTURE.astype(np.float32)}, ValueError, "image is float32"),
+        ({"image": PICTURE[..., 0]}, ValueError, r"not uint8 \[H, W, 3\]"),
+        ({"mask": PICTURE}, ValueError, "mask is uint8|neither"),
+        ({"top_k": 2**40}, ValueError, "top_k 1099511627776 is not possible"),
+        ({"seed": "x"}, TypeError, "seed 'x' is not possible"),
+        ({"schedule": "spiral"}, ValueError, "schedule 'spiral' is not one of wave, raster"),
+        ({"output_format": "bmp"}, ValueError, "'bmp' is not one of png, webp, gif, raw"),
+        ({"topk": 3}, TypeError, "unknown option 'topk'"),
+        ({"video": CLIP}, TypeError, "unknown option 'video'"),
+    ],
+)
+def test_values_that_no_message_can_hold(options, error, message):
+    with pytest.raises(error, match=message):
+        image_request("t2i", "a 3", options)
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="unknown task 'x2y'; choose one of t2i"):
+        image_request("x2y", "", {})
+    with pytest.raises(ValueError, match="'avi' is not one of webp, gif"):
+        video_request("t2v", "a", {"animation_format": "avi"})

@@ -1,0 +1,193 @@
+"""Training runs: killed and resumed they repeat an unbroken run; bad settings are refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from nuwa.spec.config import DecoderConfig, ModelConfig, TextConfig, VQGANConfig
+from nuwa.spec.grid import Extent, Grid
+from nuwa.training.checkpoint import load_checkpoint, load_tokenizer, save_tokenizer
+from nuwa.training.trainer import TrainerOptions, train
+from nuwa.training.vqgan import VQGAN
+
+TINY = ModelConfig(
+    name="tiny",
+    image=VQGANConfig(
+        resolution=64,
+        base_channels=32,
+        channel_multipliers=(1, 1, 1, 1),
+        res_blocks=1,
+        attention_resolutions=(),
+        z_channels=8,
+        embedding_dim=8,
+        codebook_size=16,
+    ),
+    text=TextConfig(vocabulary_size=300, width=16, layers=1, heads=2, mask_padding=True),
+    decoder=DecoderConfig(
+        grid=Grid(10, 8, 8),
+        width=16,
+        layers=1,
+        heads=2,
+        ff_multiplier=1,
+        extents=(Extent(3, 3, 3),),
+    ),
+)
+STEPS = 14
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    (folder / "tiny.json").write_text(TINY.to_json())
+    torch.manual_seed(0)
+    save_tokenizer(VQGAN(TINY.image), folder / "vqgan")
+    return folder
+
+
+def command(folder, kind, run) -> list[str]:
+    code = (
+        "import argparse, sys; from nuwa.training.cli import command;"
+        "parser = argparse.ArgumentParser(); run = command(parser); run(parser.parse_args())"
+    )
+    shared = ["--config", str(folder / "tiny.json"), "--run", str(run), "--threads", "1"]
+    shared += ["--steps", str(STEPS), "--checkpoint-every", "3", "--sample-every", "100"]
+    own = {
+        "tokenizer": ["--batch", "2", "--quantize-from", "4", "--discriminator-from", "8"],
+        "model": ["--tokenizer", str(folder / "vqgan"), "--dataset-clips", "6"]
+        + ["--images", "3", "--clips", "2"],
+    }[kind]
+    return [sys.executable, "-c", code, kind, *shared, *own]
+
+
+def losses(run) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tokenizer", "model"])
+def test_killed_and_resumed_equals_unbroken(folder, kind):
+    whole, broken = folder / f"{kind}-whole", folder / f"{kind}-broken"
+    subprocess.run(command(folder, kind, whole), check=True, capture_output=True)
+    kills = 0
+    for wanted in (5, 11):
+        process = subprocess.Popen(
+            command(folder, kind, broken), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None:
+            path = broken / "metrics.jsonl"
+            if path.exists() and len(path.read_text().splitlines()) >= wanted:
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.005)
+        process.wait()
+    with open(broken / "metrics.jsonl", "a") as file:
+        file.write('{"step": 13, "lo')  # a line cut short by the kill
+    subprocess.run(command(folder, kind, broken), check=True, capture_output=True)
+    assert kills == 2
+    assert [step for step, _ in losses(whole)] == list(range(STEPS))
+    assert losses(broken) == losses(whole)
+    states = [sorted(run.glob("state-*.pt")) for run in (whole, broken)]
+    assert [path.name for path in states[0]] == [path.name for path in states[1]]
+    assert len(states[0]) == 2
+
+
+@pytest.mark.slow
+def test_a_finished_model_run_is_a_whole_checkpoint(folder):
+    run = folder / "model-whole"
+    if not (run / "checkpoint").exists():
+        subprocess.run(command(folder, "model", run), check=True, capture_output=True)
+    checkpoint = load_checkpoint(run / "checkpoint")
+    assert checkpoint.config.text.vocabulary_size == checkpoint.text_tokenizer.vocabulary_size
+    assert checkpoint.provenance["command"].startswith("nuwa ")
+    assert list((run / "samples").glob("*.png"))
+    assert any((run / "tensorboard").iterdir())
+
+
+@pytest.mark.slow
+def test_other_settings_on_the_same_run_are_refused(folder):
+    run = folder / "model-whole"
+    if not (run / "checkpoint").exists():
+        subprocess.run(command(folder, "model", run), check=True, capture_output=True)
+    words = [w if w != str(STEPS) else "15" for w in command(folder, "model", run)]
+    result = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "begun with other settings (steps differ)" in result.stderr
+
+
+class Counting:
+    """A recipe whose loss is its step, infinite at `bad`."""
+
+    def __init__(self, bad: int = -1) -> None:
+        self.bad, self.seen = bad, []
+
+    def step(self, step, lr_factor):
+        self.seen.append((step, lr_factor))
+        return {"loss": float("inf") if step == self.bad else float(step)}
+
+    def state(self):
+        return {"seen": len(self.seen)}
+
+    def load_state(self, state):
+        self.loaded = state["seen"]
+
+    def sample(self, path):
+        path.write_bytes(b"")
+
+    def export(self, folder):
+        folder.mkdir(exist_ok=True)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_state_kept(tmp_path):
+    options = TrainerOptions(steps=10, checkpoint_every=4)
+    with pytest.raises(FloatingPointError, match="inf at step 6"):
+        train(Counting(bad=6), tmp_path, options)
+    recipe = Counting()
+    train(recipe, tmp_path, options)
+    assert recipe.loaded == 4
+    assert [step for step, _ in recipe.seen] == [4, 5, 6, 7, 8, 9]
+    assert [step for step, _ in losses(tmp_path)] == list(range(10))
+
+
+def test_a_planned_pause_goes_on(tmp_path):
+    first, second = Counting(), Counting()
+    train(first, tmp_path, TrainerOptions(steps=10, stop_after=5))
+    train(second, tmp_path, TrainerOptions(steps=10))
+    assert [step for step, _ in first.seen + second.seen] == list(range(10))
+
+
+def test_learning_rate_rises_stays_and_falls():
+    options = TrainerOptions(steps=100, warmup=0.1, decay=0.5)
+    factors = [options.lr_factor(step) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9:50] == [1.0] * 41
+    assert factors[75] == pytest.approx(0.5)
+    assert factors[99] == pytest.approx(0.02)
+    with pytest.raises(ValueError, match="steps 0"):
+        TrainerOptions(steps=0)
+    with pytest.raises(ValueError, match="do not fit"):
+        TrainerOptions(steps=1, warmup=0.8, decay=0.3)
+
+
+def test_checkpoints_load_strictly(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+        load_checkpoint(tmp_path)
+    save_tokenizer(VQGAN(TINY.image), tmp_path)
+    weights = tmp_path / "image_tokenizer.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        load_tokenizer(tmp_path)
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "vqgan" / "image_tokenizer.safetensors")
+    tensors.pop("encoder.conv_in.bias")
+    save_file(tensors, weights)
+    with pytest.raises(ValueError, match="encoder.conv_in.bias"):
+        load_tokenizer(tmp_path)
