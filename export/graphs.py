@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
@@ -36,13 +36,14 @@ from nuwa.spec.plan import cache_entries
 from nuwa.training import nearby  # noqa: F401  defines torch.ops.nuwa
 from nuwa.training.checkpoint import Checkpoint
 from nuwa.training.decode import DecoderStep, TextConditions
-from nuwa.training.vqgan import VQGAN, to_bytes, to_signed
+from nuwa.training.vqgan import VQGAN, to_signed
 
 from . import operators
 from .fold import FoldedNUWA, fold
 from .translate import translations
 
 OPSET = 20
+INLINE_LIMIT = 1 << 30  # bytes; a file of more than 2 GiB is no valid protobuf
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -56,7 +57,8 @@ class ImageTokenizer(nn.Module):
         vqgan.quantize.float()  # distances are fp32 whatever the features are
 
     def forward(self, pixels_BHW3: Tensor) -> Tensor:
-        signed = to_signed(pixels_BHW3).to(self.dtype)
+        # TensorRT has uint8 at the border of a network only: the cast comes before all else.
+        signed = to_signed(pixels_BHW3.float()).to(self.dtype)
         return self.vqgan.encode(signed).codes.to(torch.int32)
 
 
@@ -68,7 +70,9 @@ class ImageDetokenizer(nn.Module):
         self.vqgan = vqgan
 
     def forward(self, codes_Bhw: Tensor) -> Tensor:
-        return to_bytes(self.vqgan.decode(codes_Bhw))
+        # vqgan.to_bytes with the cast to uint8 last (see ImageTokenizer).
+        signed_BHW3 = self.vqgan.decode(codes_Bhw).float().permute(0, 2, 3, 1)
+        return ((signed_BHW3 + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -170,8 +174,11 @@ def image_detokenizer(vqgan: VQGAN) -> Graph:
     return Graph(IMAGE_DETOKENIZER, module, (codes,), dynamic, ["codes"], ["pixels"])
 
 
-def write_graph(graph: Graph, path: Path) -> None:
-    """Exports one graph to `path`; weights beyond 2 GB go to an external file beside it."""
+def write_graph(graph: Graph, path: Path, inline_limit: int = INLINE_LIMIT) -> None:
+    """Exports one graph to `path`.
+
+    Weights of more than `inline_limit` bytes in all go to a second file, `path` + ".data".
+    """
     with _quiet():
         program = torch.onnx.export(
             graph.module,
@@ -184,9 +191,10 @@ def write_graph(graph: Graph, path: Path) -> None:
             custom_translation_table=translations(),
             verbose=False,
         )
-    model = program.model_proto
-    operators.attach(model)
-    onnx.save(model, path)
+    operators.attach(program.model)
+    weights = program.model.graph.initializers.values()
+    size = sum(value.const_value.nbytes for value in weights if value.const_value is not None)
+    ir.save(program.model, path, external_data=f"{path.name}.data" if size > inline_limit else None)
 
 
 @contextmanager

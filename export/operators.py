@@ -12,9 +12,10 @@ How the bodies are laid out, and why:
   no transpose of gathered rows, and two batched matrix products do the rest. Measured on ONNX
   Runtime's CPU provider (1 thread, T = 1, 8, 20, 32) against GatherND, Einsum, Mul + ReduceSum, the
   Attention operator and gathering [T, n, d]: fastest from T = 8 on, within 5 % at T = 1.
-- Rows that write nothing are dropped before ScatterND, which is the only way to write nothing at
-  all. Attention reads ScatterND's output, never its input: with one buffer bound to both, the write
-  is in place.
+- A row that writes nothing repeats the write of the first row that does, so that shapes are static
+  and the order of writes cannot matter. If no row writes, all of them write back what one entry
+  already holds. (NonZero would need fewer nodes, but TensorRT-RTX has none.) Attention reads
+  ScatterND's output, never its input: with one buffer bound to both, the write is in place.
 - Sizes that are the same in every call of a file are constants of its bodies (`Sizes`): runtimes
   fold no arithmetic on the shape of a tensor with a dynamic axis.
 - Entries of masked neighbours are read as entry 0 and weighed with zero: what a cache holds must be
@@ -26,12 +27,14 @@ H heads, e = head_dim, d = H * e; in the bodies a name's suffix gives its shape.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from dataclasses import fields as fields_of
 
 import onnx
 import onnx.parser
-from onnx import FunctionProto, ModelProto, NodeProto
+import onnx_ir as ir
+from onnx import FunctionProto
 from onnx.defs import OpSchema
 
 DOMAIN = "nuwa"
@@ -53,21 +56,41 @@ _INDEX_INPUTS = ("slot", "write_index", "neighbours")
 
 _WRITE = """
   no_entry = Constant <value = int32 {0}> ()
-  to_row = Constant <value_ints = [-1]> ()
+  row_0 = Constant <value = int64 {0}> ()
+  next = Constant <value = int64 {1}> ()
+  to_row = Constant <value_ints = [0]> ()
   to_column = Constant <value_ints = [1]> ()
   skips_T = Less (write_index, no_entry)
   writes_T = Not (skips_T)
-  writer_1W = NonZero (writes_T)
-  writer_W = Reshape (writer_1W, to_row)
-  place_T1 = Unsqueeze (write_index, to_column)
-  slot_T1 = Unsqueeze (slot, to_column)
-  place_i32_T2 = Concat <axis = 1> (slot_T1, place_T1)
-  place_T2 = Cast <to = 7> (place_i32_T2)
-  place_W2 = Gather (place_T2, writer_W)
-  key_Wd = Gather (key_new, writer_W)
-  value_Wd = Gather (value_new, writer_W)
-  key_cache_out = ScatterND (key_cache, place_W2, key_Wd)
-  value_cache_out = ScatterND (value_cache, place_W2, value_Wd)
+  writes_i32_T = Cast <to = 6> (writes_T)
+  writes_i32_T1 = Unsqueeze (writes_i32_T, to_column)
+  writer_1 = ArgMax <axis = 0, keepdims = 0> (writes_i32_T1)
+  writer_place_1 = Gather (write_index, writer_1)
+  writer_slot_1 = Gather (slot, writer_1)
+  none_writes_1 = Less (writer_place_1, no_entry)
+  spare_place_1 = Max (writer_place_1, no_entry)
+  count_1 = Shape (write_index)
+  count = Squeeze (count_1, to_row)
+  own_T = Range (row_0, count, next)
+  spare_row_1 = Where (none_writes_1, count_1, writer_1)
+  source_T = Where (skips_T, spare_row_1, own_T)
+  slot_T = Where (skips_T, writer_slot_1, slot)
+  place_T = Where (skips_T, spare_place_1, write_index)
+  slot_T1 = Unsqueeze (slot_T, to_column)
+  place_T1 = Unsqueeze (place_T, to_column)
+  target_i32_T2 = Concat <axis = 1> (slot_T1, place_T1)
+  target_T2 = Cast <to = 7> (target_i32_T2)
+  kept_i32_2 = Concat <axis = 0> (writer_slot_1, spare_place_1)
+  kept_2 = Cast <to = 7> (kept_i32_2)
+  kept_12 = Unsqueeze (kept_2, to_row)
+  key_kept_1d = GatherND (key_cache, kept_12)
+  value_kept_1d = GatherND (value_cache, kept_12)
+  key_rows_d = Concat <axis = 0> (key_new, key_kept_1d)
+  value_rows_d = Concat <axis = 0> (value_new, value_kept_1d)
+  key_Td = Gather (key_rows_d, source_T)
+  value_Td = Gather (value_rows_d, source_T)
+  key_cache_out = ScatterND (key_cache, target_T2, key_Td)
+  value_cache_out = ScatterND (value_cache, target_T2, value_Td)
 """
 
 _CONSTANTS = """
@@ -183,12 +206,14 @@ class Sizes:
 def function(name: str, opset: int, sizes: Sizes = Sizes()) -> FunctionProto:  # noqa: B008
     """The function `name`, its body in the standard operators of `opset` (18 or later).
 
-    A body made for some `sizes` is right for calls of those sizes only.
+    A body made for some `sizes` is right for calls of those sizes only; one made for calls without
+    a bias has no such input, as TensorRT takes calls only that give a function all its inputs.
     """
+    inputs = _INPUTS[name][:-1] if sizes.bias is False else _INPUTS[name]
     attributes = ", ".join(f'{key}: string = "{value}"' for key, value in PLUGIN_ATTRIBUTES.items())
     write = _WRITE if name == CACHED else ""
     text = f"""<opset_import: ["" : {opset}], domain: "{DOMAIN}">
-{name} <heads, {attributes}> ({", ".join(_INPUTS[name])}) => ({", ".join(_OUTPUTS[name])}) {{
+{name} <heads, {attributes}> ({", ".join(inputs)}) => ({", ".join(_OUTPUTS[name])}) {{
 {write}{_attend(name, sizes)}
 }}"""
     return onnx.parser.parse_function(text)
@@ -234,46 +259,42 @@ def _schema(name: str) -> OpSchema:
     )
 
 
-def attach(model: ModelProto) -> None:
+def attach(model: ir.Model) -> None:
     """Adds to `model`, in place, the functions that its nodes call, made for those calls."""
-    opset = next(entry.version for entry in model.opset_import if entry.domain == "")
     nodes = operator_nodes(model)
     for name in (NEARBY, CACHED):
         calls = [node for node in nodes if node.op_type == name]
         if calls:
-            model.functions.append(function(name, opset, _common_sizes(model, calls)))
-    if nodes and all(entry.domain != DOMAIN for entry in model.opset_import):
-        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
+            proto = function(name, model.opset_imports[""], common_sizes(calls))
+            body = ir.serde.deserialize_function(proto)
+            model.functions[body.identifier()] = body
+    if nodes:
+        model.opset_imports[DOMAIN] = VERSION
 
 
-def operator_nodes(model: ModelProto) -> list[NodeProto]:
-    """The graph's nodes of domain `nuwa`."""
-    return [node for node in model.graph.node if node.domain == DOMAIN]
+def operator_nodes(model: ir.Model) -> list[ir.Node]:
+    """The graph's nodes of domain `nuwa`, in order."""
+    return [node for node in model.graph if node.domain == DOMAIN]
 
 
-def _common_sizes(model: ModelProto, calls: list[NodeProto]) -> Sizes:
-    infos = [*model.graph.input, *model.graph.value_info]
-    shapes = {info.name: info.type.tensor_type.shape for info in infos}
+def common_sizes(calls: Sequence[ir.Node]) -> Sizes:
+    """What these calls of one operator have in common."""
+    found = [_sizes(node) for node in calls]
+    fields = {field.name: {getattr(s, field.name) for s in found} for field in fields_of(Sizes)}
+    return Sizes(**{name: one.pop() if len(one) == 1 else None for name, one in fields.items()})
 
-    def size(node: NodeProto, formal: str, axis: int) -> int | None:
-        shape = shapes.get(node.input[_INPUTS[node.op_type].index(formal)])
-        return shape.dim[axis].dim_value or None if shape is not None and shape.dim else None
 
-    def sizes(node: NodeProto) -> Sizes:
-        given = dict(zip(_INPUTS[node.op_type], node.input, strict=False))
-        width = size(node, "query", 1)
-        heads = next(a.i for a in node.attribute if a.name == "heads")
-        stored = "key_cache" if node.op_type == CACHED else "key"
-        head_dim = width // heads if width is not None else None
-        return Sizes(head_dim, size(node, stored, 1), bool(given.get("bias")))
+def _sizes(node: ir.Node) -> Sizes:
+    given = dict(zip(_INPUTS[node.op_type], node.inputs, strict=False))
 
-    found = [sizes(node) for node in calls]
+    def size(formal: str, axis: int) -> int | None:
+        shape = given[formal].shape
+        return shape[axis] if shape is not None and isinstance(shape[axis], int) else None
 
-    def common(values: list) -> Any:
-        return values[0] if all(value == values[0] for value in values) else None
-
+    width, heads = size("query", 1), node.attributes["heads"].as_int()
+    stored = "key_cache" if node.op_type == CACHED else "key"
     return Sizes(
-        common([s.head_dim for s in found]),
-        common([s.entries for s in found]),
-        common([s.bias for s in found]),
+        head_dim=None if width is None else width // heads,
+        entries=size(stored, 1),
+        bias=given.get("bias") is not None,
     )

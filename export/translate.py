@@ -74,7 +74,17 @@ def _dense_attention(
 def _sum(self, dim=None, keepdim=False, dtype=None):
     assert dtype is None, "no model here uses it"
     axes = op.Constant(value_ints=list(dim))
-    if self.dtype != ir.DataType.BOOL:
+    truths = _cast_from_bool(self)
+    if truths is None:
         return op.ReduceSum(self, axes, keepdims=keepdim)
-    counts = op.ReduceSum(op.Cast(self, to=ir.DataType.FLOAT), axes, keepdims=keepdim)
+    counts = op.ReduceSum(op.Cast(truths, to=ir.DataType.FLOAT), axes, keepdims=keepdim)
     return op.Cast(counts, to=ir.DataType.INT64)  # exact: fp32 counts to 2**24
+
+
+def _cast_from_bool(value: ir.Value) -> ir.Value | None:
+    """The boolean tensor that `value` is a cast of; None if it is something else."""
+    producer = value.producer()
+    if producer is None or producer.op_type != "Cast":
+        return None
+    source = producer.inputs[0]
+    return source if source is not None and source.dtype == ir.DataType.BOOL else None

@@ -17,11 +17,11 @@ from nuwa.spec.manifest import (
     TEXT_TOKENIZER,
     BundleError,
     Manifest,
+    file_hash,
     graph_file,
 )
 from nuwa.spec.text import TextTokenizer
 
-_CHUNK = 1 << 20
 _MANIFEST_LIMIT = 16 << 20  # bytes; a manifest has a few kilobytes
 
 
@@ -57,15 +57,6 @@ def open_bundle(path: Path | str, verify: bool = True) -> Bundle:
         _check_file(folder, name, digest if verify else None)
     bundle.text_tokenizer  # noqa: B018  read now, so that a bad one is refused here
     return bundle
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's contents, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _read_manifest(folder: Path) -> bytes:

@@ -93,7 +93,9 @@ def overview() -> str:
 
 def _run(name: str, words: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog=f"nuwa {name}", formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"nuwa {name}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     run = _load(name)(parser)

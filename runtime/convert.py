@@ -35,7 +35,7 @@ MAX_REQUEST_ID_LENGTH = 128
 MAX_FRAME_PIXELS = 2**24  # of a frame after scaling; 48 MiB uncompressed
 MAX_ANIMATION_PIXELS = 2**26
 
-TASKS = {pb.Task.Value(f"TASK_{task.name}"): task for task in Task}
+TASKS: dict[pb.Task, Task] = {getattr(pb, f"TASK_{task.name}"): task for task in Task}
 TASK_VALUES = {task: value for value, task in TASKS.items()}
 SCHEDULES = {
     pb.SCHEDULE_UNSPECIFIED: "wave",
@@ -105,17 +105,16 @@ def read_video_request(
 
 def refuse_unknown_fields(message: Message, path: str = "") -> None:
     """FieldError if `message` holds what this version does not know: ignoring it would mislead."""
-    for unknown in UnknownFieldSet(message):
+    if unknown := UnknownFieldSet(message):
+        field = f"field number {unknown[0].field_number} of {message.DESCRIPTOR.full_name}"
         raise FieldError(
-            path,
-            f"field number {unknown.field_number} of {message.DESCRIPTOR.full_name} is not known "
-            "to this server, which may be older than the client",
+            path, f"{field} is not known to this server, which may be older than the client"
         )
-    for field, value in message.ListFields():
-        if field.message_type is None:
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is None:
             continue
-        inner = f"{path}.{field.name}" if path else field.name
-        if not field.is_repeated:
+        inner = f"{path}.{descriptor.name}" if path else descriptor.name
+        if not descriptor.is_repeated:
             refuse_unknown_fields(value, inner)
             continue
         if len(value) > conditions.MAX_BOXES:
@@ -144,7 +143,7 @@ def _request_id(given: str) -> str:
     return given or str(uuid.uuid4())
 
 
-def _task(value: int, info: ModelInfo, *, video: bool) -> Task:
+def _task(value: pb.Task, info: ModelInfo, *, video: bool) -> Task:
     if value not in TASKS:
         wanted = ", ".join(task.name for task in Task if task.is_video == video)
         problem = f"task {value} is unknown" if value else "task is not set"

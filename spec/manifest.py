@@ -7,9 +7,11 @@ opening a folder and checking its files is the runtime's work (runtime/bundle.py
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .config import ModelConfig
@@ -44,6 +46,12 @@ class BundleError(ValueError):
 def graph_file(graph: str) -> str:
     """File name of a graph in a bundle."""
     return f"{graph}.onnx"
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's contents, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def layer_names(kind: str, layers: int) -> list[str]:

@@ -20,7 +20,8 @@ EPILOG = """\
 examples:
   nuwa train tokenizer --steps 1100 --quantize-from 180 --discriminator-from 900 \\
       --emphasis 4 --square 4 --run runs/tokenizer
-  nuwa train model --tokenizer runs/tokenizer/checkpoint --steps 3000 --run runs/model
+  nuwa train prune --tokenizer runs/tokenizer/checkpoint --out runs/pruned
+  nuwa train model --tokenizer runs/pruned --run runs/model
   nuwa train judge --out checkpoints/judge-digits
 
 A run can be stopped at any moment, even killed; the same command goes on where it was.
@@ -32,8 +33,9 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
     """Train a tokenizer, a model or a judge."""
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{tokenizer,model,judge}")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{tokenizer,prune,model,judge}")
     _tokenizer_arguments(kinds.add_parser("tokenizer", help="train a VQ-GAN", epilog=EPILOG))
+    _prune_arguments(kinds.add_parser("prune", help="drop a VQ-GAN's background synonyms"))
     _model_arguments(kinds.add_parser("model", help="train NÜWA on a VQ-GAN's tokens"))
     _judge_arguments(kinds.add_parser("judge", help="train the judge that scores pictures"))
     return run
@@ -45,7 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    return {"tokenizer": _tokenizer, "model": _model, "judge": _judge}[arguments.kind](arguments)
+    kinds = {"tokenizer": _tokenizer, "prune": _prune, "model": _model, "judge": _judge}
+    return kinds[arguments.kind](arguments)
 
 
 def _common_arguments(parser: argparse.ArgumentParser, *, steps: int, run: str) -> None:
@@ -99,6 +102,15 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     _option_arguments(parser, NUWAOptions)
 
 
+def _prune_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a trained VQ-GAN")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--level", choices=LEVELS, default="digits", help="(%(default)s)")
+    parser.add_argument("--dataset-clips", type=int, default=400, help="(%(default)s)")
+    parser.add_argument("--threshold", type=float, default=0.9, help="(%(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
+
+
 def _judge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--level", choices=LEVELS, default="digits", help="(%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -122,6 +134,24 @@ def _tokenizer(arguments: argparse.Namespace) -> int:
     recipe = VQGANRecipe(config, options, pictures, device=arguments.device, seed=arguments.seed)
     train(recipe, arguments.run, _trainer_options(arguments))
     print(f"VQ-GAN: {arguments.run / 'checkpoint'}")
+    return 0
+
+
+def _prune(arguments: argparse.Namespace) -> int:
+    from rich.progress import track
+
+    from .checkpoint import load_tokenizer, save_tokenizer
+    from .prune import prune_codebook
+
+    world = SpriteWorld(arguments.level, "train")
+    samples = (world.sample(i) for i in range(arguments.dataset_clips))
+    clips = ((sample.frames, sample.segmentation) for sample in samples)
+    before = load_tokenizer(arguments.tokenizer)
+    counted = track(clips, "counting codes", total=arguments.dataset_clips)
+    after = prune_codebook(before, counted, threshold=arguments.threshold)
+    save_tokenizer(after, arguments.out)
+    print(f"VQ-GAN: {arguments.out}, {after.config.codebook_size} codes of", end=" ")
+    print(before.config.codebook_size)
     return 0
 
 

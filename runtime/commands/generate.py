@@ -62,8 +62,9 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
     given.add_argument("--image", type=Path, metavar="FILE", help="PNG, WebP, GIF or JPEG")
     given.add_argument("--video", type=Path, metavar="FILE", help="animated WebP, GIF or PNG")
     given.add_argument(
-        "--sketch", type=Path, metavar="FILE", help="class ids, as a picture or clip"
+        "--keep", type=arguments.positive, metavar="N", help="take the first N frames of --video"
     )
+    given.add_argument("--sketch", type=Path, metavar="FILE", help="class ids; picture or clip")
     given.add_argument("--mask", type=Path, metavar="FILE", help="bright where to generate")
     given.add_argument(
         "--box",
@@ -129,10 +130,8 @@ def _check_output(args: argparse.Namespace, task: Task) -> None:
     """Before the work, not after it."""
     suffixes = CLIP_SUFFIXES if task.is_video else IMAGE_SUFFIXES
     if args.out.suffix.lower() not in suffixes:
-        kind = "a clip" if task.is_video else "an image"
-        raise ValueError(
-            f"--out {args.out} does not end in {' or '.join(suffixes)}, as {kind} must"
-        )
+        kind = "clips" if task.is_video else "images"
+        raise ValueError(f"--out {args.out}: {kind} end in {' or '.join(suffixes)}")
     if not args.out.parent.is_dir():
         raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
     if not 1 <= args.scale <= media.MAX_SCALE:

@@ -359,24 +359,26 @@ sys.exit(main(["serve", "b", "--port", "0", "--slots", "3", "--queue-size", "5"]
 """
 
 
-def test_serve_serves_until_told_to_stop(tmp_path, request, capsys):
+@pytest.fixture
+def serving(request):
+    command = [sys.executable, "-c", SERVE]
     root = request.config.rootpath
     with subprocess.Popen(
-        [sys.executable, "-c", SERVE],
-        cwd=root,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        line = process.stdout.readline()
-        assert line.startswith("nuwa: ready on 127.0.0.1:"), process.stderr.read()
-        address = line.split()[3].rstrip(":")
-        out = tmp_path / "x.png"
-        words = ["--task", "t2i", "--prompt", "a", "--out", out]
-        assert run("generate", "--server", address, *words) == 0
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
-        errors = process.stderr.read()
+        yield process
+        process.kill()
+
+
+def test_serve_serves_until_told_to_stop(serving, tmp_path):
+    line = serving.stdout.readline()
+    assert line.startswith("nuwa: ready on 127.0.0.1:"), serving.stderr.read()
+    out = tmp_path / "x.png"
+    words = ["--task", "t2i", "--prompt", "a", "--out", out]
+    assert run("generate", "--server", line.split()[3].rstrip(":"), *words) == 0
+    serving.send_signal(signal.SIGTERM)
+    assert serving.wait(20) == 0
+    errors = serving.stderr.read()
     assert "t2i: 1 frames, 4 steps" in errors and "Traceback" not in errors
     assert out.exists()
 

@@ -104,6 +104,8 @@ def test_a_file_cut_anywhere_is_refused(name):
             media.decode_clip(whole[:length])
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.filterwarnings("ignore:Invalid APNG")
 @pytest.mark.parametrize("name", FILES)
 def test_a_corrupt_file_is_read_or_refused_but_never_anything_else(name):
     generator = np.random.default_rng(1)

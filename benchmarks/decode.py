@@ -1,0 +1,264 @@
+"""Wave decoding against cached raster decoding, and against nuwa-pytorch; random weights, CPU.
+
+The ceiling comes first: the matrix products that a step must do, over the rate at which this
+machine multiplies matrices of the same shapes. Wave and raster runs alternate; medians are given.
+The last line is JSON.
+
+    python benchmarks/decode.py                 wave against raster
+    python benchmarks/decode.py --peer          also nuwa-pytorch (installed into build/peer)
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from random_model import config, write_random_checkpoint
+
+from nuwa.export.bundle import export_bundle
+from nuwa.runtime.core import GenerationRequest
+from nuwa.runtime.engine import Engine, load_engine
+from nuwa.spec.config import ModelConfig
+from nuwa.spec.grid import Grid
+from nuwa.spec.plan import decode_plan
+from nuwa.spec.tasks import Task
+
+ROOT = Path(__file__).resolve().parent.parent
+PEER = ROOT / "build" / "peer"
+PEER_PACKAGES = (
+    "nuwa-pytorch==0.7.8",
+    "vector-quantize-pytorch==0.10.15",
+    "einops",
+    "ftfy",
+    "packaging",
+    "regex",
+    "tqdm",
+    "unfoldNd",
+    "wcwidth",
+)
+PROMPT = "a red 3 on a black background moving left ."
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One grid to generate: 1 frame is an image."""
+
+    name: str
+    grid: Grid
+    task: Task
+
+
+CLIP = Workload("clip 10x8x8", Grid(10, 8, 8), Task.T2V)
+IMAGE = Workload("image 1x16x16", Grid(1, 16, 16), Task.T2I)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=7, help="pairs of runs (%(default)s)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--codebook", type=int, default=1024)
+    parser.add_argument("--peer", action="store_true", help="time nuwa-pytorch too (minutes)")
+    parser.add_argument("--peer-repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    options = parser.parse_args()
+    report: dict = {"hardware": hardware(options.threads), "options": vars(options) | {"out": None}}
+    for workload in (CLIP, IMAGE):
+        report[workload.name] = measure(workload, options)
+    if options.peer:
+        report["nuwa-pytorch 0.7.8"] = against_peer(report[IMAGE.name], options)
+    text = json.dumps(report, default=str)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(report, indent=2, default=str) + "\n")
+    print(text)
+    return 0
+
+
+def measure(workload: Workload, options: argparse.Namespace) -> dict:
+    """Ceiling, then alternating wave and raster generations of one random model."""
+    model = config(
+        workload.grid,
+        width=options.width,
+        layers=options.layers,
+        heads=options.heads,
+        codebook=options.codebook,
+    )
+    print(f"{workload.name}, width {options.width}, {options.layers} layers, ", end="")
+    print(f"{options.heads} heads, {options.codebook} codes, {options.threads} threads")
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_checkpoint(Path(folder) / "checkpoint", model)
+        export_bundle(Path(folder) / "checkpoint", Path(folder) / "bundle")
+        engine = load_engine(Path(folder) / "bundle", slots=1, threads=options.threads)
+        floor = {kind: ceiling(model, workload.grid, kind, options.threads) for kind in KINDS}
+        for kind in KINDS:
+            print(f"  {kind:6} matrix products alone: {1e3 * floor[kind]:8.1f} ms")
+        for kind in KINDS:
+            run(engine, workload, kind, 0)  # warm-up
+        seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        equal = True
+        for seed in range(options.repeats):
+            tokens = {}
+            for kind in KINDS:
+                spent, tokens[kind], steps = run(engine, workload, kind, seed)
+                seconds[kind].append(spent)
+                assert steps == decode_plan(model.decoder, workload.grid, kind).steps
+            equal &= np.array_equal(tokens["wave"], tokens["raster"])
+    result: dict = {"tokens_equal": equal}
+    for kind in KINDS:
+        steps = decode_plan(model.decoder, workload.grid, kind).steps
+        median = statistics.median(seconds[kind])
+        result[kind] = {
+            "steps": steps,
+            "seconds": seconds[kind],
+            "median_seconds": median,
+            "ms_per_step": 1e3 * median / steps,
+            "ceiling_seconds": floor[kind],
+            "fraction_of_ceiling": floor[kind] / median,
+        }
+        print(
+            f"  {kind:6} {steps:4} steps, median {1e3 * median:8.1f} ms, "
+            f"{1e3 * median / steps:.2f} ms a step, {floor[kind] / median:.0%} of the ceiling"
+        )
+    result["ratio"] = result["raster"]["median_seconds"] / result["wave"]["median_seconds"]
+    print(f"  raster / wave = {result['ratio']:.2f}, tokens equal: {equal}")
+    return result
+
+
+KINDS = ("wave", "raster")
+
+
+def run(engine: Engine, workload: Workload, kind: str, seed: int) -> tuple[float, np.ndarray, int]:
+    """Seconds from the request to its last token (text encoding included, pixels not)."""
+    request = GenerationRequest(
+        task=workload.task,
+        prompt=PROMPT,
+        frame_count=workload.grid.frames,
+        seed=seed,
+        schedule=kind,
+    )
+    frames: dict[int, np.ndarray] = {}
+    steps, done = 0, False
+    began = time.perf_counter()
+    engine.admit(request, 0)
+    while not done:
+        (step,) = engine.step()
+        frames.update(step.frames)
+        steps, done = steps + 1, step.done
+    seconds = time.perf_counter() - began
+    engine.release(0)
+    return seconds, np.stack([frames[n] for n in sorted(frames)]), steps
+
+
+def ceiling(model: ModelConfig, grid: Grid, kind: str, threads: int) -> float:
+    """Seconds of one generation's matrix products alone, at the rates measured here and now."""
+    decoder = model.decoder
+    d, inner = decoder.width, decoder.ff_multiplier * decoder.width
+    shapes = [(d, 3 * d), (d, d), (d, d), (d, d), (d, 2 * inner), (inner, d)] * decoder.layers
+    shapes.append((d, model.image.codebook_size))
+    plan = decode_plan(decoder, grid, kind)
+    sizes, counts = np.unique(np.diff(plan.bounds), return_counts=True)
+    session = chain_session(shapes, threads)
+    total = 0.0
+    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+        feeds = {
+            f"x{k}": np.ones((size, k), np.float32) for k in sorted({rows for rows, _ in shapes})
+        }
+        total += count * timed(lambda feeds=feeds: session.run(None, feeds))
+    return total
+
+
+def chain_session(shapes: list[tuple[int, int]], threads: int) -> ort.InferenceSession:
+    """One graph of all matrix products of a step, each with weights of its own."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    draw = np.random.default_rng(0)
+    nodes, weights, outputs = [], [], []
+    for index, (rows, columns) in enumerate(shapes):
+        weight = draw.standard_normal((rows, columns)).astype(np.float32)
+        weights.append(numpy_helper.from_array(weight, f"w{index}"))
+        nodes.append(helper.make_node("MatMul", [f"x{rows}", f"w{index}"], [f"y{index}"]))
+        nodes.append(helper.make_node("ReduceMax", [f"y{index}"], [f"m{index}"], keepdims=0))
+        outputs.append(helper.make_tensor_value_info(f"m{index}", TensorProto.FLOAT, []))
+    inputs = [
+        helper.make_tensor_value_info(f"x{rows}", TensorProto.FLOAT, ["T", rows])
+        for rows in sorted({rows for rows, _ in shapes})
+    ]
+    graph = helper.make_graph(nodes, "products", inputs, outputs, weights)
+    opset = [helper.make_opsetid("", 20)]
+    proto = helper.make_model(graph, opset_imports=opset, ir_version=10)
+    onnx.checker.check_model(proto)
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = threads
+    return ort.InferenceSession(
+        proto.SerializeToString(), settings, providers=["CPUExecutionProvider"]
+    )
+
+
+def timed(call, repeats: int = 15) -> float:
+    """Median seconds of a call, after two to warm up."""
+    spent = []
+    for _ in range(repeats + 2):
+        began = time.perf_counter()
+        call()
+        spent.append(time.perf_counter() - began)
+    return statistics.median(spent[2:])
+
+
+def against_peer(ours: dict, options: argparse.Namespace) -> dict:
+    """nuwa-pytorch's token loop on the same grid, width, depth, heads and codebook."""
+    if not (PEER / "nuwa_pytorch").exists():
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+        subprocess.run([*install, "--target", str(PEER), *PEER_PACKAGES], check=True)
+    command = [sys.executable, str(ROOT / "benchmarks" / "peer_nuwa_pytorch.py")]
+    for name in ("width", "layers", "heads", "codebook", "threads"):
+        command += [f"--{name}", str(getattr(options, name))]
+    command += ["--size", str(IMAGE.grid.width)]
+    environment = {**os.environ, "PYTHONPATH": str(PEER)}
+    seconds = []
+    for _ in range(options.peer_repeats):
+        result = subprocess.run(command, env=environment, check=True, capture_output=True)
+        seconds.append(json.loads(result.stdout.splitlines()[-1])["seconds"])
+        print(f"  nuwa-pytorch: {seconds[-1]:.1f} s")
+    median = statistics.median(seconds)
+    ratio = median / ours["wave"]["median_seconds"]
+    print(f"  nuwa-pytorch / wave = {ratio:.0f}")
+    return {"seconds": seconds, "median_seconds": median, "ratio": ratio}
+
+
+def hardware(threads: int) -> dict:
+    """What the numbers belong to."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [r.split(":")[1].strip() for r in cpuinfo.read_text().splitlines() if "model name" in r]
+        model = names[0] if names else model
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "python": platform.python_version(),
+        "onnxruntime": ort.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

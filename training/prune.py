@@ -1,0 +1,60 @@
+"""Takes codes out of a codebook that are synonyms: they stand for empty background alone.
+
+A VQ-GAN spends many codes on plain background, chosen by faint global differences; a model would
+have to learn a choice that nobody can see. All but one of those codes go; the encoder then uses the
+nearest one left. Knows classes only through a class map: 0 is background.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .vqgan import VQGAN, to_signed
+
+Pixels = npt.NDArray[np.uint8]
+
+
+@torch.no_grad()
+def prune_codebook(
+    vqgan: VQGAN, clips: Iterable[tuple[Pixels, Pixels]], *, threshold: float = 0.9
+) -> VQGAN:
+    """A copy with fewer codes; pixels change only where a dropped code was used.
+
+    clips: frames u8 [F, H, W, 3] and class maps u8 [F, H, W]. A code is dropped if more than
+    `threshold` of its cells are background, or if it is never used; the code nearest to the mean
+    background feature stays.
+    """
+    if not 0.0 < threshold < 1.0:
+        raise ValueError(f"threshold {threshold} is not between 0 and 1")
+    size, patch = vqgan.config.codebook_size, vqgan.config.downsampling
+    counts = np.zeros((2, size))
+    total, cells = torch.zeros(vqgan.config.embedding_dim), 0
+    for frames, classes in clips:
+        encoded = vqgan.encode(to_signed(torch.from_numpy(frames)))
+        blocks = classes.reshape(len(classes), -1, patch, classes.shape[2] // patch, patch)
+        empty = ~blocks.any(axis=(2, 4))
+        codes = encoded.codes.numpy()
+        for row, where in enumerate((empty, ~empty)):
+            counts[row] += np.bincount(codes[where], minlength=size)
+        features = encoded.features.permute(0, 2, 3, 1)[torch.from_numpy(empty)]
+        total, cells = total + features.float().sum(0), cells + len(features)
+    weight = vqgan.quantize.embedding.weight
+    stays = int(((weight - total / cells) ** 2).sum(1).argmin())
+    used = counts.sum(0)
+    keep = (used > 0) & (counts[0] <= threshold * used)
+    keep[stays] = True
+    return _with_codes(vqgan, torch.from_numpy(np.flatnonzero(keep)))
+
+
+def _with_codes(vqgan: VQGAN, chosen: torch.Tensor) -> VQGAN:
+    config = dataclasses.replace(vqgan.config, codebook_size=len(chosen))
+    state = vqgan.state_dict()
+    state["quantize.embedding.weight"] = state["quantize.embedding.weight"][chosen]
+    pruned = VQGAN(config)
+    pruned.load_state_dict(state)
+    return pruned.eval()
