@@ -9,11 +9,9 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-
-from nuwa.spec.manifest import MANIFEST, PRECISIONS, TEXT_TOKENIZER, Manifest, graph_file
+from nuwa.spec.manifest import MANIFEST, TEXT_TOKENIZER, Manifest, graph_file
 from nuwa.spec.plan import cache_entries
-from nuwa.training.checkpoint import Checkpoint, load_checkpoint
+from nuwa.training.checkpoint import load_checkpoint
 
 from .graphs import OPSET, graphs, write_graph
 
@@ -35,9 +33,15 @@ def export_bundle(
     files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
     count = sum(p.numel() for m in (loaded.nuwa, loaded.vqgan) for p in m.parameters())
     manifest = Manifest(
-        name=loaded.config.name, config=loaded.config, tasks=loaded.config.tasks,
-        precision=precision, opset=OPSET, cache_entries=cache_entries(loaded.config.decoder),
-        files=files, parity={}, parameter_count=count,
+        name=loaded.config.name,
+        config=loaded.config,
+        tasks=loaded.config.tasks,
+        precision=precision,
+        opset=OPSET,
+        cache_entries=cache_entries(loaded.config.decoder),
+        files=files,
+        parity={},
+        parameter_count=count,
         licence=loaded.provenance.get("licence", "not stated"),
         training_data=loaded.provenance.get("data", "not stated"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),

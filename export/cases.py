@@ -9,7 +9,6 @@ columns, m cross columns, W candidates to sort, K codebook size, F pictures.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -81,16 +80,13 @@ def _random_step(
         "condition_slot": rng.integers(0, conditions, rows),
         "cross_neighbours": cross,
     } | _sampling(rng, rows, kind, config.image.codebook_size)
-    shape, cross_shape = (slots, entries, decoder.width), (conditions, config.text.length)
-    for name in (*layer_names("key_cache", decoder.layers), *_values("cache", decoder.layers)):
-        feeds[name] = rng.standard_normal(shape, np.float32)
-    for name in (*layer_names("cross_key", decoder.layers), *_values("cross", decoder.layers)):
-        feeds[name] = rng.standard_normal((*cross_shape, decoder.width), np.float32)
+    stored, remembered = (slots, entries), (conditions, config.text.length)
+    shapes = {"key_cache": stored, "value_cache": stored}
+    shapes |= {"cross_key": remembered, "cross_value": remembered}
+    for kind, shape in shapes.items():
+        for name in layer_names(kind, decoder.layers):
+            feeds[name] = rng.standard_normal((*shape, decoder.width), np.float32)
     return typed(feeds)
-
-
-def _values(kind: str, layers: int) -> list[str]:
-    return layer_names("value_cache" if kind == "cache" else "cross_value", layers)
 
 
 def _masked(rng: np.random.Generator, shape: tuple[int, int], entries: int) -> npt.NDArray:
@@ -120,22 +116,16 @@ def typed(feeds: Feeds) -> Feeds:
     return {name: np.ascontiguousarray(array, types[name]) for name, array in feeds.items()}
 
 
-@dataclass(frozen=True)
-class Sequence:
-    """One sequence of `real_steps`: its cache slot, its condition, the call it starts at."""
-
-    slot: int
-    condition: int
-    start: int
-
-
-# A guided clip (slots 0 and 1: same tokens, other condition) and a plain one that starts later.
-SEQUENCES = (Sequence(0, 1, 0), Sequence(1, 0, 0), Sequence(2, 2, 3))
-GUIDED, UNCONDITIONAL = 0, 1
+# Sequences of `RealSteps`, one a slot: a guided clip (its twin has the condition "none", PROMPTS[0]),
+# and a plain clip that starts three calls later.
+GUIDED, TWIN, PLAIN = 0, 1, 2
+_CONDITIONS = np.array([1, 0, 2])
+_STARTS = (0, 0, 3)
+SLOTS = len(_STARTS)
 
 
 class RealSteps:
-    """Wave-by-wave decoding of `SEQUENCES`; feeds for each call, without caches and conditions.
+    """Wave-by-wave decoding of three sequences: what each call is fed, but for the caches.
 
     The caller runs the model and reports the tokens, which later calls are fed.
     """
@@ -143,54 +133,49 @@ class RealSteps:
     def __init__(self, config: ModelConfig, ids_CM: npt.NDArray[np.int32], seed: int = 0) -> None:
         self.config = config
         self.plan: DecodePlan = decode_plan(config.decoder, config.decoder.grid, "wave")
-        self.calls = self.plan.steps + max(sequence.start for sequence in SEQUENCES)
+        self.calls = self.plan.steps + max(_STARTS)
         self._cross = cross_columns(config.text, ids_CM)
-        self._tokens = np.full((len(SEQUENCES), config.decoder.grid.size + 1), config.bos)
+        self._tokens = np.full((SLOTS, config.decoder.grid.size + 1), config.bos)
         self._rng = np.random.default_rng(seed)
 
     def feeds(self, call: int) -> Feeds:
-        """All row inputs of one call."""
-        parts = {index: self._rows(index, call) for index in range(len(SEQUENCES))}
-        counts = [len(positions) for positions in parts.values()]
-        index = np.repeat(np.arange(len(SEQUENCES)), counts)
-        row = np.concatenate(list(parts.values()))
-        own, rows = np.arange(len(row)), len(row)
-        # The guided rows come first, their unconditional twins right after them.
-        guided = index == GUIDED
-        condition = np.array([sequence.condition for sequence in SEQUENCES])[index]
-        plain = index == len(SEQUENCES) - 1
+        """All row inputs of one call; rows are slot-major."""
+        parts = [self._rows(slot, call) for slot in range(SLOTS)]
+        slot = np.repeat(np.arange(SLOTS), [len(part) for part in parts])
+        row, own = np.concatenate(parts), np.arange(len(slot))
+        guided, plain = slot == GUIDED, slot == PLAIN
         top_k, top_p = np.where(plain, 5, 0), np.where(plain, 0.9, 1.0)
         codebook = self.config.image.codebook_size
         return typed(
             {
-                "tokens": self._tokens[index, self.plan.fed[row]],
+                "tokens": self._tokens[slot, self.plan.fed[row]],
                 "coordinates": self.plan.coordinates[row],
-                "slot": np.array([sequence.slot for sequence in SEQUENCES])[index],
+                "slot": slot,
                 "write_index": self.plan.write_index[row],
                 "neighbours": self.plan.neighbours[row],
-                "condition_slot": condition,
-                "cross_neighbours": self._cross[condition],
+                "condition_slot": _CONDITIONS[slot],
+                "cross_neighbours": self._cross[_CONDITIONS[slot]],
                 "temperature": np.where(plain, 0.8, 1.0),
                 "top_k": top_k,
                 "top_p": top_p,
-                "uniform": self._rng.random(rows),
+                "uniform": self._rng.random(len(row)),
                 "guidance": np.where(guided, 3.0, 1.0),
-                "unconditional_row": np.where(guided, own + counts[GUIDED], own),
+                "unconditional_row": np.where(guided, own + len(parts[GUIDED]), own),
                 "ranks": np.arange(sort_width(top_k, top_p, codebook)),
             }
         )
 
     def report(self, call: int, next_tokens: npt.NDArray[np.int32]) -> None:
-        """Takes what the model drew in `call`; the unconditional twin follows its guided clip."""
+        """Takes what the model drew in `call`; the twin's own draws do not count."""
         begin = 0
-        for index in range(len(SEQUENCES)):
-            rows = self._rows(index, call)
-            self._tokens[index, self.plan.position[rows]] = next_tokens[begin : begin + len(rows)]
+        for slot in range(SLOTS):
+            rows = self._rows(slot, call)
+            self._tokens[slot, self.plan.position[rows]] = next_tokens[begin : begin + len(rows)]
             begin += len(rows)
-        self._tokens[UNCONDITIONAL] = self._tokens[GUIDED]
+        self._tokens[TWIN] = self._tokens[GUIDED]
 
-    def _rows(self, index: int, call: int) -> npt.NDArray[np.intp]:
-        own = call - SEQUENCES[index].start
+    def _rows(self, slot: int, call: int) -> npt.NDArray[np.intp]:
+        own = call - _STARTS[slot]
         within = 0 <= own < self.plan.steps
         bounds = self.plan.bounds[own : own + 2] if within else (0, 0)
         return np.arange(bounds[0], bounds[1])

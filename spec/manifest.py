@@ -114,7 +114,9 @@ class Manifest:
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
-            raise BundleError(f"{MANIFEST} is not JSON ({error}); export the bundle again") from None
+            raise BundleError(
+                f"{MANIFEST} is not JSON ({error}); export the bundle again"
+            ) from None
         if not isinstance(data, dict) or "format_version" not in data:
             raise BundleError(f"{MANIFEST} names no format_version; it is not that of a bundle")
         version = data["format_version"]

@@ -9,7 +9,10 @@ from torch import nn
 
 
 class WeightAverage:
-    """`model` holds the average of `source`; buffers and frozen parameters are copied as they are."""
+    """`model` holds the average of `source`; buffers and frozen parameters are plain copies.
+
+    The average starts short, as (1 + step) / (10 + step), so that it forgets the first weights.
+    """
 
     def __init__(self, source: nn.Module, decay: float) -> None:
         if not 0.0 <= decay < 1.0:
@@ -18,12 +21,13 @@ class WeightAverage:
         self.model = copy.deepcopy(source).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self) -> None:
-        """One step of the average."""
+    def update(self, step: int) -> None:
+        """Takes in the weights after optimiser step `step` (0-based)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
         pairs = zip(self.source.parameters(), self.model.parameters(), strict=True)
         for current, average in pairs:
             if current.requires_grad:
-                average.lerp_(current, 1.0 - self.decay)
+                average.lerp_(current, 1.0 - decay)
             else:
                 average.copy_(current)
         for current, average in zip(self.source.buffers(), self.model.buffers(), strict=True):

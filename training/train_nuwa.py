@@ -96,7 +96,7 @@ class NUWARecipe:
         metrics["grad"] = float(nn.utils.clip_grad_norm_(self.model.parameters(), 1.0))
         for optimizer in self.optimizers:
             optimizer.step()
-        self.average.update()
+        self.average.update(step)
         return {"loss": metrics["t2i"] + metrics.get("t2v+v2v", 0.0), **metrics}
 
     def _rates(self) -> list[float]:

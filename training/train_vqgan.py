@@ -139,7 +139,7 @@ class VQGANRecipe:
         self.optimizer.step()
         if adversarial:
             metrics["discriminator"] = self._train_discriminator(pixels, output.detach())
-        self.average.update()
+        self.average.update(step)
         error = F.mse_loss(output.detach().clamp(-1, 1), pixels)
         return {
             "loss": float(reconstruction.detach()),

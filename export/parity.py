@@ -1,0 +1,89 @@
+"""Parity figures: how far two results are apart, and how far they may be.
+
+Differences of real tensors are relative to the largest magnitude of what is compared. Knows neither
+models nor runtimes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+class ExportError(Exception):
+    """A graph's numbers disagree with PyTorch's; the message says which, by how much."""
+
+
+# Largest figures an export may have, by precision. relative: difference over largest magnitude;
+# *_mismatches: share of differing elements; pixels: levels of 255.
+LIMITS: dict[str, dict[str, float]] = {
+    "fp32": {
+        "overwritten_entries": 0,
+        "relative": 1e-4,
+        "sampler_mismatches": 0.01,
+        "token_mismatches": 0.01,
+        "code_mismatches": 0.01,
+        "pixels_max": 2,
+        "pixels_mean": 0.02,
+    },
+    # Token mismatches are what fp16 costs: a draw near the edge between two tokens goes the other
+    # way. It is recorded, and bounded only loosely.
+    "fp16": {
+        "overwritten_entries": 0,
+        "relative": 2e-2,
+        "sampler_mismatches": 0.01,
+        "token_mismatches": 0.2,
+        "code_mismatches": 0.1,
+        "pixels_max": 32,
+        "pixels_mean": 1.0,
+    },
+}
+
+
+@dataclass
+class Figures:
+    """Parity figures of one graph, gathered case by case."""
+
+    maxima: dict[str, float] = field(default_factory=dict)
+    shares: dict[str, tuple[int, int]] = field(default_factory=dict)  # differing, of how many
+
+    def differ(self, name: str, got: npt.NDArray, wanted: npt.NDArray) -> None:
+        """Records the largest absolute and relative difference of two real tensors."""
+        assert got.shape == wanted.shape, f"{name} has shape {got.shape}, PyTorch's {wanted.shape}"
+        absolute = float(np.abs(got.astype(np.float64) - wanted).max(initial=0.0))
+        absolute = absolute if np.isfinite(got).all() else float("inf")
+        scale = float(np.abs(wanted).max(initial=0.0))
+        self._raise_to(f"{name}_absolute", absolute)
+        self._raise_to(f"{name}_relative", absolute / scale if scale else absolute)
+
+    def differ_pixels(self, got: npt.NDArray[np.uint8], wanted: npt.NDArray[np.uint8]) -> None:
+        """Records the largest and the mean difference of pictures, in levels of 255."""
+        difference = np.abs(got.astype(int) - wanted)
+        self._raise_to("pixels_max", float(difference.max()))
+        self._raise_to("pixels_mean", float(difference.mean()))
+
+    def mismatch(self, name: str, got: npt.NDArray, wanted: npt.NDArray) -> None:
+        """Counts differing elements of two integer tensors."""
+        differing, total = self.shares.get(name, (0, 0))
+        self.shares[name] = (differing + int((got != wanted).sum()), total + got.size)
+
+    def _raise_to(self, name: str, value: float) -> None:
+        self.maxima[name] = max(self.maxima.get(name, 0.0), value)
+
+    def check(self, graph: str, precision: str) -> dict[str, Any]:
+        """The figures as JSON-able data; ExportError if one is beyond its limit."""
+        limits = LIMITS[precision]
+        values = dict(self.maxima)
+        values |= {name: differing / total for name, (differing, total) in self.shares.items()}
+        for name, value in values.items():
+            limit = limits["relative"] if name.endswith("_relative") else limits.get(name)
+            if limit is not None and not value <= limit:
+                raise ExportError(
+                    f"{graph}.onnx disagrees with PyTorch: {name} is {value:.3g}, the limit for "
+                    f"{precision} is {limit:g}"
+                )
+        counts = {f"{name}_of": total for name, (_, total) in self.shares.items()}
+        return {**{name: float(f"{value:.3g}") for name, value in values.items()}, **counts}

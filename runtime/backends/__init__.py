@@ -1,0 +1,1 @@
+"""One file a backend: the only code of the runtime that touches a device."""

@@ -1,0 +1,112 @@
+"""A bundle's graphs on ONNX Runtime's CPU provider, with caches that are updated in place.
+
+Every cache is one numpy array, bound both as an input and as an output of decoder_step: a call
+then costs the same however many slots there are. Knows no request and no schedule.
+
+Legend: S cache slots, R entries a slot, C condition slots, M text length, d width, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from nuwa.spec.grid import Int
+from nuwa.spec.manifest import (
+    DECODER_STEP,
+    IMAGE_DETOKENIZER,
+    IMAGE_TOKENIZER,
+    STEP_ROW_INPUTS,
+    TEXT_ENCODER,
+    layer_names,
+    text_encoder_outputs,
+)
+
+from ..bundle import Bundle
+from ..core import Pixels
+from .base import Float, StepBatch
+
+_STORAGE = {"fp32": np.float32, "fp16": np.float16}
+_SMALL_INPUTS = (*STEP_ROW_INPUTS, "ranks")
+
+
+class OnnxRuntimeCpu:
+    """The embedded default backend.
+
+    threads: None means one a core that this process may use. spinning: idle threads of a step wait
+    actively, which is faster but takes whole cores while anything is generated. logits: keep the
+    logits of every step in `logits` f32 [T, K]; for verification, not for serving.
+    """
+
+    name = "onnxruntime-cpu"
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        cache_slots: int,
+        condition_slots: int,
+        threads: int | None = None,
+        spinning: bool = True,
+        logits: bool = False,
+    ) -> None:
+        config, manifest = bundle.manifest.config, bundle.manifest
+        options = _options(threads, spinning)
+        self._text = _session(bundle.graph(TEXT_ENCODER), options)
+        self._tokenizer = _session(bundle.graph(IMAGE_TOKENIZER), options)
+        self._detokenizer = _session(bundle.graph(IMAGE_DETOKENIZER), options)
+        self._decoder = _session(bundle.graph(DECODER_STEP), options)
+        self._codebook_size = config.image.codebook_size
+        self.logits: Float | None = None
+        self._keep_logits = logits
+
+        layers, width = config.decoder.layers, config.decoder.width
+        dtype = _STORAGE[manifest.precision]
+
+        def allocate(kind: str, slots: int, rows: int) -> dict[str, npt.NDArray[np.floating]]:
+            shape = (slots, rows, width)
+            return {name: np.zeros(shape, dtype) for name in layer_names(kind, layers)}
+
+        entries, length = manifest.cache_entries, config.text.length
+        self.caches = allocate("key_cache", cache_slots, entries)
+        self.caches |= allocate("value_cache", cache_slots, entries)
+        self.conditions = allocate("cross_key", condition_slots, length)
+        self.conditions |= allocate("cross_value", condition_slots, length)
+        self._condition_names = text_encoder_outputs(layers)
+        self._binding = self._decoder.io_binding()
+        for name, array in (self.caches | self.conditions).items():
+            value = ort.OrtValue.ortvalue_from_numpy(array)  # shares the array's memory
+            self._binding.bind_ortvalue_input(name, value)
+            if name in self.caches:
+                self._binding.bind_ortvalue_output(f"{name}_out", value)
+
+    def encode_text(self, ids: Int, condition_slots: Sequence[int]) -> None:
+        encoded = self._text.run(self._condition_names, {"tokens": ids})
+        for name, rows in zip(self._condition_names, encoded, strict=True):
+            self.conditions[name][list(condition_slots)] = rows
+
+    def step(self, batch: StepBatch) -> Int:
+        for name in _SMALL_INPUTS:
+            self._binding.bind_cpu_input(name, getattr(batch, name))
+        tokens = np.empty(len(batch.tokens), np.int32)
+        self._bind_output("next_tokens", tokens)
+        if self._keep_logits:
+            self.logits = np.empty((len(tokens), self._codebook_size), np.float32)
+            self._bind_output("logits", self.logits)
+        self._decoder.run_with_iobinding(self._binding)
+        return tokens
+
+    def tokenize(self, pixels: Pixels) -> Int:
+        return self._tokenizer.run(["codes"], {"pixels": pixels})[0]
+
+    def detokenize(self, codes: Int) -> Pixels:
+        return self._detokenizer.run(["pixels"], {"codes": codes})[0]
+
+    def _bind_output(self, name: str, array: npt.NDArray) -> None:
+        self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)

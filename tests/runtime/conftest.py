@@ -1,0 +1,34 @@
+"""A server over the fake engine, on a free loopback port, and a stub that talks to it."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+
+from nuwa.runtime.server import Server
+from nuwa.v1 import generation_pb2_grpc
+
+from .fake_engine import FakeEngine
+
+
+@pytest.fixture
+def engine():
+    return FakeEngine()
+
+
+@pytest.fixture
+def server(engine):
+    with Server(engine, queue_size=2) as server:
+        yield server
+        engine.gate.set()
+
+
+@pytest.fixture
+def channel(server):
+    with grpc.insecure_channel(server.address, [("grpc.max_send_message_length", -1)]) as channel:
+        yield channel
+
+
+@pytest.fixture
+def stub(channel):
+    return generation_pb2_grpc.GenerationServiceStub(channel)

@@ -1,0 +1,72 @@
+"""Clips as tokens, and the pruning of background synonyms."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from nuwa.spec.config import VQGANConfig
+from nuwa.training.clips import token_clips
+from nuwa.training.prune import prune_codebook
+from nuwa.training.sprites.world import SpriteWorld
+from nuwa.training.vqgan import VQGAN, to_signed
+
+CONFIG = VQGANConfig(
+    resolution=64,
+    base_channels=32,
+    channel_multipliers=(1, 1, 1, 1),
+    res_blocks=1,
+    attention_resolutions=(),
+    z_channels=8,
+    embedding_dim=8,
+    codebook_size=64,
+)
+
+
+@pytest.fixture(scope="module")
+def vqgan() -> VQGAN:
+    torch.manual_seed(0)
+    model = VQGAN(CONFIG).eval()
+    torch.nn.init.normal_(model.quantize.embedding.weight, std=0.3)
+    return model
+
+
+def test_clips_are_encoded_once_and_belong_to_their_tokenizer(vqgan, tmp_path):
+    world, cache = SpriteWorld("digits", "train"), tmp_path / "clips.npy"
+    clips = token_clips(vqgan, world, 3, cache, batch=2)
+    assert clips.tokens.shape == (3, 10, 64)
+    assert clips.caption(2, video=True) == world.sample(2).video_caption
+    assert clips.caption(2, video=False) == world.sample(2).image_caption
+    written = cache.stat().st_mtime_ns
+    again = token_clips(vqgan, world, 3, cache)
+    assert (again.tokens == clips.tokens).all()
+    assert cache.stat().st_mtime_ns == written
+    torch.nn.init.normal_(vqgan.quantize.embedding.weight, std=0.3)
+    before = json.loads(cache.with_suffix(".json").read_text())
+    token_clips(vqgan, world, 3, cache)
+    assert json.loads(cache.with_suffix(".json").read_text()) != before
+
+
+def test_pruning_drops_what_stands_for_background_alone(vqgan):
+    world = SpriteWorld("digits", "train")
+    samples = [world.sample(i) for i in range(6)]
+    clips = [(s.frames, s.segmentation) for s in samples]
+    pruned = prune_codebook(vqgan, clips)
+    frames = np.concatenate([s.frames for s in samples])
+    empty = ~np.concatenate([s.segmentation for s in samples]).reshape(-1, 8, 8, 8, 8).any((2, 4))
+    with torch.no_grad():
+        pixels = to_signed(torch.from_numpy(frames))
+        before, after = vqgan.encode(pixels).codes, pruned.encode(pixels).codes
+    old, new = vqgan.quantize.embedding.weight, pruned.quantize.embedding.weight
+    assert pruned.config.codebook_size == len(new) < CONFIG.codebook_size
+    # What is left are codes of the old book, and a cell whose code is left keeps it.
+    place = torch.cdist(new, old).argmin(1)
+    assert torch.equal(old[place], new)
+    kept = torch.isin(before, place)
+    assert torch.equal(place[after][kept], before[kept])
+    used = np.bincount(before.numpy()[~empty], minlength=CONFIG.codebook_size)
+    mostly_sprite = np.flatnonzero(used > 0.5 * np.bincount(before.flatten(), minlength=len(used)))
+    assert set(mostly_sprite.tolist()) <= set(place.tolist())
+    with pytest.raises(ValueError, match="threshold 1"):
+        prune_codebook(vqgan, clips, threshold=1.0)
