@@ -248,7 +248,9 @@ def hardware(threads: int) -> dict:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [r.split(":")[1].strip() for r in cpuinfo.read_text().splitlines() if "model name" in r]
+        names = [
+            r.split(":")[1].strip() for r in cpuinfo.read_text().splitlines() if "model name" in r
+        ]
         model = names[0] if names else model
     return {
         "cpu": model,

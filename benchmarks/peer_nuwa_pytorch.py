@@ -58,8 +58,8 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    # Four levels: 0.7.8 computes the feature map as image_size // levels**2, right for 2 and 4 only,
-    # and needs dim * 2**(levels - 1) == 256, the width of its codebook.
+    # Four levels: 0.7.8 computes the feature map as image_size // levels**2, right for 2 and 4
+    # only, and needs dim * 2**(levels - 1) == 256, the width of its codebook.
     vae = VQGanVAE(
         dim=32,
         num_layers=4,

@@ -1,19 +1,31 @@
-"""Checkpoint folder -> bundle folder, all or nothing."""
+"""Checkpoint folder -> bundle folder, all or nothing: a bundle exists only if its numbers agree."""
 
 from __future__ import annotations
 
-import hashlib
+import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from nuwa.spec.manifest import MANIFEST, TEXT_TOKENIZER, Manifest, graph_file
+from nuwa.spec.manifest import (
+    GRAPHS,
+    MANIFEST,
+    PRECISIONS,
+    TEXT_TOKENIZER,
+    Manifest,
+    file_hash,
+    graph_file,
+)
 from nuwa.spec.plan import cache_entries
-from nuwa.training.checkpoint import load_checkpoint
+from nuwa.training.checkpoint import Checkpoint, load_checkpoint
 
 from .graphs import OPSET, graphs, write_graph
+from .verify import verify
+
+# What is being done, how many steps are behind, how many there are.
+Progress = Callable[[str, int, int], None]
+NOT_STATED = "not stated"
 
 
 def export_bundle(
@@ -22,32 +34,111 @@ def export_bundle(
     *,
     precision: str = "fp32",
     overwrite: bool = False,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Manifest:
+    """Exports, verifies and writes a bundle; returns its manifest.
+
+    Works in a folder beside `out` and renames it at the end; whatever goes wrong, `out` stays as it
+    was and nothing else is left. ValueError for an unknown precision, or if `out` exists (with
+    overwrite: if it is no bundle); what `load_checkpoint` raises; ExportError if a graph's numbers
+    are too far from PyTorch's.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+    _check_target(out, overwrite)
     loaded = load_checkpoint(checkpoint)
+    _check_text(loaded)
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    for graph in graphs(loaded, precision):
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir()
+        manifest = _write(loaded, partial, precision, progress or _silent)
+        _check_target(out, overwrite)  # again: an export takes a while
+        _replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def _write(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progress) -> Manifest:
+    steps, done = 2 * len(GRAPHS) + 1, 0
+    for graph in graphs(checkpoint, precision):
+        progress(f"exporting {graph.name}", done, steps)
         write_graph(graph, folder / graph_file(graph.name))
-    loaded.text_tokenizer.save(folder / TEXT_TOKENIZER)
-    files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
-    count = sum(p.numel() for m in (loaded.nuwa, loaded.vqgan) for p in m.parameters())
-    manifest = Manifest(
-        name=loaded.config.name,
-        config=loaded.config,
-        tasks=loaded.config.tasks,
+        done += 1
+
+    def verifying(name: str) -> None:
+        nonlocal done
+        progress(f"verifying {name}", done, steps)
+        done += 1
+
+    parity = verify(checkpoint, folder, precision, verifying)
+    progress("writing the manifest", done, steps)
+    checkpoint.text_tokenizer.save(folder / TEXT_TOKENIZER)
+    files = {path.name: file_hash(path) for path in sorted(folder.iterdir())}
+    manifest = _manifest(checkpoint, precision, files, parity)
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    progress("done", steps, steps)
+    return manifest
+
+
+def _manifest(checkpoint: Checkpoint, precision: str, files: dict, parity: dict) -> Manifest:
+    models = (checkpoint.nuwa, checkpoint.vqgan)
+    return Manifest(
+        name=checkpoint.config.name,
+        config=checkpoint.config,
+        tasks=checkpoint.config.tasks,
         precision=precision,
         opset=OPSET,
-        cache_entries=cache_entries(loaded.config.decoder),
+        cache_entries=cache_entries(checkpoint.config.decoder),
         files=files,
-        parity={},
-        parameter_count=count,
-        licence=loaded.provenance.get("licence", "not stated"),
-        training_data=loaded.provenance.get("data", "not stated"),
+        parity=parity,
+        parameter_count=sum(p.numel() for model in models for p in model.parameters()),
+        licence=str(checkpoint.provenance.get("licence", NOT_STATED)),
+        training_data=str(checkpoint.provenance.get("data", NOT_STATED)),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    (folder / MANIFEST).write_text(manifest.to_json())
-    if out.exists():
-        shutil.rmtree(out)
-    folder.rename(out)
-    return manifest
+
+
+def _check_text(checkpoint: Checkpoint) -> None:
+    tokenizer, config = checkpoint.text_tokenizer, checkpoint.config.text
+    have = (tokenizer.vocabulary_size, tokenizer.length)
+    wanted = (config.vocabulary_size, config.length)
+    if have != wanted:
+        raise ValueError(
+            f"the checkpoint's text tokenizer has {have[0]} ids and texts of {have[1]}, its config "
+            f"says {wanted[0]} and {wanted[1]}"
+        )
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not out.is_dir():
+        raise ValueError(f"{out} is a file; name a folder for the bundle")
+    if not overwrite:
+        raise ValueError(f"{out} exists; choose another folder, or allow it to be overwritten")
+    if not (out / MANIFEST).is_file():
+        raise ValueError(
+            f"{out} is not a bundle (it has no {MANIFEST}) and is not overwritten; choose another "
+            f"folder"
+        )
+
+
+def _replace(partial: Path, out: Path) -> None:
+    """Puts `partial` in the place of `out`; if that fails, `out` is as before."""
+    if not out.exists():
+        partial.rename(out)
+        return
+    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    out.rename(old)
+    try:
+        partial.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _silent(what: str, done: int, steps: int) -> None:
+    """No progress is shown."""

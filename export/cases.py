@@ -116,7 +116,7 @@ def typed(feeds: Feeds) -> Feeds:
     return {name: np.ascontiguousarray(array, types[name]) for name, array in feeds.items()}
 
 
-# Sequences of `RealSteps`, one a slot: a guided clip (its twin has the condition "none", PROMPTS[0]),
+# Sequences of `RealSteps`, one a slot: a guided clip, its unconditional twin (PROMPTS[0], "none"),
 # and a plain clip that starts three calls later.
 GUIDED, TWIN, PLAIN = 0, 1, 2
 _CONDITIONS = np.array([1, 0, 2])

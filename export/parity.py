@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 
-class ExportError(Exception):
+class ExportError(ValueError):
     """A graph's numbers disagree with PyTorch's; the message says which, by how much."""
 
 

@@ -1,7 +1,7 @@
 """Compares the graphs of a bundle, run by ONNX Runtime, with the PyTorch model they came from.
 
-PyTorch runs the checkpoint as it is: fp32, nothing folded. parity.py says what is measured and which
-figures refuse an export.
+PyTorch runs the checkpoint as it is: fp32, nothing folded. parity.py says which figures refuse an
+export.
 
 The decoder is run as serving runs it, each cache bound as input and output at once. Its tokens are
 judged twice: against PyTorch's, and against PyTorch's sampler given the graph's own logits, where
@@ -81,6 +81,7 @@ class OnnxGraph:
 
     def __init__(self, path: Path) -> None:
         options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors; its warnings are about fusions it could not make
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         providers = ["CPUExecutionProvider"]
         self.session = onnxruntime.InferenceSession(path, options, providers=providers)

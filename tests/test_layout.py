@@ -23,7 +23,9 @@ def imports(path: Path):
         if isinstance(node, ast.Import):
             yield from ((alias.name, 0) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module] if node.module != "nuwa" else [f"nuwa.{a.name}" for a in node.names]
+            names = (
+                [node.module] if node.module != "nuwa" else [f"nuwa.{a.name}" for a in node.names]
+            )
             yield from ((name or "", node.level) for name in names)
 
 
@@ -60,7 +62,9 @@ def test_serving_needs_no_torch():
         f"for name in {modules!r}: importlib.import_module(name)\n"
         "print(len([m for m in sys.modules if m.split('.')[0] == 'torch' and sys.modules[m]]))\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "0"
 
 
@@ -68,4 +72,6 @@ def test_base_dependencies_bring_no_torch():
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert not [d for d in project["dependencies"] if d.startswith(("torch", "onnx>", "onnxscript"))]
+    assert not [
+        d for d in project["dependencies"] if d.startswith(("torch", "onnx>", "onnxscript"))
+    ]

@@ -33,7 +33,9 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
     """Train a tokenizer, a model or a judge."""
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{tokenizer,prune,model,judge}")
+    kinds = parser.add_subparsers(
+        dest="kind", required=True, metavar="{tokenizer,prune,model,judge}"
+    )
     _tokenizer_arguments(kinds.add_parser("tokenizer", help="train a VQ-GAN", epilog=EPILOG))
     _prune_arguments(kinds.add_parser("prune", help="drop a VQ-GAN's background synonyms"))
     _model_arguments(kinds.add_parser("model", help="train NÜWA on a VQ-GAN's tokens"))

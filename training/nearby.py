@@ -31,7 +31,7 @@ def nearby_attention(
     bias: Tensor | None,
     heads: int,
 ) -> Tensor:
-    """query [T,d], key, value [S,R,d], slot int [T], neighbours int [T,n], bias [heads,n] -> [T,d]."""
+    """query [T,d], key, value [S,R,d], slot [T], neighbours [T,n], bias [heads,n] -> [T,d]."""
     positions, width = query.shape
     count = neighbours.shape[1]
     valid_Tn = neighbours >= 0

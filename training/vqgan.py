@@ -19,9 +19,9 @@ from nuwa.spec.config import VQGANConfig
 
 
 class _FastGroupNorm(torch.autograd.Function):
-    """GroupNorm with a backward out of a few dense passes (PyTorch's own is many times slower on CPU).
+    """GroupNorm whose backward is a few dense passes: many times PyTorch's own speed on a CPU.
 
-    With g the gradient of the output, w the weight, m and r the group's mean and 1/std over n values:
+    With g the gradient of the output, w the weight, m and r the mean and 1/std of a group of n:
     dx = r w g - x (r^3 / n) (sum(w g x) - m sum(w g)) - rest, `rest` making dx sum to zero.
     """
 
@@ -207,7 +207,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, z_channels, h, w] -> [B, channels, H, W]. `up[0]` is the full resolution, as in taming."""
+    """[B, z_channels, h, w] -> [B, channels, H, W]. `up[0]` is the full resolution."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()

@@ -25,9 +25,7 @@ SMALL = ModelConfig(
         embedding_dim=16,
         z_channels=16,
     ),
-    text=TextConfig(
-        vocabulary_size=40, length=12, width=16, layers=1, heads=2, mask_padding=True
-    ),
+    text=TextConfig(vocabulary_size=40, length=12, width=16, layers=1, heads=2, mask_padding=True),
     decoder=DecoderConfig(
         grid=Grid(4, 4, 4),
         width=32,
