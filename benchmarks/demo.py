@@ -73,7 +73,7 @@ def main() -> int:
     bundle = out / "bundle"
     export(arguments.checkpoint, bundle)
     demo = Demo()
-    with Server(bundle) as server:
+    with Server(bundle, out / "server.log") as server:
         print(server.line)
         demo.ready = server.line
         with Client(server.address) as client:
@@ -105,10 +105,11 @@ def export(checkpoint: Path, bundle: Path) -> None:
 class Server:
     """`nuwa serve` in a process of its own, on a free loopback port."""
 
-    def __init__(self, bundle: Path) -> None:
+    def __init__(self, bundle: Path, log: Path) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "nuwa.runtime", "serve", str(bundle), "--port", "0"],
             stdout=subprocess.PIPE,
+            stderr=log.open("w"),
             text=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
@@ -116,7 +117,7 @@ class Server:
         self.line = self._process.stdout.readline().strip()
         found = re.search(r"ready on (\S+):", self.line)
         if found is None:
-            raise RuntimeError(f"the server did not start: {self.line!r}")
+            raise RuntimeError(f"the server did not start: {log.read_text() or self.line!r}")
         self.address = found.group(1)
 
     def __enter__(self) -> Server:

@@ -71,8 +71,10 @@ def _random_step(
     nearby = _masked(rng, (rows, decoder.neighbour_count), entries)
     if rows > 2:
         cross[1], nearby[2] = MASKED, MASKED
+    tokens = rng.integers(0, config.bos, rows)
+    tokens[1:2] = config.bos
     feeds = {
-        "tokens": rng.integers(0, config.bos + 1, rows),
+        "tokens": tokens,
         "coordinates": rng.integers(0, decoder.grid.shape, (rows, 3)),
         "slot": slot,
         "write_index": np.where(skips, MASKED, places % entries),

@@ -99,7 +99,7 @@ def figures_text(parity: dict[str, Any]) -> str:
         words = name.replace("_", " ")
         total = parity.get(f"{name}_of")
         if total is not None:
-            lines.append(f"{words}: {round(value * total)} of {total}")
+            lines.append(f"{words}: {value} of {total}")
         else:
             lines.append(f"{words}: {value:.2g}")
     return "\n".join(lines)

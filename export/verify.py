@@ -174,10 +174,16 @@ def _text_encoder(checkpoint: Checkpoint, graph: OnnxGraph, figures: Figures) ->
 
 def _image_tokenizer(checkpoint: Checkpoint, graph: OnnxGraph, figures: Figures) -> None:
     images = pictures(checkpoint.config.image.resolution)
+    codes_KE = checkpoint.vqgan.quantize.embedding.weight.double()
     for batch in (images, images[:1]):
-        codes = checkpoint.vqgan.encode(to_signed(torch.from_numpy(batch))).codes
+        encoded = checkpoint.vqgan.encode(to_signed(torch.from_numpy(batch)))
         got = graph.run({"pixels": batch})["codes"]
-        figures.mismatch("code_mismatches", got, codes.numpy())
+        figures.mismatch("code_mismatches", got, encoded.codes.numpy())
+        cells_NE = encoded.features.permute(0, 2, 3, 1).flatten(0, 2).double()
+        distance_NK = torch.cdist(cells_NE, codes_KE).square()
+        chosen_N = distance_NK.gather(1, torch.from_numpy(got).long().view(-1, 1))[:, 0]
+        excess_N = chosen_N - distance_NK.min(dim=1).values
+        figures.exceed("code_distance", excess_N.numpy(), distance_NK.std(dim=1).numpy())
 
 
 def _image_detokenizer(checkpoint: Checkpoint, graph: OnnxGraph, figures: Figures) -> None:

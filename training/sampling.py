@@ -8,6 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nuwa.spec.sampling import sort_width
+
+__all__ = ["guide", "sample", "sort_width"]
+
 
 def guide(logits_TK: Tensor, guidance_T: Tensor, unconditional_row_T: Tensor) -> Tensor:
     """Classifier-free guidance: u + g * (c - u), u being the logits of another row of the call.
@@ -53,13 +57,3 @@ def sample(
     last_T = (cdf_TK < total_T1).sum(dim=-1)  # rounding must not step past the last kept token
     token_T = torch.where(temperature_T > 0, torch.minimum(drawn_T, last_T), greedy_T)
     return token_T.to(torch.int32)
-
-
-def sort_width(top_k, top_p, codebook_size: int) -> int:
-    """The W of `sample` for sequences of top_k and top_p values."""
-    width = 1
-    for k, p in zip(top_k, top_p, strict=True):
-        if p < 1.0 and k == 0:
-            return codebook_size
-        width = max(width, int(k))
-    return min(width, codebook_size)

@@ -8,7 +8,6 @@ Legend: S cache slots, R entries a slot, C condition slots, M text length, d wid
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,3 +109,24 @@ class OnnxRuntimeCpu:
 
     def _bind_output(self, name: str, array: npt.NDArray) -> None:
         self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+
+def _options(threads: int | None, spinning: bool) -> ort.SessionOptions:
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads {threads} is not at least 1")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or _cores()
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    options.log_severity_level = 3  # errors
+    return options
+
+
+def _cores() -> int:
+    """Cores that this process may use, which in a container are fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _session(graph: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,193 @@
+"""Requests in, tokens and pixels out: slots that decode side by side, one wave of each at a time.
+
+Drives a backend by the plans of spec/plan.py. No queue, no network, no device: those are the
+scheduler's, the service's and the backend's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from nuwa.spec.grid import Grid, Int
+from nuwa.spec.manifest import BundleError, Manifest
+from nuwa.spec.philox import uniforms
+from nuwa.spec.plan import DecodePlan, cache_entries, completion_plan, decode_plan
+from nuwa.spec.tasks import UNCONDITIONAL_PROMPT
+
+from .backends.base import Backend
+from .backends.onnxruntime_cpu import OnnxRuntimeCpu
+from .batch import assemble
+from .bundle import Bundle, open_bundle
+from .check import check_request
+from .core import GenerationRequest, ModelInfo, Pixels, SlotStep
+from .given import known_positions
+from .sequence import Lane, Sequence
+
+Known = npt.NDArray[np.bool_]
+
+
+def load_engine(
+    bundle: Path | str,
+    *,
+    slots: int = 1,
+    threads: int | None = None,
+    spinning: bool = True,
+    verify: bool = True,
+) -> Engine:
+    """An engine on ONNX Runtime's CPU provider for the bundle folder `bundle`.
+
+    slots: requests that decode side by side; threads: None means one a core; spinning: threads
+    wait actively within a step; verify: hash the bundle's files. Raises BundleError, and ValueError
+    for slots or threads below 1.
+    """
+    if slots < 1:
+        raise ValueError(f"slots {slots} is not at least 1")
+    opened = open_bundle(bundle, verify)
+    backend = OnnxRuntimeCpu(
+        opened,
+        cache_slots=cache_slots(slots),
+        condition_slots=condition_slots(slots),
+        threads=threads,
+        spinning=spinning,
+    )
+    return Engine(opened, backend, slots=slots)
+
+
+def cache_slots(slots: int) -> int:
+    """Cache slots of an engine: slot s decodes in s, and its unconditional partner in slots + s."""
+    return 2 * slots
+
+
+def condition_slots(slots: int) -> int:
+    """Condition slots of an engine: one a slot, and the last for UNCONDITIONAL_PROMPT."""
+    return slots + 1
+
+
+class Engine:
+    """Decodes up to `slots` requests at a time; one thread calls it, but `check` and `info` any.
+
+    backend: has cache_slots(slots) and condition_slots(slots).
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, *, slots: int) -> None:
+        self.slots = slots
+        self.info = model_info(bundle, backend.name)
+        self._backend = backend
+        self._config = bundle.manifest.config
+        self._text = bundle.text_tokenizer
+        self._sequences: dict[int, Sequence] = {}
+        _check_cache(bundle.manifest)
+        self._unconditional = self._encode(UNCONDITIONAL_PROMPT, slots)
+
+    def check(self, request: GenerationRequest) -> None:
+        """UnsupportedTaskError, or ValueError naming the value and the valid choices."""
+        check_request(request, self.info)
+
+    def admit(self, request: GenerationRequest, slot: int) -> None:
+        """Encodes what a checked request gives, and makes a free slot ready to step."""
+        assert 0 <= slot < self.slots and slot not in self._sequences, "the slot is not free"
+        tokens, known = self._given_tokens(request)
+        plan = self._plan(request, known)
+        draws = uniforms(request.seed, request.sample_index, plan.position)
+        lanes = self._lanes(request, slot)
+        self._sequences[slot] = Sequence(plan, lanes, request.sampling, draws, tokens, known)
+
+    def step(self) -> list[SlotStep]:
+        """Decodes one wave of every admitted, unfinished slot, all in one call of the backend."""
+        active = {slot: s for slot, s in self._sequences.items() if not s.done}
+        if not active:
+            return []
+        image, text = self._config.image, self._config.text
+        drawn = self._backend.step(assemble(active.values(), image.codebook_size, text.length))
+        results, start = [], 0
+        for slot, sequence in active.items():
+            width = sequence.width
+            frames = sequence.accept(drawn[start : start + width])
+            start += width * len(sequence.lanes)
+            total = sequence.plan.grid.size
+            results.append(SlotStep(slot, sequence.positions_done, total, frames, sequence.done))
+        return results
+
+    def release(self, slot: int) -> None:
+        """Frees a slot; harmless if it is free."""
+        self._sequences.pop(slot, None)
+
+    def pixels(self, tokens: Int) -> Pixels:
+        """Tokens i32 [F, h, w] -> u8 [F, H, W, 3]; given.restore_given puts given pixels back."""
+        return self._backend.detokenize(tokens)
+
+    def _given_tokens(self, request: GenerationRequest) -> tuple[Int, Known]:
+        """i32 [N + 1], <bos> last, and bool [N]; tokens that are not known are 0."""
+        grid = self._grid(request)
+        tokens = np.zeros(grid.size + 1, np.int32)
+        tokens[-1] = self._config.bos
+        known = known_positions(request, grid)
+        if request.frames is not None and known.any():
+            codes = self._backend.tokenize(request.frames).reshape(-1)
+            where = np.flatnonzero(known)
+            tokens[where] = codes[where]
+        return tokens, known
+
+    def _plan(self, request: GenerationRequest, known: Known) -> DecodePlan:
+        grid, decoder = self._grid(request), self._config.decoder
+        if known.any():
+            return completion_plan(decoder, grid, known, request.schedule)
+        return decode_plan(decoder, grid, request.schedule)
+
+    def _grid(self, request: GenerationRequest) -> Grid:
+        most = self._config.decoder.grid
+        return Grid(request.frame_count, most.height, most.width)
+
+    def _lanes(self, request: GenerationRequest, slot: int) -> tuple[Lane, ...]:
+        prompt = request.prompt.strip() or UNCONDITIONAL_PROMPT
+        if prompt == UNCONDITIONAL_PROMPT:  # guidance would compare the rows with themselves
+            return (Lane(slot, *self._unconditional),)
+        condition = self._encode(prompt, slot)
+        if request.sampling.guidance_scale == 1.0:
+            return (Lane(slot, *condition),)
+        return (
+            Lane(slot, *condition, guided=True),
+            Lane(self.slots + slot, *self._unconditional),
+        )
+
+    def _encode(self, prompt: str, condition_slot: int) -> tuple[int, int]:
+        """Fills a condition slot; returns it and how many of its text positions count."""
+        ids = self._text.encode(prompt)
+        self._backend.encode_text(ids[None], [condition_slot])
+        text = self._config.text
+        return condition_slot, self._text.used(ids) if text.mask_padding else text.length
+
+
+def model_info(bundle: Bundle, backend: str) -> ModelInfo:
+    """What GetModel and `nuwa inspect` tell of a bundle."""
+    manifest, config = bundle.manifest, bundle.manifest.config
+    return ModelInfo(
+        name=manifest.name,
+        bundle_hash=bundle.hash,
+        # Sketches need a visual encoder, and bundles of this format version hold none.
+        tasks=tuple(task for task in manifest.tasks if not task.needs_sketch),
+        height=config.image.resolution,
+        width=config.image.resolution,
+        max_frames=config.decoder.grid.frames,
+        codebook_size=config.image.codebook_size,
+        parameter_count=manifest.parameter_count,
+        precision=manifest.precision,
+        licence=manifest.licence,
+        backend=backend,
+    )
+
+
+def _check_cache(manifest: Manifest) -> None:
+    """BundleError if the graphs' caches are too small for this version's schedules.
+
+    Also leaves the schedule of every number of frames in memory, so that no request waits for it.
+    """
+    needed = cache_entries(manifest.config.decoder)
+    if needed > manifest.cache_entries:
+        raise BundleError(
+            f"the bundle's caches have {manifest.cache_entries} entries, and this nuwa-runtime "
+            f"needs {needed}; export the checkpoint again with this version"
+        )

@@ -1,0 +1,46 @@
+"""`nuwa export`, through the function that its entry point names."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+pytest.importorskip("onnx")
+pytest.importorskip("torch")
+
+from nuwa.export.cli import command, figures_text  # noqa: E402
+from nuwa.runtime.bundle import open_bundle  # noqa: E402
+
+
+def export(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    run = command(parser)
+    return run(parser.parse_args(list(words)))
+
+
+@pytest.mark.slow
+def test_exports_and_prints_sizes_and_figures(tiny_checkpoint, tmp_path, capsys):
+    out = tmp_path / "bundle"
+    assert export(str(tiny_checkpoint), str(out), "--precision", "fp16") == 0
+    printed = capsys.readouterr().out
+    assert open_bundle(out).manifest.precision == "fp16"
+    assert "decoder_step.onnx" in printed and "token mismatches:" in printed
+    assert "tiny, 0.36 M parameters, fp16, licence of the weights: CC0-1.0" in printed
+
+
+def test_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nothing is not a checkpoint folder"):
+        export(str(tmp_path / "nothing"), str(tmp_path / "bundle"))
+
+
+def test_precision_is_one_of_two(tiny_checkpoint, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        export(str(tiny_checkpoint), str(tmp_path / "bundle"), "--precision", "fp8")
+    assert "fp32" in capsys.readouterr().err
+
+
+def test_figures_are_told_in_words():
+    parity = {"logits_absolute": 1e-5, "logits_relative": 1.5e-6, "odd": 2, "odd_of": 300}
+    assert figures_text(parity) == "logits relative: 1.5e-06\nodd: 2 of 300"
+    assert figures_text({}) == ""

@@ -1,0 +1,181 @@
+"""What is in an exported file: operators, functions, axes; and that real sizes run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+onnx = pytest.importorskip("onnx")
+torch = pytest.importorskip("torch")
+import onnxruntime  # noqa: E402
+from onnx import numpy_helper  # noqa: E402
+
+from nuwa.export import operators  # noqa: E402
+from nuwa.export.graphs import OPSET, graphs, write_graph  # noqa: E402
+from nuwa.export.parity import ExportError  # noqa: E402
+from nuwa.export.verify import verify_graph  # noqa: E402
+from nuwa.spec.manifest import (  # noqa: E402
+    DECODER_STEP,
+    GRAPHS,
+    IMAGE_DETOKENIZER,
+    IMAGE_TOKENIZER,
+    TEXT_ENCODER,
+    decoder_step_inputs,
+    decoder_step_outputs,
+    graph_file,
+    text_encoder_outputs,
+)
+from nuwa.training.checkpoint import load_checkpoint  # noqa: E402
+
+LAYERS = 2
+NAMES = {
+    DECODER_STEP: (decoder_step_inputs(LAYERS), decoder_step_outputs(LAYERS)),
+    TEXT_ENCODER: (["tokens"], text_encoder_outputs(LAYERS)),
+    IMAGE_TOKENIZER: (["pixels"], ["codes"]),
+    IMAGE_DETOKENIZER: (["codes"], ["pixels"]),
+}
+ENTRIES, WIDTH, NEIGHBOURS, LENGTH, CODES = 33, 32, 14, 77, 64
+
+
+def load(bundle: Path, name: str):
+    return onnx.load(bundle / graph_file(name))
+
+
+def axes(value) -> list:
+    return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_names_and_opset(tiny_bundle, name):
+    model = load(tiny_bundle, name)
+    onnx.checker.check_model(model, full_check=True)
+    assert [value.name for value in model.graph.input] == NAMES[name][0]
+    assert [value.name for value in model.graph.output] == NAMES[name][1]
+    assert {entry.domain: entry.version for entry in model.opset_import}[""] == OPSET
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_every_input_is_used(tiny_bundle, name):
+    """The exporter merges inputs whose examples are one object, and leaves some without a use."""
+    model = load(tiny_bundle, name)
+    used = {name for node in model.graph.node for name in node.input}
+    assert {value.name for value in model.graph.input} <= used
+
+
+def test_attention_stays_whole_with_its_function_beside_it(tiny_bundle):
+    model = load(tiny_bundle, DECODER_STEP)
+    nodes = [node for node in model.graph.node if node.domain == operators.DOMAIN]
+    counts = Counter(node.op_type for node in nodes)
+    assert counts == {operators.NEARBY: LAYERS, operators.CACHED: LAYERS}
+    for node in nodes:
+        given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert given == {"heads": 2, "plugin_namespace": b"nuwa", "plugin_version": b"1"}
+    functions = {(f.domain, f.name): f for f in model.functions}
+    assert set(functions) == {("nuwa", operators.NEARBY), ("nuwa", operators.CACHED)}
+    for function in functions.values():
+        assert {node.domain for node in function.node} == {""}
+        assert "heads" in function.attribute
+        defaults = {a.name: a.s for a in function.attribute_proto}
+        assert defaults == {"plugin_namespace": b"nuwa", "plugin_version": b"1"}
+
+
+def test_axes_that_change_are_dynamic_and_only_those(tiny_bundle):
+    model = load(tiny_bundle, DECODER_STEP)
+    found = {value.name: axes(value) for value in (*model.graph.input, *model.graph.output)}
+    assert found["tokens"] == found["guidance"] == ["T"]
+    assert found["coordinates"] == ["T", 3]
+    assert found["neighbours"] == ["T", NEIGHBOURS]
+    assert found["cross_neighbours"] == ["T", "m"]
+    assert found["ranks"] == ["W"]
+    assert found["key_cache_1"] == found["value_cache_0_out"] == ["S", ENTRIES, WIDTH]
+    assert found["cross_key_0"] == found["cross_value_1"] == ["C", LENGTH, WIDTH]
+    assert (found["next_tokens"], found["logits"]) == (["T"], ["T", CODES])
+    for name in (TEXT_ENCODER, IMAGE_TOKENIZER, IMAGE_DETOKENIZER):
+        graph = load(tiny_bundle, name).graph
+        for value in (*graph.input, *graph.output):
+            first, *others = axes(value)
+            assert first == "B" and all(isinstance(size, int) for size in others)
+
+
+def test_types_of_the_border(tiny_bundle):
+    def kinds(values) -> dict:
+        return {value.name: value.type.tensor_type.elem_type for value in values}
+
+    graph = load(tiny_bundle, DECODER_STEP).graph
+    real = {"temperature", "top_p", "uniform", "guidance"}
+    for name, kind in kinds(graph.input).items():
+        is_real = name in real or name[-1].isdigit()
+        assert kind == (onnx.TensorProto.FLOAT if is_real else onnx.TensorProto.INT32), name
+    assert kinds(graph.output)["next_tokens"] == onnx.TensorProto.INT32
+    for name, given, made in (
+        (IMAGE_TOKENIZER, onnx.TensorProto.UINT8, onnx.TensorProto.INT32),
+        (IMAGE_DETOKENIZER, onnx.TensorProto.INT32, onnx.TensorProto.UINT8),
+    ):
+        graph = load(tiny_bundle, name).graph
+        assert [*kinds(graph.input).values(), *kinds(graph.output).values()] == [given, made]
+
+
+def test_pixels_are_bytes_at_the_border_only(tiny_bundle):
+    """TensorRT has uint8 at the border only: the first node casts from it, the last one to it."""
+    nodes = load(tiny_bundle, IMAGE_TOKENIZER).graph.node
+    assert [node.op_type for node in nodes if "pixels" in node.input] == ["Cast"]
+    assert load(tiny_bundle, IMAGE_DETOKENIZER).graph.node[-1].op_type == "Cast"
+
+
+def test_index_arithmetic_is_done_once_for_all_layers(tiny_bundle, tmp_path):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(
+        tiny_bundle / graph_file(DECODER_STEP), options, providers=["CPUExecutionProvider"]
+    )
+    graph = onnx.load(tmp_path / "optimized.onnx").graph
+    readers = Counter(name for node in graph.node for name in node.input)
+    # mask, index, "has any": once each; the writes of both caches once each.
+    assert readers["neighbours"] == readers["cross_neighbours"] == 3
+    assert readers["condition_slot"] == 1
+    kinds = Counter(node.op_type for node in graph.node)
+    assert kinds["Sqrt"] == kinds["Reciprocal"] == 0  # constant sizes were folded
+    assert kinds["Gelu"] == LAYERS and kinds["FusedMatMul"] == 2 * LAYERS
+    assert kinds["LayerNormalization"] == 3 * LAYERS + 1
+
+
+def test_fp16_stores_halves_and_decides_in_fp32(tiny_checkpoint, tmp_path):
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    graph = next(g for g in graphs(checkpoint, "fp16") if g.name == DECODER_STEP)
+    path = tmp_path / "step.onnx"
+    write_graph(graph, path)
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    kinds = {
+        v.name: v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)
+    }
+    assert kinds["key_cache_0"] == kinds["cross_value_1"] == onnx.TensorProto.FLOAT16
+    assert kinds["logits"] == kinds["uniform"] == onnx.TensorProto.FLOAT
+    large = [w for w in model.graph.initializer if np.prod(w.dims) > 100]
+    assert large and {w.data_type for w in large} == {onnx.TensorProto.FLOAT16}
+    figures = verify_graph(checkpoint, path, DECODER_STEP, "fp16")
+    assert 0 < figures["logits_relative"] < 5e-3
+    assert figures["sampler_mismatches"] == 0
+    head = next(w for w in model.graph.initializer if w.name.endswith("head.weight"))
+    halved = numpy_helper.to_array(head) * np.float16(0.5)
+    head.CopyFrom(numpy_helper.from_array(halved, head.name))
+    onnx.save(model, path)
+    with pytest.raises(ExportError, match="the limit for fp16"):
+        verify_graph(checkpoint, path, DECODER_STEP, "fp16")
+
+
+def test_weights_beyond_the_limit_go_to_a_second_file(tiny_checkpoint, tmp_path):
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    graph = next(g for g in graphs(checkpoint, "fp32") if g.name == TEXT_ENCODER)
+    whole, split = tmp_path / "whole.onnx", tmp_path / "split.onnx"
+    write_graph(graph, whole)
+    write_graph(graph, split, inline_limit=1000)
+    assert not whole.with_name("whole.onnx.data").exists()
+    data = split.with_name("split.onnx.data").stat().st_size
+    assert split.stat().st_size < whole.stat().st_size - data / 2
+    figures = verify_graph(checkpoint, split, TEXT_ENCODER, "fp32")
+    assert figures == verify_graph(checkpoint, whole, TEXT_ENCODER, "fp32")

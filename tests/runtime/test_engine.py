@@ -1,0 +1,266 @@
+"""One promise: a request's tokens are its own, whatever runs beside it, and PyTorch's."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from nuwa.runtime.core import GenerationRequest, Sampling
+from nuwa.runtime.engine import cache_slots, condition_slots
+from nuwa.spec.grid import Grid
+from nuwa.spec.manifest import Manifest
+from nuwa.spec.plan import decode_plan
+from nuwa.spec.tasks import Task
+
+from .engine_run import PROMPT, admit, alone, finish, step, tiny_engine
+
+SEEDS = (0, 1, 2, 3, 2**40 + 5)
+SAMPLINGS = {
+    "plain": Sampling(),
+    "cool": Sampling(temperature=0.7),
+    "top_k": Sampling(top_k=9),
+    "top_p": Sampling(top_p=0.8),
+    "both": Sampling(temperature=1.2, top_k=30, top_p=0.9),
+    "greedy": Sampling(temperature=0.0),
+    "guided": Sampling(guidance_scale=2.5),
+    "guided_top_p": Sampling(guidance_scale=1.5, top_p=0.9),
+    "unconditional": Sampling(guidance_scale=0.0),
+}
+TASKS = {"image": (Task.T2I, 1), "clip": (Task.T2V, 3), "short": (Task.T2V, 2)}
+
+
+def request(kind: str = "clip", sampling: str = "plain", **fields) -> GenerationRequest:
+    task, frames = TASKS[kind]
+    fields = {"prompt": PROMPT} | fields
+    return GenerationRequest(task, frame_count=frames, sampling=SAMPLINGS[sampling], **fields)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_bundle):
+    return tiny_engine(tiny_bundle, slots=4)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_checkpoint):
+    """tokens(request): i32 [F, h, w] from PyTorch's loop in raster order, one row a call."""
+    torch = pytest.importorskip("torch")
+    from nuwa.training.checkpoint import load_checkpoint
+    from nuwa.training.decode import generate
+
+    loaded = load_checkpoint(tiny_checkpoint)
+
+    def ids(prompt: str):
+        return torch.from_numpy(loaded.text_tokenizer.encode(prompt)[None]).long()
+
+    def tokens(request: GenerationRequest) -> np.ndarray:
+        most, sampling = loaded.config.decoder.grid, request.sampling
+        grid = Grid(request.frame_count, most.height, most.width)
+        made = generate(
+            loaded.nuwa,
+            ids(request.prompt),
+            grid,
+            seeds=[request.seed],
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            guidance=sampling.guidance_scale,
+            unconditional_1M=ids("none"),
+            kind="raster",
+        )
+        return made.numpy().reshape(grid.shape)
+
+    return tokens
+
+
+@pytest.mark.parametrize("kind", ["image", "clip"])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_tokens_are_those_of_pytorch(engine, reference, kind, sampling):
+    for seed in SEEDS:
+        wanted = request(kind, sampling, seed=seed)
+        assert (alone(engine, wanted).tokens == reference(wanted)).all()
+
+
+def test_seeds_and_prompts_and_settings_matter(engine):
+    """Otherwise equality elsewhere would show nothing."""
+    base = alone(engine, request()).tokens
+    for other in (
+        request(seed=1),
+        request(sample_index=1),
+        request(prompt="a blue cat stands still"),
+        *(request(sampling=name) for name in SAMPLINGS if name != "plain"),
+    ):
+        assert (alone(engine, other).tokens != base).any()
+
+
+@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("sampling", ["plain", "both", "guided"])
+def test_waves_and_raster_order_give_the_same_tokens(engine, tiny_bundle, kind, sampling):
+    decoder = Manifest.from_json((tiny_bundle / "manifest.json").read_text()).config.decoder
+    grid = Grid(TASKS[kind][1], decoder.grid.height, decoder.grid.width)
+    for seed in SEEDS:
+        runs = {
+            schedule: alone(engine, request(kind, sampling, seed=seed, schedule=schedule))
+            for schedule in ("wave", "raster")
+        }
+        assert (runs["wave"].tokens == runs["raster"].tokens).all()
+        for schedule, run in runs.items():
+            assert run.steps == decode_plan(decoder, grid, schedule).steps
+        assert runs["raster"].steps == grid.size > 1.5 * runs["wave"].steps
+
+
+def neighbours(seed: int) -> dict[int, GenerationRequest]:
+    """Three requests as different from each other as can be, for slots 1 to 3."""
+    return {
+        1: request("clip", "guided_top_p", seed=seed + 100, prompt="none" + " of all these" * 30),
+        2: request("image", "greedy", seed=seed + 200, prompt="a blue cat stands still"),
+        3: request("short", "top_k", seed=seed + 300, schedule="raster"),
+    }
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_tokens_are_the_same_alone_and_beside_others(engine, seed):
+    """Every one of four requests that run together, joining at different steps."""
+    requests = {0: request("clip", "both", seed=seed)} | neighbours(seed)
+    expected = {slot: alone(engine, each).tokens for slot, each in requests.items()}
+    runs = {}
+    for slot, each in requests.items():
+        runs[slot] = admit(engine, each, slot)
+        step(engine, runs)
+    finish(engine, runs)
+    for slot, run in runs.items():
+        assert (run.tokens == expected[slot]).all()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_neighbour_that_leaves_midway_changes_nothing(engine, seed):
+    wanted = request("clip", "guided", seed=seed)
+    expected = alone(engine, wanted).tokens
+    runs = {0: admit(engine, wanted, 0)}
+    runs |= {slot: admit(engine, each, slot) for slot, each in neighbours(seed).items()}
+    for _ in range(3):
+        step(engine, runs)
+    for slot in (1, 3):
+        engine.release(slot)
+        del runs[slot]
+        step(engine, runs)
+    # A newcomer takes the room of one that was stopped halfway.
+    late = request("clip", "top_p", seed=seed + 400)
+    runs[1] = admit(engine, late, 1)
+    finish(engine, runs)
+    assert (runs[0].tokens == expected).all()
+    assert (runs[1].tokens == alone(engine, late).tokens).all()
+
+
+def test_a_slot_remembers_nothing(tiny_bundle):
+    """First use, after another request, after one that was stopped midway, in any slot."""
+    engine = tiny_engine(tiny_bundle, slots=2)
+    wanted = request("clip", "guided", seed=5)
+    first = alone(engine, wanted).tokens
+    alone(engine, request("clip", "guided", seed=6, prompt="a green digit 7 moves up then down"))
+    assert (alone(engine, wanted).tokens == first).all()
+    stopped = {0: admit(engine, request("image", "guided", seed=7), 0)}
+    step(engine, stopped)
+    engine.release(0)
+    assert (alone(engine, wanted).tokens == first).all()
+    assert (alone(engine, wanted, slot=1).tokens == first).all()
+
+
+def test_release_is_idempotent_and_an_idle_engine_does_nothing(engine):
+    engine.release(0)
+    engine.release(0)
+    assert engine.step() == []
+
+
+def test_a_finished_slot_waits_for_its_release(engine):
+    runs = {0: admit(engine, request("image"), 0), 1: admit(engine, request("clip"), 1)}
+    while not runs[0].last or not runs[0].last.done:
+        step(engine, runs)
+    results = engine.step()
+    assert [result.slot for result in results] == [1]
+    engine.release(0)
+    engine.release(1)
+
+
+def test_frames_come_as_soon_as_their_tokens_are_complete(engine, tiny_bundle):
+    decoder = Manifest.from_json((tiny_bundle / "manifest.json").read_text()).config.decoder
+    plan = decode_plan(decoder, decoder.grid)
+    run = admit(engine, request("clip"), 0)
+    seen = []
+    while not run.last or not run.last.done:
+        step(engine, {0: run})
+        seen.append(len(run.frames))
+    engine.release(0)
+    expected = [(plan.frame_done <= call).sum() for call in range(plan.steps)]
+    assert seen == expected
+    assert plan.frame_done[0] < plan.steps - 1, "the first frame is out before the last step"
+
+
+def test_guidance_towards_the_word_none_is_no_guidance(engine):
+    plain, guided = (
+        alone(engine, request(sampling=name, prompt="none")) for name in ("plain", "guided")
+    )
+    assert (plain.tokens == guided.tokens).all()
+
+
+def test_pixels_are_the_detokenizers(engine, tiny_checkpoint):
+    torch = pytest.importorskip("torch")
+    from nuwa.training.checkpoint import load_checkpoint
+    from nuwa.training.vqgan import to_bytes
+
+    tokens = alone(engine, request("clip")).tokens
+    pixels = engine.pixels(tokens)
+    assert pixels.shape == (3, 16, 16, 3) and pixels.dtype == np.uint8
+    vqgan = load_checkpoint(tiny_checkpoint).vqgan
+    with torch.no_grad():
+        expected = to_bytes(vqgan.decode(torch.from_numpy(tokens).long())).numpy()
+    assert np.abs(pixels.astype(int) - expected).max() <= 1  # rounding may tip over
+    for index in range(3):
+        assert (engine.pixels(tokens[index : index + 1])[0] == pixels[index]).all()
+
+
+def test_admit_that_fails_leaves_the_slot_free(engine, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no text today")
+
+    monkeypatch.setattr(engine._backend, "encode_text", fail)
+    with pytest.raises(RuntimeError, match="no text today"):
+        engine.admit(request(), 0)
+    monkeypatch.undo()
+    assert engine.step() == []
+    alone(engine, request("image"))
+
+
+def test_info_describes_the_bundle(engine, tiny_bundle):
+    manifest = Manifest.from_json((tiny_bundle / "manifest.json").read_text())
+    info = engine.info
+    assert (info.name, info.licence, info.precision) == ("tiny", "CC0-1.0", "fp32")
+    assert info.tasks == manifest.tasks
+    assert (info.height, info.width, info.max_frames, info.codebook_size) == (16, 16, 3, 64)
+    assert info.parameter_count == manifest.parameter_count
+    assert info.backend == "onnxruntime-cpu"
+    assert len(info.bundle_hash) == 64
+
+
+def test_slots(tiny_bundle):
+    with pytest.raises(ValueError, match="slots 0 is not at least 1"):
+        tiny_engine(tiny_bundle, slots=0)
+    engine = tiny_engine(tiny_bundle, slots=3)
+    assert engine.slots == 3
+    assert len(engine._backend.caches["key_cache_0"]) == cache_slots(3) == 6
+    assert len(engine._backend.conditions["cross_key_0"]) == condition_slots(3) == 4
+
+
+def test_a_bundle_with_other_cache_sizes_is_refused(tiny_bundle, tmp_path):
+    import shutil
+
+    from nuwa.spec.manifest import BundleError
+
+    folder = tmp_path / "small"
+    shutil.copytree(tiny_bundle, folder)
+    manifest = Manifest.from_json((folder / "manifest.json").read_text())
+    smaller = dataclasses.replace(manifest, cache_entries=manifest.cache_entries - 1)
+    (folder / "manifest.json").write_text(smaller.to_json())
+    with pytest.raises(BundleError, match="export the checkpoint again"):
+        tiny_engine(folder, slots=1)

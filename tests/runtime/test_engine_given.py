@@ -1,0 +1,162 @@
+"""Completion, prediction and manipulation: what is given stays, and changes what is made."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from nuwa.runtime.core import GenerationRequest, Sampling
+from nuwa.runtime.given import known_positions, restore_given
+from nuwa.spec.grid import Grid
+from nuwa.spec.tasks import Task
+
+from .engine_run import PROMPT, admit, alone, bundle_for, finish, step, tiny_engine
+
+SIZE, CELLS = 16, 4  # pixels and tokens of a side; a patch is 4 x 4 pixels
+EDITS = (Task.I2I, Task.TI2I, Task.TV2V)
+SEEDS = range(5)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_bundle, tmp_path_factory):
+    folder = bundle_for(tiny_bundle, tuple(Task), tmp_path_factory.mktemp("given") / "all")
+    return tiny_engine(folder, slots=2)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), np.uint8)
+
+
+def box(top: int, left: int, bottom: int, right: int) -> np.ndarray:
+    mask = np.zeros((SIZE, SIZE), bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def predict(clip: np.ndarray, given: int, **fields) -> GenerationRequest:
+    return GenerationRequest(Task.V2V, frame_count=len(clip), frames=clip[:given], **fields)
+
+
+def edit(task: Task, clip: np.ndarray, mask: np.ndarray, **fields) -> GenerationRequest:
+    frames = clip if task.is_video else clip[:1]
+    prompt = PROMPT if task.needs_text else ""
+    return GenerationRequest(
+        task, prompt, frame_count=len(frames), frames=frames, mask=mask, **fields
+    )
+
+
+def picture(engine, request: GenerationRequest, tokens: np.ndarray) -> np.ndarray:
+    """u8 [F, H, W, 3], as a scheduler makes them."""
+    made = engine.pixels(tokens)
+    return np.stack([restore_given(request, index, each) for index, each in enumerate(made)])
+
+
+@pytest.mark.parametrize("given", [1, 2])
+def test_prediction_keeps_the_given_frames(engine, clip, given):
+    codes = engine._backend.tokenize(clip)
+    made = {}
+    for seed in SEEDS:
+        request = predict(clip, given, seed=seed)
+        run = alone(engine, request)
+        assert (run.tokens[:given] == codes[:given]).all()
+        pixels = picture(engine, request, run.tokens)
+        assert (pixels[:given] == clip[:given]).all()
+        assert (pixels[given:] == engine.pixels(run.tokens)[given:]).all()
+        made[seed] = run.tokens[given:].tobytes()
+    assert len(set(made.values())) == len(made), "each seed predicts something else"
+
+
+def test_given_frames_change_the_prediction_and_save_steps(engine, clip):
+    run = alone(engine, predict(clip, 2, seed=1))
+    other = alone(engine, predict(255 - clip, 2, seed=1))
+    assert (run.tokens[2] != other.tokens[2]).any()
+    free = alone(engine, GenerationRequest(Task.T2V, "none", frame_count=3, seed=1))
+    assert run.steps < free.steps
+
+
+@pytest.mark.parametrize("schedule", ["wave", "raster"])
+def test_predicting_what_would_be_generated_anyway(engine, monkeypatch, schedule):
+    """With the frames that "none" gives as given ones, the others come out as they did."""
+    for seed in SEEDS:
+        free = alone(engine, GenerationRequest(Task.T2V, "none", frame_count=3, seed=seed)).tokens
+        monkeypatch.setattr(engine._backend, "tokenize", lambda frames: free[: len(frames)])  # noqa: B023
+        for given in (1, 2):
+            blank = np.zeros((3, SIZE, SIZE, 3), np.uint8)
+            run = alone(engine, predict(blank, given, seed=seed, schedule=schedule))
+            assert (run.tokens == free).all()
+
+
+def test_a_caption_leads_the_prediction(engine, clip):
+    plain = alone(engine, predict(clip, 1, seed=3)).tokens
+    named = alone(engine, predict(clip, 1, seed=3, prompt="none")).tokens
+    told = alone(engine, predict(clip, 1, seed=3, prompt=PROMPT)).tokens
+    assert (plain == named).all() and (plain != told).any()
+
+
+@pytest.mark.parametrize("task", EDITS)
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_edits_keep_all_that_lies_outside_the_mask(engine, clip, task, guidance):
+    mask = box(5, 0, 12, 9)  # rows 1 to 2 and columns 0 to 2 of the token grid
+    touched = np.zeros((CELLS, CELLS), bool)
+    touched[1:3, 0:3] = True
+    codes = engine._backend.tokenize(clip)
+    changed = False
+    for seed in SEEDS:
+        sampling = Sampling(guidance_scale=guidance)
+        request = edit(task, clip, mask, seed=seed, sampling=sampling)
+        run = alone(engine, request)
+        kept = run.tokens == codes[: len(run.tokens)]
+        assert kept[:, ~touched].all()
+        changed |= not kept[:, touched].all()
+        pixels = picture(engine, request, run.tokens)
+        assert (pixels[:, ~mask] == request.frames[:, ~mask]).all()
+        assert (pixels[:, mask] == engine.pixels(run.tokens)[:, mask]).all()
+        raster = alone(engine, dataclasses.replace(request, schedule="raster"))
+        assert (raster.tokens == run.tokens).all()
+        assert run.steps < raster.steps == run.tokens.size
+    assert changed, "some token inside the mask is another than the given one"
+
+
+def test_a_mask_over_everything_generates_everything(engine, clip):
+    request = edit(Task.TI2I, clip, np.ones((SIZE, SIZE), bool), seed=4)
+    free = alone(engine, GenerationRequest(Task.T2I, PROMPT, seed=4))
+    run = alone(engine, request)
+    assert (run.tokens == free.tokens).all() and run.steps == free.steps
+    assert (picture(engine, request, run.tokens) == engine.pixels(run.tokens)).all()
+
+
+def test_given_tokens_and_neighbours_do_not_mix(engine, clip):
+    requests = {0: predict(clip, 1, seed=8), 1: edit(Task.TI2I, clip, box(8, 8, 16, 16), seed=9)}
+    expected = {slot: alone(engine, each).tokens for slot, each in requests.items()}
+    runs = {slot: admit(engine, each, slot) for slot, each in requests.items()}
+    step(engine, runs)
+    finish(engine, runs)
+    for slot, run in runs.items():
+        assert (run.tokens == expected[slot]).all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "rows", "columns"),
+    [
+        (box(0, 0, 1, 1), slice(0, 1), slice(0, 1)),  # one pixel takes its whole patch
+        (box(3, 3, 5, 5), slice(0, 2), slice(0, 2)),  # four pixels around a corner take four
+        (box(4, 8, 8, 12), slice(1, 2), slice(2, 3)),  # exactly one patch
+        (box(0, 0, 16, 16), slice(0, 4), slice(0, 4)),
+    ],
+)
+def test_a_token_is_known_if_its_whole_patch_is_outside(mask, rows, columns):
+    frames = np.zeros((2, SIZE, SIZE, 3), np.uint8)
+    request = GenerationRequest(Task.TV2V, "x", frame_count=2, frames=frames, mask=mask)
+    known = known_positions(request, Grid(2, CELLS, CELLS)).reshape(2, CELLS, CELLS)
+    expected = np.ones((2, CELLS, CELLS), bool)
+    expected[:, rows, columns] = False
+    assert (known == expected).all()
+
+
+def test_nothing_given_is_nothing_restored():
+    pixels = np.full((SIZE, SIZE, 3), 7, np.uint8)
+    assert restore_given(GenerationRequest(Task.T2I, "x"), 0, pixels) is pixels
+    assert not known_positions(GenerationRequest(Task.T2I, "x"), Grid(1, CELLS, CELLS)).any()

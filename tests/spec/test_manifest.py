@@ -1,0 +1,119 @@
+"""The manifest's round trip, and what its reader refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+
+import pytest
+
+from nuwa.spec.config import PRESETS
+from nuwa.spec.manifest import (
+    FORMAT_VERSION,
+    GRAPHS,
+    BundleError,
+    Manifest,
+    decoder_step_inputs,
+    decoder_step_outputs,
+    file_hash,
+    graph_file,
+)
+from nuwa.spec.tasks import Task
+
+
+def example() -> Manifest:
+    files = dict.fromkeys((*map(graph_file, GRAPHS), "tokenizer.json"), "0" * 64)
+    return Manifest(
+        name="sprites",
+        config=PRESETS["sprites"],
+        tasks=(Task.T2I, Task.V2V),
+        precision="fp16",
+        opset=20,
+        cache_entries=222,
+        files=files,
+        parity={"decoder_step": {"logits_relative": 1e-6, "token_mismatches": 0}},
+        parameter_count=123,
+        licence="Apache-2.0",
+        training_data="captioned moving sprites; Nünchen, 猫",
+        created="2026-01-02T03:04:05+00:00",
+    )
+
+
+def changed(**values) -> str:
+    data = json.loads(example().to_json())
+    for name, value in values.items():
+        if value is None:
+            del data[name]
+        else:
+            data[name] = value
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_round_trip(preset):
+    manifest = dataclasses.replace(example(), config=PRESETS[preset])
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is not JSON"),
+        ("{", "is not JSON"),
+        ("[]", "names no format_version"),
+        ('{"name": "x"}', "names no format_version"),
+        (changed(format_version=FORMAT_VERSION + 1), "format version 2, this nuwa-runtime reads 1"),
+        (changed(format_version="1"), "format version '1'"),
+        (changed(licence=None), r"lacks \['licence'\]"),
+        (changed(surprise=1), r"unknown fields \['surprise'\]"),
+        (changed(name=3), "name is 3, not a string"),
+        (changed(precision="fp8"), "precision is 'fp8'"),
+        (changed(opset=0), "opset is 0, not a positive integer"),
+        (changed(cache_entries=True), "cache_entries is True"),
+        (changed(cache_entries="222"), "cache_entries is '222'"),
+        (changed(parity=[1]), r"parity is \[1\]"),
+        (changed(parity={"decoder_step": 1}), "parity is"),
+        (changed(config={"name": "x", "colour": 1}), "no usable model config: .*colour"),
+        (changed(config=7), "no usable model config"),
+        (changed(tasks=["t2x"]), "no usable model config: .*t2x"),
+        (changed(tasks=5), "no usable model config"),
+        (changed(files=["decoder_step.onnx"]), "files is"),
+        (changed(files={}), "complete: .*decoder_step.onnx.* missing"),
+    ],
+)
+def test_refusals_say_what_is_wrong(text, message):
+    with pytest.raises(BundleError, match=message):
+        Manifest.from_json(text)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../evil", "a/b", "/etc/passwd", "a\\b", "", ".hidden", "manifest.json", "C:x", "a\n", "-rf"],
+)
+def test_file_names_stay_inside_the_folder(name):
+    files = example().files | {name: "0" * 64}
+    with pytest.raises(BundleError, match="plain file names inside the folder"):
+        Manifest.from_json(changed(files=files))
+
+
+@pytest.mark.parametrize("digest", ["", "0" * 63, "0" * 65, "G" * 64, 5])
+def test_hashes_look_like_hashes(digest):
+    with pytest.raises(BundleError, match="SHA-256 in hexadecimal"):
+        Manifest.from_json(changed(files=example().files | {"tokenizer.json": digest}))
+
+
+def test_names_of_the_decoder_steps_border():
+    inputs, outputs = decoder_step_inputs(2), decoder_step_outputs(2)
+    assert inputs[:2] == ["tokens", "coordinates"] and inputs[13] == "ranks"
+    assert inputs[14:17] == ["key_cache_0", "key_cache_1", "value_cache_0"]
+    assert inputs[-1] == "cross_value_1" and len(inputs) == len(set(inputs)) == 22
+    assert outputs[:3] == ["next_tokens", "logits", "key_cache_0_out"]
+    caches = {name.removesuffix("_out") for name in outputs[2:]}
+    assert caches == {name for name in inputs if "_cache_" in name}
+
+
+def test_file_hash_is_sha256(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"abc" * 1_000_000)
+    assert file_hash(path) == hashlib.sha256(b"abc" * 1_000_000).hexdigest()
