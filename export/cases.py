@@ -45,7 +45,7 @@ def pictures(size: int, seed: int = 0) -> npt.NDArray[np.uint8]:
         inside = ((y - cy) ** 2 + (x - cx) ** 2 < radius**2)[..., None]
         drawn.append(np.where(inside, rng.integers(0, 256, 3), rng.integers(0, 256, 3)))
     plain = [np.zeros((size, size, 3)), np.full((size, size, 3), 255)]
-    noise = [rng.integers(0, 256, (size, size, 3))]
+    noise = rng.integers(0, 256, (2, size, size, 3))
     return np.stack([*drawn, *plain, *noise]).astype(np.uint8)
 
 
@@ -85,8 +85,8 @@ def _random_step(
     stored, remembered = (slots, entries), (conditions, config.text.length)
     shapes = {"key_cache": stored, "value_cache": stored}
     shapes |= {"cross_key": remembered, "cross_value": remembered}
-    for kind, shape in shapes.items():
-        for name in layer_names(kind, decoder.layers):
+    for family, shape in shapes.items():
+        for name in layer_names(family, decoder.layers):
             feeds[name] = rng.standard_normal((*shape, decoder.width), np.float32)
     return typed(feeds)
 

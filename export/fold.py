@@ -9,6 +9,7 @@ of ONNX.
 from __future__ import annotations
 
 import copy
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +18,23 @@ from torch import Tensor, nn
 from nuwa.spec.config import ModelConfig
 from nuwa.training.nuwa import NUWA, DecoderBlock, Embedding
 
+Module = TypeVar("Module", bound=nn.Module)
+
 
 class FoldedEmbedding(nn.Module):
     """`Embedding` as two table look-ups; token and coordinate ids may be int32."""
+
+    starts: Tensor
 
     def __init__(self, embedding: Embedding) -> None:
         super().__init__()
         self.bos_id = embedding.bos_id
         projected_Kd = embedding.project(embedding.codes.weight)
-        self.tokens = _buffer(torch.cat([projected_Kd, embedding.bos[None]]))
+        self.tokens = _parameter(torch.cat([projected_Kd, embedding.bos[None]]))
         axes = (embedding.frame, embedding.row, embedding.column)
-        self.positions = _buffer(torch.cat(axes))
+        self.positions = _parameter(torch.cat(axes))
         starts = [0, len(embedding.frame), len(embedding.frame) + len(embedding.row)]
-        self.register_buffer("starts", torch.tensor(starts, dtype=torch.int32))
+        self.register_parameter("starts", torch.tensor(starts, dtype=torch.int32))
 
     def forward(self, tokens_T: Tensor, coordinates_T3: Tensor) -> Tensor:
         """tokens int [T] (`bos_id` = <bos>), coordinates int [T, 3] -> [T, d]."""
@@ -51,7 +56,7 @@ class FoldedBlock(nn.Module):
         self.cross_out = _scaled(block.cross_out, block.cross_scale)
         self.ff_norm, self.ff_in = _copy(block.ff_norm), _copy(block.ff_in)
         self.ff_out = _scaled(block.ff_out, block.ff_scale)
-        self.bias = None if block.bias is None else _buffer(block.bias)
+        self.bias = None if block.bias is None else _parameter(block.bias)
 
     def self_project(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.self_qkv(self.self_norm(x)).chunk(3, dim=-1)
@@ -81,7 +86,7 @@ class FoldedNUWA(nn.Module):
         self.config = nuwa.config
         self.text = _copy(nuwa.text)
         self.embedding = FoldedEmbedding(nuwa.embedding)
-        self.blocks = nn.ModuleList(FoldedBlock(block) for block in nuwa.blocks)
+        self.blocks = nn.ModuleList(FoldedBlock(cast(DecoderBlock, block)) for block in nuwa.blocks)
         self.head_norm, self.head = _copy(nuwa.head_norm), _copy(nuwa.head)
         self.requires_grad_(False).eval()
 
@@ -96,11 +101,11 @@ def fold(nuwa: NUWA) -> FoldedNUWA:
     return FoldedNUWA(nuwa)
 
 
-def _buffer(value: Tensor) -> nn.Parameter:
+def _parameter(value: Tensor) -> nn.Parameter:
     return nn.Parameter(value.detach().clone(), requires_grad=False)
 
 
-def _copy(module: nn.Module) -> nn.Module:
+def _copy(module: Module) -> Module:
     return copy.deepcopy(module)
 
 

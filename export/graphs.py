@@ -16,7 +16,7 @@ import warnings
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx_ir as ir
 import torch
@@ -36,6 +36,7 @@ from nuwa.spec.plan import cache_entries
 from nuwa.training import nearby  # noqa: F401  defines torch.ops.nuwa
 from nuwa.training.checkpoint import Checkpoint
 from nuwa.training.decode import DecoderStep, TextConditions
+from nuwa.training.nuwa import NUWA
 from nuwa.training.vqgan import VQGAN, to_signed
 
 from . import operators
@@ -139,7 +140,7 @@ def decoder_step(folded: FoldedNUWA, dtype: torch.dtype) -> Graph:
     )
     return Graph(
         DECODER_STEP,
-        DecoderStep(folded),
+        DecoderStep(cast(NUWA, folded)),
         example,
         dynamic,
         decoder_step_inputs(layers),
@@ -153,7 +154,9 @@ def text_encoder(folded: FoldedNUWA) -> Graph:
     ids = torch.zeros(2, config.text.length, dtype=torch.int32)
     outputs = text_encoder_outputs(config.decoder.layers)
     dynamic = ({0: Dim("B", min=1)},)
-    return Graph(TEXT_ENCODER, TextConditions(folded), (ids,), dynamic, ["tokens"], outputs)
+    return Graph(
+        TEXT_ENCODER, TextConditions(cast(NUWA, folded)), (ids,), dynamic, ["tokens"], outputs
+    )
 
 
 def image_tokenizer(vqgan: VQGAN) -> Graph:
@@ -191,6 +194,7 @@ def write_graph(graph: Graph, path: Path, inline_limit: int = INLINE_LIMIT) -> N
             custom_translation_table=translations(),
             verbose=False,
         )
+    assert program is not None, "dynamo=True returns a program"
     operators.attach(program.model)
     weights = program.model.graph.initializers.values()
     size = sum(value.const_value.nbytes for value in weights if value.const_value is not None)

@@ -119,6 +119,10 @@ class Engine:
         """Tokens i32 [F, h, w] -> u8 [F, H, W, 3]; given.restore_given puts given pixels back."""
         return self._backend.detokenize(tokens)
 
+    def tokens(self, pixels: Pixels) -> Int:
+        """u8 [F, H, W, 3] -> tokens i32 [F, h, w]; `pixels` of them is what the tokenizer keeps."""
+        return self._backend.tokenize(pixels)
+
     def _given_tokens(self, request: GenerationRequest) -> tuple[Int, Known]:
         """i32 [N + 1], <bos> last, and bool [N]; tokens that are not known are 0."""
         grid = self._grid(request)
@@ -126,7 +130,7 @@ class Engine:
         tokens[-1] = self._config.bos
         known = known_positions(request, grid)
         if request.frames is not None and known.any():
-            codes = self._backend.tokenize(request.frames).reshape(-1)
+            codes = self.tokens(request.frames).reshape(-1)
             where = np.flatnonzero(known)
             tokens[where] = codes[where]
         return tokens, known

@@ -35,6 +35,10 @@ class Engine(Protocol):
     def release(self, slot: int) -> None:
         """Frees a slot; harmless if it is free."""
 
+    def tokens(self, pixels: Pixels) -> npt.NDArray[np.int32]:
+        """Pixels u8 [F, H, W, 3] as tokens i32 [F, h, w]."""
+        ...
+
     def pixels(self, tokens: npt.NDArray[np.int32]) -> Pixels:
         """Tokens i32 [F, h, w] as pixels u8 [F, H, W, 3]."""
         ...

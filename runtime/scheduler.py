@@ -28,6 +28,7 @@ from .core import (
 )
 from .engine_protocol import Engine
 from .errors import DeadlineExceededError, EngineError, ShuttingDownError
+from .given import restore_given
 from .handle import Handle
 
 log = logging.getLogger("nuwa.runtime")
@@ -272,7 +273,8 @@ class Scheduler:
         for result in results:
             self._running[result.slot].pixels += elapsed
         for (slot, index, tokens), picture in painted:
-            self._running[slot].handle.emit(Frame(index, picture, tokens))
+            handle = self._running[slot].handle
+            handle.emit(Frame(index, restore_given(handle.request, index, picture), tokens))
 
     def _finish(self, slot: int) -> None:
         running = self._running[slot]

@@ -64,9 +64,7 @@ def torch_tokens(checkpoint, frames: int, seed: int, prompt: str = PROMPT, **opt
     ids = torch.from_numpy(checkpoint.text_tokenizer.encode(prompt)[None].astype(np.int64))
     none = torch.from_numpy(checkpoint.text_tokenizer.encode("none")[None].astype(np.int64))
     grid = Grid(frames, 4, 4)
-    tokens = generate(
-        checkpoint.nuwa, ids, grid, seeds=[seed], unconditional_1M=none, **options
-    )
+    tokens = generate(checkpoint.nuwa, ids, grid, seeds=[seed], unconditional_1M=none, **options)
     return tokens.numpy().reshape(grid.shape)
 
 

@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             out=args.out,
             progress=progress,
+            reconstruct=lambda frames: engine.pixels(engine.tokens(frames)),
             **extra,
         )
     print(json.dumps(report, indent=2) if args.json else score_table(report))

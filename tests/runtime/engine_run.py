@@ -1,4 +1,4 @@
-"""Drives an engine without a scheduler, for tests: finished frames and step counts, slot by slot."""
+"""Drives an engine without a scheduler, for tests: frames and step counts, slot by slot."""
 
 from __future__ import annotations
 

@@ -209,9 +209,20 @@ class Evaluator:
     """Calls `generate` once a task and reports what it got."""
 
     def __call__(
-        self, generate, *, tasks, split, samples, seed, level="digits", out=None, progress=None
+        self,
+        generate,
+        *,
+        tasks,
+        split,
+        samples,
+        seed,
+        level="digits",
+        out=None,
+        progress=None,
+        reconstruct=None,
     ):
         self.options = (split, samples, seed, level, out)
+        self.reconstructed = reconstruct(clip(5, 2))
         self.results = {}
         for index, task in enumerate(tasks):
             given = clip(0, 4) if task == "v2v" else None
@@ -238,7 +249,10 @@ def test_evaluate_hands_the_engine_to_the_evaluator(engine, evaluator, tmp_path,
     assert run("evaluate", "b", *words, "--out", tmp_path, "--top-k", 2, "--set", "level=full") == 0
     assert evaluator.options == ("novel", 8, 3, "full", tmp_path)
     np.testing.assert_array_equal(evaluator.results["t2i"], clip(3, 1))
-    np.testing.assert_array_equal(evaluator.results["v2v"], clip(3, 10))
+    # The four given frames come back as they were given.
+    np.testing.assert_array_equal(evaluator.results["v2v"][:4], clip(0, 4))
+    np.testing.assert_array_equal(evaluator.results["v2v"][4:], clip(3, 10)[4:])
+    np.testing.assert_array_equal(evaluator.reconstructed, clip(5, 2))
     assert all(request.sampling.top_k == 2 for request in engine.admitted)
     assert "t2v   class            model 0.500  low -" in capsys.readouterr().out
 

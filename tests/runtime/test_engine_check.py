@@ -1,4 +1,4 @@
-"""Engine.check: every request that cannot be done is refused with what is wrong and what is right."""
+"""Engine.check: what cannot be done is refused, with what is wrong and what is right."""
 
 from __future__ import annotations
 
