@@ -67,6 +67,7 @@ def _check_presence(request: GenerationRequest) -> None:
 
 def _check_frames(request: GenerationRequest, info: ModelInfo) -> None:
     field, frames, task = _frames_field(request.task), request.frames, request.task
+    assert frames is not None, "only called for requests with frames"
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
         raise FieldError(
             field, f"{field} is {frames.dtype} {list(frames.shape)}, not uint8 [F, H, W, 3]"
@@ -84,6 +85,7 @@ def _check_frames(request: GenerationRequest, info: ModelInfo) -> None:
 
 def _check_mask(request: GenerationRequest, info: ModelInfo) -> None:
     mask = request.mask
+    assert mask is not None, "only called for requests with a mask"
     if mask.dtype != np.bool_ or mask.ndim != 2:
         raise FieldError("mask", f"mask is {mask.dtype} {list(mask.shape)}, not bool [H, W]")
     _check_size("mask", mask.shape, info)

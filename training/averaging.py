@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
 
+Model = TypeVar("Model", bound=nn.Module)
 
-class WeightAverage:
+
+class WeightAverage(Generic[Model]):
     """`model` holds the average of `source`; buffers and frozen parameters are plain copies.
 
     The average starts short, as (1 + step) / (10 + step), so that it forgets the first weights.
     """
 
-    def __init__(self, source: nn.Module, decay: float) -> None:
+    def __init__(self, source: Model, decay: float) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"average decay {decay} is not in [0, 1)")
         self.source, self.decay = source, decay
@@ -30,8 +33,8 @@ class WeightAverage:
                 average.lerp_(current, 1.0 - decay)
             else:
                 average.copy_(current)
-        for current, average in zip(self.source.buffers(), self.model.buffers(), strict=True):
-            average.copy_(current)
+        for buffer, kept in zip(self.source.buffers(), self.model.buffers(), strict=True):
+            kept.copy_(buffer)
 
     @torch.no_grad()
     def copy(self) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -55,8 +56,9 @@ def save_tokenizer(model: VQGAN, folder: Path, dtype: torch.dtype = torch.float3
 def load_tokenizer(folder: Path) -> VQGAN:
     """The VQ-GAN of `save_tokenizer`, or of a whole checkpoint."""
     path = folder / TOKENIZER_CONFIG
-    data = json.loads(_read(path))
-    config = VQGANConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+    data: dict[str, Any] = json.loads(_read(path))
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    config = VQGANConfig(**fields)
     model = VQGAN(config)
     _load_weights(model, folder / TOKENIZER_WEIGHTS)
     return model.eval()

@@ -19,6 +19,9 @@ class CodebookAverage(nn.Module):
     replaced by a random feature of the current batch.
     """
 
+    count: Tensor
+    total: Tensor
+
     def __init__(self, quantizer: Quantizer, decay: float = 0.99, revive_below: float = 0.1):
         super().__init__()
         self.quantizer = [quantizer]  # in a list: not a submodule, so not saved twice
@@ -49,7 +52,7 @@ class CodebookAverage(nn.Module):
         self.count.lerp_(count, 1.0 - self.decay)
         self.total.lerp_(total, 1.0 - self.decay)
         weight.copy_(self.total / self.count.clamp_min(1e-5)[:, None])
-        dead = self.count < self.revive_below
+        dead = torch.lt(self.count, self.revive_below)
         revived = int(dead.sum())
         if revived:
             chosen = self._choose(features_NE, revived)

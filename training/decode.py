@@ -126,7 +126,10 @@ def generate(
     plan = decode_plan(nuwa.config.decoder, grid, kind)
     batch = text_BM.shape[0]
     guided = guidance != 1.0
-    rows = torch.cat([text_BM, unconditional_1M.expand(batch, -1)]) if guided else text_BM
+    assert not guided or unconditional_1M is not None, "guidance needs an unconditional prompt"
+    rows = text_BM
+    if unconditional_1M is not None and guided:
+        rows = torch.cat([text_BM, unconditional_1M.expand(batch, -1)])
     conditions = TextConditions(nuwa)(rows)
     used = (rows != nuwa.text.pad).sum(1)
     if not nuwa.config.text.mask_padding:

@@ -97,6 +97,11 @@ class BandedAttention(nn.Module):
     in `window_offsets` order.
     """
 
+    offset: Tensor
+    outside: Tensor
+    frames: Tensor
+    missing: Tensor
+
     def __init__(self, grid: Grid, extent: Extent, *, causal: bool) -> None:
         super().__init__()
         extent = extent.resolve(grid)

@@ -8,6 +8,8 @@ Legend: B batch, M text length, N positions of a volume, d decoder width, K code
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,7 +54,7 @@ class TextEncoder(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary_size, config.width)
         self.position = nn.Parameter(torch.empty(config.length, config.width))
-        self.blocks = nn.ModuleList(
+        self.blocks: Any = nn.ModuleList(
             TextBlock(config.width, config.heads) for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(config.width, eps=_NORM_EPS)
@@ -152,6 +154,9 @@ class Embedding(nn.Module):
 class Volume(nn.Module):
     """Index tables of one grid: what each position is fed, where it is, how layers see it."""
 
+    before: Tensor
+    coordinates: Tensor
+
     def __init__(self, config: DecoderConfig, grid: Grid) -> None:
         super().__init__()
         before = torch.from_numpy(predecessors(grid, config.shift)).long()
@@ -178,7 +183,7 @@ class NUWA(nn.Module):
         decoder = config.decoder
         self.text = TextEncoder(config.text, decoder.width)
         self.embedding = Embedding(config)
-        self.blocks = nn.ModuleList(DecoderBlock(decoder, n) for n in range(decoder.layers))
+        self.blocks: Any = nn.ModuleList(DecoderBlock(decoder, n) for n in range(decoder.layers))
         self.head_norm = nn.LayerNorm(decoder.width, eps=_NORM_EPS)
         self.head = nn.Linear(decoder.width, config.image.codebook_size)
         self._volumes: dict[Grid, Volume] = {}

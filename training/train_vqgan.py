@@ -68,7 +68,8 @@ def _initialise(module: nn.Module) -> None:
     """Unit gain: PyTorch's default shrinks the signal at every convolution off the skip path."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 class VQGANRecipe:

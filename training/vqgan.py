@@ -37,7 +37,7 @@ class _FastGroupNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         x, mean_BG, rstd_BG, weight_C = ctx.saved_tensors
         grad = grad.contiguous()
         batch, channels, height, width = x.shape
