@@ -34,7 +34,7 @@ class FoldedEmbedding(nn.Module):
         axes = (embedding.frame, embedding.row, embedding.column)
         self.positions = _parameter(torch.cat(axes))
         starts = [0, len(embedding.frame), len(embedding.frame) + len(embedding.row)]
-        self.register_parameter("starts", torch.tensor(starts, dtype=torch.int32))
+        self.register_buffer("starts", torch.tensor(starts, dtype=torch.int32))
 
     def forward(self, tokens_T: Tensor, coordinates_T3: Tensor) -> Tensor:
         """tokens int [T] (`bos_id` = <bos>), coordinates int [T, 3] -> [T, d]."""
