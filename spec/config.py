@@ -51,7 +51,10 @@ class VQGANConfig:
             self.base_channels % 32 == 0,
             f"base_channels {self.base_channels} is not a multiple of 32 (GroupNorm's groups)",
         )
-        _require(self.codebook_size >= 2, f"codebook_size {self.codebook_size} is not at least 2")
+        _require(
+            2 <= self.codebook_size <= 1 << 14,
+            f"codebook_size {self.codebook_size} is not in [2, 16384]",
+        )
         sizes = [self.resolution >> level for level in range(len(self.channel_multipliers))]
         for size in self.attention_resolutions:
             _require(

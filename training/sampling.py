@@ -1,6 +1,9 @@
 """Draws tokens from logits given one uniform number per row; exported as part of `decoder_step`.
 
 Per-row parameters, mixed freely in a batch. No random state: the caller brings the uniforms.
+
+Probabilities are summed as whole numbers: sums of floats depend on how a runtime adds them up, and
+with K terms that is enough to draw another token now and then.
 """
 
 from __future__ import annotations
@@ -11,6 +14,10 @@ from torch import Tensor
 from nuwa.spec.sampling import sort_width
 
 __all__ = ["guide", "sample", "sort_width"]
+
+# The likeliest token weighs 2**24, as fine as fp32 and as uniform numbers are. With K <= 2**14
+# codes a sum times a uniform number stays within 2**62.
+_ONE = 1 << 24
 
 
 def guide(logits_TK: Tensor, guidance_T: Tensor, unconditional_row_T: Tensor) -> Tensor:
@@ -43,17 +50,25 @@ def sample(
     highest_T1 = best_TW[:, :1]
 
     within_k_TW = (top_k_T == 0)[:, None] | (ranks_W[None, :] < top_k_T[:, None])
-    weight_TW = torch.exp(best_TW - highest_T1) * within_k_TW
+    weight_TW = torch.where(within_k_TW, _weights(best_TW, highest_T1), 0)
     running_TW = weight_TW.cumsum(dim=-1)
-    within_p_TW = running_TW - weight_TW < top_p_T[:, None] * running_TW[:, -1:]
+    before_TW = (running_TW - weight_TW) * _ONE
+    within_p_TW = before_TW < _whole(top_p_T)[:, None] * running_TW[:, -1:]
     kept_T1 = (within_k_TW & within_p_TW).sum(dim=-1, keepdim=True)
     cut_T1 = best_TW.gather(1, (kept_T1 - 1).clamp_min(0))
     filters_T1 = ((top_k_T > 0) | (top_p_T < 1.0))[:, None]
 
     kept_TK = (scaled_TK >= cut_T1) | ~filters_T1
-    cdf_TK = (torch.exp(scaled_TK - highest_T1) * kept_TK).cumsum(dim=-1)
-    total_T1 = cdf_TK[:, -1:]
-    drawn_T = (cdf_TK <= uniform_T[:, None] * total_T1).sum(dim=-1)
-    last_T = (cdf_TK < total_T1).sum(dim=-1)  # rounding must not step past the last kept token
-    token_T = torch.where(temperature_T > 0, torch.minimum(drawn_T, last_T), greedy_T)
-    return token_T.to(torch.int32)
+    cdf_TK = torch.where(kept_TK, _weights(scaled_TK, highest_T1), 0).cumsum(dim=-1)
+    drawn_T = (cdf_TK * _ONE <= _whole(uniform_T)[:, None] * cdf_TK[:, -1:]).sum(dim=-1)
+    return torch.where(temperature_T > 0, drawn_T, greedy_T).to(torch.int32)
+
+
+def _weights(scaled: Tensor, highest: Tensor) -> Tensor:
+    """int64 exp(scaled - highest), the highest being _ONE."""
+    return _whole(torch.exp(scaled - highest))
+
+
+def _whole(fraction: Tensor) -> Tensor:
+    """[0, 1] as int64 in units of 1 / _ONE, cut; exact for the uniforms of spec/philox.py."""
+    return (fraction * float(_ONE)).to(torch.int64)
