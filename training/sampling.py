@@ -61,6 +61,7 @@ def sample(
     kept_TK = (scaled_TK >= cut_T1) | ~filters_T1
     cdf_TK = torch.where(kept_TK, _weights(scaled_TK, highest_T1), 0).cumsum(dim=-1)
     drawn_T = (cdf_TK * _ONE <= _whole(uniform_T)[:, None] * cdf_TK[:, -1:]).sum(dim=-1)
+    drawn_T = drawn_T.clamp_max(logits_TK.shape[1] - 1)  # logits that are NaN must not lead outside
     return torch.where(temperature_T > 0, drawn_T, greedy_T).to(torch.int32)
 
 
