@@ -34,7 +34,7 @@ def load_engine(
     *,
     slots: int = 1,
     threads: int | None = None,
-    spinning: bool = True,
+    spinning: bool = False,
     verify: bool = True,
 ) -> Engine:
     """An engine on ONNX Runtime's CPU provider for the bundle folder `bundle`.

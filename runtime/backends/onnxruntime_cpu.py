@@ -52,7 +52,7 @@ class OnnxRuntimeCpu:
         cache_slots: int,
         condition_slots: int,
         threads: int | None = None,
-        spinning: bool = True,
+        spinning: bool = False,
         logits: bool = False,
     ) -> None:
         config, manifest = bundle.manifest.config, bundle.manifest
