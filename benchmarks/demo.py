@@ -39,7 +39,7 @@ MOTIONS = (
     "up then down",
     "down then up",
 )
-GUIDANCE = 2.0
+SAMPLING = {"guidance_scale": 2.0, "temperature": 0.7}
 SCALE = 3
 
 
@@ -152,7 +152,7 @@ def generate(client: Client, demo: Demo) -> None:
         given = demo.clips[number].result.frames[:4]
         began = time.perf_counter()
         result = client.generate_video(
-            "v2v", video=given, frame_count=10, seed=number, animation_format="webp", scale=SCALE
+            "v2v", video=given, frame_count=10, seed=number, temperature=0.7
         )
         demo.predictions.append(
             Timed("prediction from 4 given frames", result, time.perf_counter() - began)
@@ -161,15 +161,13 @@ def generate(client: Client, demo: Demo) -> None:
 
 def timed_image(client: Client, caption: str, seed: int) -> Timed:
     began = time.perf_counter()
-    result = client.generate_image("t2i", caption, seed=seed, guidance_scale=GUIDANCE)
+    result = client.generate_image("t2i", caption, seed=seed, **SAMPLING)
     return Timed(caption, result, time.perf_counter() - began)
 
 
 def timed_clip(client: Client, caption: str, seed: int, schedule: str = "wave") -> Timed:
     began = time.perf_counter()
-    result = client.generate_video(
-        "t2v", caption, seed=seed, guidance_scale=GUIDANCE, schedule=schedule
-    )
+    result = client.generate_video("t2v", caption, seed=seed, **SAMPLING, schedule=schedule)
     return Timed(caption, result, time.perf_counter() - began)
 
 
@@ -208,8 +206,7 @@ def write_page(out: Path, demo: Demo, rows: list[tuple[str, str]]) -> None:
     clips = []
     for number, timed in enumerate([*demo.clips, *demo.predictions]):
         name = f"clip-{number:02d}.webp"
-        frames = media.upscale(timed.result.frames, 1)
-        (out / name).write_bytes(media.encode_animation(frames, "webp", 5))
+        (out / name).write_bytes(media.encode_animation(timed.result.frames, "webp", 5))
         clips.append(figure(name, timed.caption))
     cells = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
