@@ -74,6 +74,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--codebook", type=int, default=1024)
+    parser.add_argument("--spinning", action="store_true", help="idle threads wait actively")
     parser.add_argument("--peer", action="store_true", help="time nuwa-pytorch too (minutes)")
     parser.add_argument("--peer-repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="also write the JSON here")
@@ -105,7 +106,9 @@ def measure(workload: Workload, options: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         write_random_checkpoint(Path(folder) / "checkpoint", model)
         export_bundle(Path(folder) / "checkpoint", Path(folder) / "bundle")
-        engine = load_engine(Path(folder) / "bundle", slots=1, threads=options.threads)
+        engine = load_engine(
+            Path(folder) / "bundle", threads=options.threads, spinning=options.spinning
+        )
         floor = {kind: ceiling(model, workload.grid, kind, options.threads) for kind in KINDS}
         for kind in KINDS:
             print(f"  {kind:6} matrix products alone: {1e3 * floor[kind]:8.1f} ms")

@@ -190,10 +190,10 @@ def _model(arguments: argparse.Namespace) -> int:
 
 
 def _judge(arguments: argparse.Namespace) -> int:
-    from .train_judge import train_judge
+    from .train_judge import make_judge
 
-    judge = train_judge(arguments.level, steps=arguments.steps, seed=arguments.seed)
-    judge.save(arguments.out)
+    judge = make_judge(arguments.level, arguments.out, steps=arguments.steps, seed=arguments.seed)
+    print(json.dumps(judge.metadata["accuracy"], indent=2))
     print(f"judge: {arguments.out}")
     return 0
 

@@ -114,8 +114,7 @@ def find_judge(level: str) -> Path:
         if (root / name / "judge.json").is_file():
             return root / name
     raise ValueError(
-        f"there is no {name}; train it with "
-        f"python -m nuwa.training.train_judge --level {level} --out {name}"
+        f"there is no {name}; train it with nuwa train judge --level {level} --out {name}"
     )
 
 

@@ -1,6 +1,6 @@
 """Trains the judge on real clips, measures it on held-out ones, and saves it.
 
-    python -m nuwa.training.train_judge --level digits --out checkpoints/judge-digits
+    nuwa train judge --level digits --out checkpoints/judge-digits
 
 Knows the sprite world and the judge; nothing of generated clips, for which the judge is made
 ready by turning, scaling, blurring and adding noise.
@@ -10,8 +10,6 @@ Shapes: B frames in a batch, C = CROP side.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from torch import Tensor
 from .judge import CROP, Judge, ShapeNet, crop_ink
 from .readers import locate
 from .sprites import world
-from .sprites.world import FRAMES, LEVELS, SpriteWorld
+from .sprites.world import FRAMES, SpriteWorld
 
 
 def train_judge(
@@ -107,32 +105,17 @@ def accuracy(judge: Judge, split: str, samples: int) -> dict[str, float]:
     return {name: count / samples for name, count in right.items()}
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--level", choices=LEVELS, default="digits")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--samples", type=int, default=1000, help="clips measured of each split")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(arguments.threads)
+def make_judge(level: str, out: Path, *, steps: int, seed: int, samples: int = 1000) -> Judge:
+    """Trains a judge, measures it on `samples` clips of val and of test, and writes it to `out`."""
 
     def progress(step: int, steps: int, loss: float) -> None:
         if step % 100 == 0 or step == steps:
             print(f"step {step}/{steps} loss {loss:.3f}", flush=True)
 
-    judge = train_judge(
-        arguments.level, steps=arguments.steps, seed=arguments.seed, progress=progress
-    )
-    judge.metadata["samples"] = arguments.samples
+    judge = train_judge(level, steps=steps, seed=seed, progress=progress)
+    judge.metadata["samples"] = samples
     judge.metadata["accuracy"] = {
-        split: accuracy(judge, split, arguments.samples) for split in ("val", "test")
+        split: accuracy(judge, split, samples) for split in ("val", "test")
     }
-    judge.save(arguments.out)
-    print(json.dumps(judge.metadata, indent=2))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    judge.save(out)
+    return judge

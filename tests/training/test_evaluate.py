@@ -144,5 +144,5 @@ def test_wrong_requests_and_results_are_refused():
         _evaluate(Replay(), split="dev")
     with pytest.raises(ValueError, match=r"uint8 \[10, 32, 32, 3\].*\[10, 64, 64, 3\]"):
         _evaluate(lambda **_: np.zeros((10, 32, 32, 3), np.uint8), tasks=["t2v"])
-    with pytest.raises(ValueError, match="train_judge --level nowhere"):
+    with pytest.raises(ValueError, match="nuwa train judge --level nowhere"):
         find_judge("nowhere")
