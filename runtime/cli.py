@@ -27,7 +27,12 @@ BUILT_IN = {
     "evaluate": "score a bundle on a data set",
 }
 # What is said of the commands of other folders without loading them.
-KNOWN = {"train": "train a model", "export": "turn a checkpoint into a bundle"}
+KNOWN = {
+    "data": "make a data set to train on",
+    "train": "train a model",
+    "export": "turn a checkpoint into a bundle",
+}
+EXTRAS = {"data": "openmoji", "train": "train", "export": "export"}
 
 Run = Callable[[argparse.Namespace], int]
 Command = Callable[[argparse.ArgumentParser], Run]
@@ -126,7 +131,7 @@ def _missing(name: str, error: ModuleNotFoundError) -> str:
     module = error.name or str(error)
     if module.split(".")[0] == "nuwa":
         return f"{module} is missing from this installation; install nuwa-runtime again"
-    extra = f"[{name}]" if name in KNOWN else ""
+    extra = f"[{EXTRAS[name]}]" if name in EXTRAS else ""
     return f"needs {module}; install it with: pip install 'nuwa-runtime{extra}'"
 
 

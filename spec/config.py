@@ -149,14 +149,39 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True)
+class VisualConfig:
+    """The visual encoder: 3DNA over the tokens of a sketch, or of the known part of a picture.
+
+    It has the decoder's width and grid. extent: window of its self-attention; cross: the window in
+    which a decoder position attends to the result; relative_bias: of both.
+    """
+
+    layers: int = 12
+    heads: int = 20
+    ff_multiplier: int = 4
+    extent: Extent = Extent(3, 3, 3)
+    cross: Extent = Extent(3, 3, 3)
+    relative_bias: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.layers >= 1, f"visual layers {self.layers} is not at least 1")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """A whole NÜWA model: tokenizer, text encoder, decoder and the tasks it was trained for."""
+    """A whole NÜWA model: tokenizers, encoders, decoder and the tasks it was trained for.
+
+    sketch: the VQ-GAN of class maps, channels = classes; visual: the encoder of sketches and of
+    known picture tokens. Without them (None) a model does no task that needs them.
+    """
 
     name: str
     image: VQGANConfig = field(default_factory=VQGANConfig)
     text: TextConfig = field(default_factory=TextConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     tasks: tuple[Task, ...] = (Task.T2I, Task.T2V, Task.V2V)
+    sketch: VQGANConfig | None = None
+    visual: VisualConfig | None = None
 
     def __post_init__(self) -> None:
         size = self.image.grid_size
@@ -166,6 +191,29 @@ class ModelConfig:
             f"the decoder's grid is {grid.height}x{grid.width} tokens a frame, the tokenizer's "
             f"{size}x{size}",
         )
+        if self.sketch is not None:
+            _require(self.visual is not None, "a sketch tokenizer needs a visual encoder")
+            _require(
+                self.sketch.resolution == self.image.resolution and self.sketch.grid_size == size,
+                f"sketches of {self.sketch.resolution} pixels in {self.sketch.grid_size}x"
+                f"{self.sketch.grid_size} tokens do not fit pictures of "
+                f"{self.image.resolution} in {size}x{size}",
+            )
+        if self.visual is not None:
+            _require(
+                self.decoder.width % self.visual.heads == 0,
+                f"decoder width {self.decoder.width} is not a multiple of visual heads "
+                f"{self.visual.heads}",
+            )
+
+    @property
+    def hidden(self) -> int:
+        """The visual encoder's id of a token that is not known: past both codebooks.
+
+        Its ids are the picture's codes, then the sketch's, then this one.
+        """
+        sketch = 0 if self.sketch is None else self.sketch.codebook_size
+        return self.image.codebook_size + sketch
 
     @property
     def bos(self) -> int:
@@ -194,9 +242,17 @@ class ModelConfig:
             decoder["grid"] = Grid(**_fields(Grid, decoder["grid"]))
         if "extents" in decoder:
             decoder["extents"] = tuple(Extent(**_fields(Extent, e)) for e in decoder["extents"])
+        sketch, visual = fields.get("sketch"), fields.get("visual")
+        if visual is not None:
+            visual = _fields(VisualConfig, visual)
+            for name in ("extent", "cross"):
+                if name in visual:
+                    visual[name] = Extent(**_fields(Extent, visual[name]))
         return cls(
             name=fields["name"],
             image=VQGANConfig(**_tuples(_fields(VQGANConfig, fields.get("image", {})))),
+            sketch=None if sketch is None else VQGANConfig(**_tuples(_fields(VQGANConfig, sketch))),
+            visual=None if visual is None else VisualConfig(**visual),
             text=TextConfig(**_fields(TextConfig, fields.get("text", {}))),
             decoder=DecoderConfig(**decoder),
             tasks=tuple(Task(task) for task in fields.get("tasks", ())),
@@ -223,20 +279,22 @@ def _tuples(data: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
 
 
+_SPRITES_VQGAN = VQGANConfig(
+    resolution=64,
+    base_channels=32,
+    channel_multipliers=(1, 1, 2, 4),
+    res_blocks=1,
+    attention_resolutions=(),
+    z_channels=64,
+    embedding_dim=64,
+    codebook_size=1024,
+)
+
 PRESETS: dict[str, ModelConfig] = {
     # The demo model: 64x64 clips of 10 frames, f8, trained on two CPU cores.
     "sprites": ModelConfig(
         name="sprites",
-        image=VQGANConfig(
-            resolution=64,
-            base_channels=32,
-            channel_multipliers=(1, 1, 2, 4),
-            res_blocks=1,
-            attention_resolutions=(),
-            z_channels=64,
-            embedding_dim=64,
-            codebook_size=1024,
-        ),
+        image=_SPRITES_VQGAN,
         text=TextConfig(
             vocabulary_size=512, length=77, width=128, layers=2, heads=2, mask_padding=True
         ),
@@ -249,8 +307,11 @@ PRESETS: dict[str, ModelConfig] = {
             extents=(Extent(5, 3, 3),),
             relative_bias=True,
         ),
+        tasks=tuple(Task),
+        sketch=dataclasses.replace(_SPRITES_VQGAN, channels=21),
+        visual=VisualConfig(layers=3, heads=4, ff_multiplier=2, relative_bias=True),
     ),
-    # The paper's NÜWA-336: 870.16 M parameters without the VQ-GAN.
+    # The paper's NÜWA-336: 870.16 M parameters without the VQ-GANs and the visual encoder.
     "base": ModelConfig(name="base"),
 }
 

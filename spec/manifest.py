@@ -17,7 +17,7 @@ from typing import Any
 from .config import ModelConfig
 from .tasks import Task
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TEXT_TOKENIZER = "tokenizer.json"
 PRECISIONS = ("fp32", "fp16")  # the storage type of weights and caches
@@ -26,13 +26,19 @@ DECODER_STEP = "decoder_step"
 TEXT_ENCODER = "text_encoder"
 IMAGE_TOKENIZER = "image_tokenizer"
 IMAGE_DETOKENIZER = "image_detokenizer"
-GRAPHS = (DECODER_STEP, TEXT_ENCODER, IMAGE_TOKENIZER, IMAGE_DETOKENIZER)
+GRAPHS = (DECODER_STEP, TEXT_ENCODER, IMAGE_TOKENIZER, IMAGE_DETOKENIZER)  # in every bundle
+VISUAL_ENCODER = "visual_encoder"
+SKETCH_TOKENIZER = "sketch_tokenizer"
+RANKER = "ranker"
+RANKERS = ("clip",)  # the name in requests of what the graph `ranker` computes
 
 STEP_ROW_INPUTS = (
     *("tokens", "coordinates", "slot", "write_index", "neighbours"),
     *("condition_slot", "cross_neighbours"),
     *("temperature", "top_k", "top_p", "uniform", "guidance", "unconditional_row"),
 )
+VISUAL_ENCODER_INPUTS = ("tokens", "coordinates", "neighbours")
+RANKER_INPUTS = ("tokens", "frames")
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 # One path component that means the same file on every system.
@@ -59,14 +65,27 @@ def layer_names(kind: str, layers: int) -> list[str]:
     return [f"{kind}_{layer}" for layer in range(layers)]
 
 
-def decoder_step_inputs(layers: int) -> list[str]:
+def graph_names(config: ModelConfig, ranker: bool = False) -> tuple[str, ...]:
+    """The graphs of a bundle of this model, with or without a ranker."""
+    visual = () if config.visual is None else (VISUAL_ENCODER,)
+    sketch = () if config.sketch is None else (SKETCH_TOKENIZER,)
+    return (*GRAPHS, *visual, *sketch, *((RANKER,) if ranker else ()))
+
+
+def step_call_inputs(config: ModelConfig) -> list[str]:
+    """Inputs of decoder_step that every call brings, in order: by row, then for the whole call."""
+    visual = [] if config.visual is None else ["cross_columns"]
+    return [*STEP_ROW_INPUTS, "ranks", *visual]
+
+
+def decoder_step_inputs(config: ModelConfig) -> list[str]:
     """Inputs of decoder_step, in order."""
     caches = [
         name
         for kind in ("key_cache", "value_cache", "cross_key", "cross_value")
-        for name in layer_names(kind, layers)
+        for name in layer_names(kind, config.decoder.layers)
     ]
-    return [*STEP_ROW_INPUTS, "ranks", *caches]
+    return [*step_call_inputs(config), *caches]
 
 
 def decoder_step_outputs(layers: int) -> list[str]:
@@ -75,8 +94,8 @@ def decoder_step_outputs(layers: int) -> list[str]:
     return ["next_tokens", "logits", *(f"{name}_out" for name in caches)]
 
 
-def text_encoder_outputs(layers: int) -> list[str]:
-    """Outputs of text_encoder, in order."""
+def condition_outputs(layers: int) -> list[str]:
+    """Outputs of text_encoder and of visual_encoder, in order."""
     return [*layer_names("cross_key", layers), *layer_names("cross_value", layers)]
 
 
@@ -86,8 +105,8 @@ class Manifest:
 
     cache_entries: R, entries of a cache slot; files: SHA-256 of every other file by name; parity:
     per graph, how far ONNX Runtime is from PyTorch (see export/verify.py); parameter_count: all
-    weights, image tokenizer included; licence and training_data: of the weights, as their
-    checkpoint states them; created: UTC, ISO 8601.
+    weights, tokenizers and ranker included; licence and training_data: of the weights, as their
+    checkpoint states them; created: UTC, ISO 8601; rankers: names of RANKERS.
     """
 
     name: str
@@ -102,7 +121,13 @@ class Manifest:
     licence: str
     training_data: str
     created: str
+    rankers: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The bundle's graphs."""
+        return graph_names(self.config, bool(self.rankers))
 
     def to_json(self) -> str:
         """JSON text that `from_json` reads back to an equal manifest."""
@@ -143,11 +168,15 @@ def _checked(data: dict[str, Any]) -> dict[str, Any]:
     for name in ("opset", "cache_entries", "parameter_count"):
         _require(_is_positive(data[name]), name, data[name], "a positive integer")
     _require(data["precision"] in PRECISIONS, "precision", data["precision"], f"in {PRECISIONS}")
-    _check_files(data["files"])
+    rankers = data["rankers"]
+    known = isinstance(rankers, list) and rankers in ([], list(RANKERS))
+    _require(known, "rankers", rankers, f"[] or {list(RANKERS)}")
     parity = data["parity"]
     objects = isinstance(parity, dict) and all(isinstance(v, dict) for v in parity.values())
     _require(objects, "parity", parity, "an object of objects")
-    return data | _parsed(data)
+    parsed = _parsed(data)
+    _check_files(data["files"], graph_names(parsed["config"], bool(rankers)))
+    return data | parsed
 
 
 def _parsed(data: dict[str, Any]) -> dict[str, Any]:
@@ -156,17 +185,17 @@ def _parsed(data: dict[str, Any]) -> dict[str, Any]:
         tasks = tuple(Task(task) for task in data["tasks"])
     except (ValueError, TypeError) as error:
         raise BundleError(f"{MANIFEST} holds no usable model config: {error}") from None
-    return {"config": config, "tasks": tasks}
+    return {"config": config, "tasks": tasks, "rankers": tuple(data["rankers"])}
 
 
-def _check_files(files: Any) -> None:
+def _check_files(files: Any, graphs: tuple[str, ...]) -> None:
     _require(isinstance(files, dict), "files", files, "an object")
     for name, digest in files.items():
         plain = _FILE_NAME.fullmatch(name) is not None and name != MANIFEST
         _require(plain, "files", name, "a list of plain file names inside the folder")
         hashed = isinstance(digest, str) and _HASH.fullmatch(digest) is not None
         _require(hashed, f"files[{name}]", digest, "a SHA-256 in hexadecimal")
-    needed = [*map(graph_file, GRAPHS), TEXT_TOKENIZER]
+    needed = [*map(graph_file, graphs), TEXT_TOKENIZER]
     absent = [name for name in needed if name not in files]
     _require(not absent, "files", sorted(files), f"complete: {absent} missing")
 

@@ -1,31 +1,90 @@
-"""Index tables of one decoding run, in decoding order, staged once per request.
+"""What `decoder_step` is fed about geometry, call by call: the rows of one decoding run.
 
-The tables turn a schedule into what `decoder_step` is fed; every decoder (PyTorch's reference, the
-runtime's engine) slices the same ones, so they cannot disagree about geometry.
+Every decoder (PyTorch's reference, the runtime's engine) takes the same ones, so they cannot
+disagree. A volume of up to the configured number of frames has tables, made once; a longer clip has
+a plan that makes the rows of a call when they are asked for, in memory that does not depend on how
+long it is.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from .config import DecoderConfig
 from .grid import MASKED, Grid, Int, neighbours, predecessors
-from .schedule import Schedule, prefilled_schedule, raster_schedule, wave_schedule
+from .schedule import (
+    EndlessSchedule,
+    Long,
+    Schedule,
+    endless_raster_schedule,
+    endless_wave_schedule,
+    frame_windows,
+    prefilled_schedule,
+    raster_schedule,
+    wave_schedule,
+)
+
+MAX_PREDICTED_FRAMES = 1000  # of a clip that goes on beyond the trained length
+
+
+class Call(NamedTuple):
+    """The rows of one call; row k of every array belongs to the k-th position it decodes.
+
+    position: int32 [w], its place in raster order; coordinates: int32 [w, 3], (frame, row, column),
+    the frame modulo the configured number; fed: int32 [w], the position whose token it is fed, N
+    (the size of the volume) for <bos>; write_index: int32 [w], its cache entry; neighbours: int32
+    [w, n], cache entries it attends to, -1 masked.
+    """
+
+    position: Int
+    coordinates: Int
+    fed: Int
+    write_index: Int
+    neighbours: Int
+
+
+class Plan(Protocol):
+    """One decoding run, call by call."""
+
+    @property
+    def grid(self) -> Grid:
+        """The volume that is decoded."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Number of calls."""
+        ...
+
+    @property
+    def held_frames(self) -> int:
+        """How many consecutive frames the calls fed and decoded since a frame began, and not yet
+        complete, lie within: the tokens that must be at hand at a time."""
+        ...
+
+    def call(self, step: int) -> Call:
+        """The rows of a call."""
+        ...
+
+    def complete_frames(self, step: int) -> int:
+        """How many frames are complete, and all before them, once a call is done."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
 class DecodePlan:
     """Row k of every table belongs to the k-th decoded position.
 
-    position: int32 [N], its place in raster order; coordinates: int32 [N, 3], (frame, row, column);
-    fed: int32 [N], the position whose token it is fed, N for <bos>; write_index: int32 [N], its
-    cache entry; neighbours: int32 [N, n], cache entries it attends to, -1 masked; bounds: int32
-    [steps + 1], call s decodes rows bounds[s] to bounds[s + 1]; frame_done: int32 [frames], the
-    call after which each frame's tokens are complete.
+    position, coordinates, fed, write_index, neighbours: as in Call, for all N positions; bounds:
+    int32 [steps + 1], call s decodes rows bounds[s] to bounds[s + 1]; frame_done: int32 [frames],
+    the call after which each frame's tokens are complete.
     """
 
     schedule: Schedule
@@ -51,6 +110,147 @@ class DecodePlan:
         """Rows of one call."""
         return slice(int(self.bounds[step]), int(self.bounds[step + 1]))
 
+    @property
+    def held_frames(self) -> int:
+        """All frames."""
+        return self.grid.frames
+
+    def call(self, step: int) -> Call:
+        """The rows of a call: views of the tables."""
+        rows = self.rows(step)
+        return Call(
+            self.position[rows],
+            self.coordinates[rows],
+            self.fed[rows],
+            self.write_index[rows],
+            self.neighbours[rows],
+        )
+
+    def complete_frames(self, step: int) -> int:
+        """How many frames are complete, and all before them, once a call is done."""
+        return self._complete[step]
+
+    @cached_property
+    def _complete(self) -> list[int]:
+        done = np.maximum.accumulate(self.frame_done)
+        return np.searchsorted(done, np.arange(self.steps), side="right").tolist()
+
+
+class RollingPlan:
+    """A clip of any number of frames, of which the first `known_frames` are given.
+
+    Each position attends to its window and nothing else, and the time coordinate starts again from
+    0 after the last configured frame, so frames beyond that are decoded as those before them.
+
+    Calls are those of `wave_schedule` or, for kind "raster", one position each. At the start,
+    consecutive waves are merged where given tokens and the ring allow it, as in
+    `prefilled_schedule`; none can be once every wave decodes a token that the next one is fed.
+    """
+
+    def __init__(
+        self, decoder: DecoderConfig, frames: int, known_frames: int = 0, kind: str = "wave"
+    ) -> None:
+        """ValueError for frames or known_frames out of range, and for a decoder of single images"""
+        most = decoder.grid
+        if most.frames < 2:
+            raise ValueError("this model decodes single images; a clip cannot go on from one")
+        if not 1 <= frames <= MAX_PREDICTED_FRAMES:
+            raise ValueError(f"{frames} frames are not in [1, {MAX_PREDICTED_FRAMES}]")
+        if not 0 <= known_frames <= min(most.frames, frames - 1):
+            raise ValueError(
+                f"{known_frames} known frames are not in [0, {min(most.frames, frames - 1)}]: this "
+                f"model takes up to {most.frames}, and fewer than the {frames} of the clip"
+            )
+        self.grid = Grid(frames, most.height, most.width)
+        self._period_frames, self._cells = most.frames, most.height * most.width
+        self._schedule = endless_schedule(decoder, kind)
+        self._earlier, self._where = frame_windows(most.height, most.width, decoder.window_extents)
+        pair = predecessors(Grid(2, most.height, most.width), decoder.shift)
+        own = np.arange(self._cells, 2 * self._cells, dtype=np.int32)
+        self._fed_back = own - pair[-self._cells :]  # how far before a position its token is
+        self._merged = self._merge(known_frames) if kind == "wave" else [0]
+        self.held_frames = self._held_frames()
+
+    @property
+    def steps(self) -> int:
+        """Number of calls."""
+        return len(self._merged) - 1 + self._schedule.steps(self.grid.frames) - self._merged[-1]
+
+    def call(self, step: int) -> Call:
+        """The rows of a call, made anew each time."""
+        begin, end = self._waves(step)
+        waves = [self._schedule.wave(wave, self.grid.frames) for wave in range(begin, end)]
+        frame, cell = (np.concatenate(part) for part in zip(*waves, strict=True))
+        return self._rows(frame, cell)
+
+    def complete_frames(self, step: int) -> int:
+        """How many frames are complete, and all before them, once a call is done."""
+        _, end = self._waves(step)
+        return min(self._schedule.complete_frames(end - 1), self.grid.frames)
+
+    def _waves(self, step: int) -> tuple[int, int]:
+        """The half-open range of waves that a call decodes."""
+        merged = len(self._merged) - 1
+        if step < merged:
+            return self._merged[step], self._merged[step + 1]
+        wave = self._merged[-1] + step - merged
+        return wave, wave + 1
+
+    def _rows(self, frame: Int, cell: Int) -> Call:
+        position = frame * self._cells + cell
+        fed = position - self._fed_back[cell]
+        row, column = np.divmod(cell, np.int32(self.grid.width))
+        rank, near = self._ranks(frame, cell)
+        entries = self._schedule.entries
+        return Call(
+            position=position,
+            coordinates=np.stack([frame % self._period_frames, row, column], axis=1),
+            fed=np.where(fed < 0, np.int32(self.grid.size), fed),
+            write_index=(rank % entries).astype(np.int32),
+            neighbours=np.where(near < 0, MASKED, near % entries).astype(np.int32),
+        )
+
+    def _ranks(self, frame: Int, cell: Int) -> tuple[Long, Long]:
+        """int64 ranks [w] of positions and [w, n] of their windows, -1 outside the volume."""
+        frames, cells = frame[:, None] - self._earlier, self._where[cell]
+        near = self._schedule.rank(np.maximum(frames, 0), cells)
+        outside = (frames < 0) | (cells == MASKED)
+        return self._schedule.rank(frame, cell), np.where(outside, MASKED, near)
+
+    def _merge(self, known_frames: int) -> list[int]:
+        """The first wave of each merged call, and the first wave after them, at least [0]."""
+        if known_frames == 0:
+            return [0]
+        starts, written_before, low = [0], 0, 0
+        # A later wave is fed by the one before with a token that is not known.
+        stop = min(self._schedule.steps(known_frames) + 1, self._schedule.steps(self.grid.frames))
+        for wave in range(stop):
+            frame, cell = self._schedule.wave(wave, self.grid.frames)
+            rank, near = self._ranks(frame, cell)
+            oldest = int(np.where(near == MASKED, rank[:, None], near).min())
+            fed = frame * self._cells + cell - self._fed_back[cell]
+            fed_frame, fed_cell = np.divmod(np.maximum(fed, 0), self._cells)
+            sampled = self._schedule.rank(fed_frame, fed_cell) < written_before
+            ready = (fed_frame < known_frames) | sampled
+            fits = int(rank[-1]) + 1 - min(oldest, low) <= self._schedule.entries
+            if ready.all() and fits:
+                low = min(oldest, low)
+            else:
+                starts.append(wave)
+                written_before, low = int(rank[0]), oldest
+        return [*starts, stop]
+
+    def _held_frames(self) -> int:
+        """Any frame whose tokens a call draws or is fed, to the newest one that it decodes."""
+        schedule, last = self._schedule, self.grid.frames - 1
+        merged = itertools.pairwise(self._merged)
+        most = schedule.last // schedule.period + 2  # in calls of one wave
+        for begin, end in merged:
+            newest = min((end - 1) // schedule.period, last)
+            # The first row of a frame is fed from the frame before, which may be complete.
+            most = max(most, newest - schedule.complete_frames(begin - 1) + 2)
+        return min(most, self.grid.frames)
+
 
 def base_schedule(decoder: DecoderConfig, grid: Grid, kind: str = "wave") -> Schedule:
     """The schedule of a decoder on a grid: kind "wave", or "raster" for one position a call."""
@@ -58,6 +258,16 @@ def base_schedule(decoder: DecoderConfig, grid: Grid, kind: str = "wave") -> Sch
         return wave_schedule(grid, decoder.window_extents, decoder.shift)
     if kind == "raster":
         return raster_schedule(grid, decoder.window_extents)
+    raise ValueError(f"schedule {kind!r} is not one of 'wave', 'raster'")
+
+
+def endless_schedule(decoder: DecoderConfig, kind: str = "wave") -> EndlessSchedule:
+    """`base_schedule` of a volume of this decoder that goes on."""
+    height, width = decoder.grid.height, decoder.grid.width
+    if kind == "wave":
+        return endless_wave_schedule(height, width, decoder.window_extents, decoder.shift)
+    if kind == "raster":
+        return endless_raster_schedule(height, width, decoder.window_extents)
     raise ValueError(f"schedule {kind!r} is not one of 'wave', 'raster'")
 
 
@@ -89,13 +299,23 @@ def check_grid(decoder: DecoderConfig, grid: Grid) -> None:
         )
 
 
+def longest_clip(decoder: DecoderConfig) -> int:
+    """Frames of the longest clip that can go on from given frames; 1 for a model of images."""
+    return MAX_PREDICTED_FRAMES if decoder.grid.frames > 1 else 1
+
+
 def cache_entries(decoder: DecoderConfig) -> int:
-    """Ring entries that every schedule of 1 to the configured number of frames fits in."""
+    """Ring entries that every schedule fits in: of 1 to the configured number of frames, and for
+    more than one, of any number, which may need more.
+    """
     grids = [
         Grid(f + 1, decoder.grid.height, decoder.grid.width) for f in range(decoder.grid.frames)
     ]
     kinds = ("wave", "raster")
-    return max(base_schedule(decoder, grid, kind).entries for grid in grids for kind in kinds)
+    entries = [base_schedule(decoder, grid, kind).entries for grid in grids for kind in kinds]
+    if decoder.grid.frames > 1:
+        entries += [endless_schedule(decoder, kind).entries for kind in kinds]
+    return max(entries)
 
 
 def _tables(decoder: DecoderConfig, schedule: Schedule) -> DecodePlan:

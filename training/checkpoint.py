@@ -1,6 +1,7 @@
-"""A checkpoint folder: config.json, image_tokenizer.safetensors, nuwa.safetensors, tokenizer.json.
+"""A checkpoint folder: config.json, tokenizer.json, weights of the tokenizers and of the model.
 
-A checkpoint rebuilds its model by itself and loads strictly. Weights are stored as fp16 by default
+Where the config has a sketch tokenizer there is one, and there may be a ranker (ranker.py). A
+checkpoint rebuilds its model by itself and loads strictly. Weights are stored as fp16 by default
 (half the size; every bundle figure is measured from the stored weights) and loaded as fp32.
 """
 
@@ -21,11 +22,12 @@ from nuwa.spec.config import ModelConfig, VQGANConfig
 from nuwa.spec.text import TextTokenizer
 
 from .nuwa import NUWA
+from .ranker import Ranker, load_ranker
 from .vqgan import VQGAN
 
 CONFIG = "config.json"
-TOKENIZER_CONFIG = "image_tokenizer.json"
-TOKENIZER_WEIGHTS = "image_tokenizer.safetensors"
+IMAGE_TOKENIZER = "image_tokenizer"  # .json and .safetensors
+SKETCH_TOKENIZER = "sketch_tokenizer"
 MODEL_WEIGHTS = "nuwa.safetensors"
 TEXT_TOKENIZER = "tokenizer.json"
 PROVENANCE = "training.json"
@@ -35,7 +37,8 @@ PROVENANCE = "training.json"
 class Checkpoint:
     """A loaded checkpoint; models are in eval mode, fp32, on the CPU.
 
-    provenance: what training.json says (data, licence, command), {} if there is none.
+    sketch_vqgan: None where config.sketch is; ranker: None if the folder holds none; provenance:
+    what training.json says (data, licence, command), {} if there is none.
     """
 
     config: ModelConfig
@@ -43,24 +46,28 @@ class Checkpoint:
     nuwa: NUWA
     text_tokenizer: TextTokenizer
     provenance: dict
+    sketch_vqgan: VQGAN | None = None
+    ranker: Ranker | None = None
 
 
-def save_tokenizer(model: VQGAN, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes image_tokenizer.json and image_tokenizer.safetensors."""
+def save_tokenizer(
+    model: VQGAN, folder: Path, dtype: torch.dtype = torch.float32, name: str = IMAGE_TOKENIZER
+) -> None:
+    """Writes NAME.json and NAME.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dataclasses.asdict(model.config), indent=2) + "\n"
-    (folder / TOKENIZER_CONFIG).write_text(text)
-    _save_weights(model, folder / TOKENIZER_WEIGHTS, dtype)
+    (folder / f"{name}.json").write_text(text)
+    _save_weights(model, folder / f"{name}.safetensors", dtype)
 
 
-def load_tokenizer(folder: Path) -> VQGAN:
+def load_tokenizer(folder: Path, name: str = IMAGE_TOKENIZER) -> VQGAN:
     """The VQ-GAN of `save_tokenizer`, or of a whole checkpoint."""
-    path = folder / TOKENIZER_CONFIG
+    path = folder / f"{name}.json"
     data: dict[str, Any] = json.loads(_read(path))
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
     config = VQGANConfig(**fields)
     model = VQGAN(config)
-    _load_weights(model, folder / TOKENIZER_WEIGHTS)
+    _load_weights(model, folder / f"{name}.safetensors")
     return model.eval()
 
 
@@ -72,9 +79,17 @@ def save_checkpoint(
     text_tokenizer: TextTokenizer,
     provenance: dict | None = None,
     dtype: torch.dtype = torch.float16,
+    *,
+    sketch_vqgan: VQGAN | None = None,
 ) -> None:
     """Writes a whole checkpoint; config.json last, so that a folder with it is complete."""
+    if (sketch_vqgan is None) != (config.sketch is None):
+        raise ValueError(
+            "the config and the weights disagree on whether there is a sketch tokenizer"
+        )
     save_tokenizer(vqgan, folder, dtype)
+    if sketch_vqgan is not None:
+        save_tokenizer(sketch_vqgan, folder, dtype, SKETCH_TOKENIZER)
     _save_weights(nuwa, folder / MODEL_WEIGHTS, dtype)
     text_tokenizer.save(folder / TEXT_TOKENIZER)
     if provenance is not None:
@@ -85,11 +100,10 @@ def save_checkpoint(
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Loads strictly. ValueError or FileNotFoundError says which file is at fault and why."""
     config = ModelConfig.from_json(_read(folder / CONFIG))
-    vqgan = load_tokenizer(folder)
-    if vqgan.config != config.image:
-        raise ValueError(
-            f"{folder / TOKENIZER_CONFIG} describes another VQ-GAN than {folder / CONFIG}"
-        )
+    vqgan = _tokenizer(folder, IMAGE_TOKENIZER, config.image)
+    sketch_vqgan = None
+    if config.sketch is not None:
+        sketch_vqgan = _tokenizer(folder, SKETCH_TOKENIZER, config.sketch)
     nuwa = NUWA(config)
     _load_weights(nuwa, folder / MODEL_WEIGHTS)
     provenance = folder / PROVENANCE
@@ -99,7 +113,16 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         nuwa.eval(),
         TextTokenizer.from_file(folder / TEXT_TOKENIZER),
         json.loads(provenance.read_text()) if provenance.exists() else {},
+        sketch_vqgan,
+        load_ranker(folder),
     )
+
+
+def _tokenizer(folder: Path, name: str, config: VQGANConfig) -> VQGAN:
+    vqgan = load_tokenizer(folder, name)
+    if vqgan.config != config:
+        raise ValueError(f"{folder / name}.json describes another VQ-GAN than {folder / CONFIG}")
+    return vqgan
 
 
 def _save_weights(model: nn.Module, path: Path, dtype: torch.dtype) -> None:

@@ -1,4 +1,7 @@
-"""`nuwa train`: tokenizer (VQ-GAN), model (NÜWA) and judge, on the captioned moving sprites."""
+"""`nuwa train`: tokenizer (VQ-GAN), model (NÜWA) and judge, on the captioned moving sprites.
+
+The tokenizers train on a picture folder too (openmoji/folder.py), which --data names.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from nuwa.spec.config import PRESETS, ModelConfig, preset
+from nuwa.spec.config import PRESETS, ModelConfig, VQGANConfig, preset
 from nuwa.spec.tasks import UNCONDITIONAL_PROMPT
 
+from .openmoji.dataset import PictureFolder
 from .sprites.world import COLOURS, FRAMES, LEVELS, MOTIONS, SpriteWorld
 
 EPILOG = """\
 examples:
   nuwa train tokenizer --steps 1100 --quantize-from 180 --discriminator-from 900 \\
       --emphasis 4 --square 4 --run runs/tokenizer
+  nuwa train sketch-tokenizer --steps 800 --emphasis 2 --run runs/sketch-tokenizer
   nuwa train prune --tokenizer runs/tokenizer/checkpoint --out runs/pruned
   nuwa train model --tokenizer runs/pruned --run runs/model
+  nuwa train ranker --tokenizer runs/pruned --text runs/model/tokenizer.json --run runs/ranker
   nuwa train judge --out checkpoints/judge-digits
 
 A run can be stopped at any moment, even killed; the same command goes on where it was.
@@ -34,11 +40,13 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     kinds = parser.add_subparsers(
-        dest="kind", required=True, metavar="{tokenizer,prune,model,judge}"
+        dest="kind", required=True, metavar="{tokenizer,sketch-tokenizer,prune,model,ranker,judge}"
     )
-    _tokenizer_arguments(kinds.add_parser("tokenizer", help="train a VQ-GAN", epilog=EPILOG))
+    _tokenizer_arguments(kinds.add_parser("tokenizer", help="train a VQ-GAN on pictures"))
+    _sketch_arguments(kinds.add_parser("sketch-tokenizer", help="train a VQ-GAN on class maps"))
     _prune_arguments(kinds.add_parser("prune", help="drop a VQ-GAN's background synonyms"))
     _model_arguments(kinds.add_parser("model", help="train NÜWA on a VQ-GAN's tokens"))
+    _ranker_arguments(kinds.add_parser("ranker", help="train the scorer that picks best of N"))
     _judge_arguments(kinds.add_parser("judge", help="train the judge that scores pictures"))
     return run
 
@@ -49,14 +57,24 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    kinds = {"tokenizer": _tokenizer, "prune": _prune, "model": _model, "judge": _judge}
+    kinds = {
+        "tokenizer": _tokenizer,
+        "sketch-tokenizer": _sketch_tokenizer,
+        "prune": _prune,
+        "model": _model,
+        "ranker": _ranker,
+        "judge": _judge,
+    }
     return kinds[arguments.kind](arguments)
 
 
-def _common_arguments(parser: argparse.ArgumentParser, *, steps: int, run: str) -> None:
+def _common_arguments(
+    parser: argparse.ArgumentParser, *, steps: int, run: str, model: bool = True
+) -> None:
     parser.add_argument("--run", type=Path, default=Path(run), help="run folder (%(default)s)")
-    parser.add_argument("--config", type=Path, help="model config as JSON, instead of --preset")
-    parser.add_argument("--preset", choices=PRESETS, default="sprites", help="(%(default)s)")
+    if model:
+        parser.add_argument("--config", type=Path, help="model config as JSON, instead of --preset")
+        parser.add_argument("--preset", choices=PRESETS, default="sprites", help="(%(default)s)")
     parser.add_argument("--level", choices=LEVELS, default="digits", help="sprites (%(default)s)")
     parser.add_argument("--steps", type=int, default=steps, help="optimiser steps (%(default)s)")
     parser.add_argument("--stop-after", type=int, help="pause at this step, to go on later")
@@ -92,7 +110,31 @@ def _tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
     from .train_vqgan import VQGANOptions
 
     _common_arguments(parser, steps=1100, run="runs/tokenizer")
+    _vqgan_arguments(parser)
+    parser.add_argument(
+        "--square", type=float, default=0.0, help="weight of the squared error (%(default)s)"
+    )
     _option_arguments(parser, VQGANOptions)
+
+
+def _sketch_arguments(parser: argparse.ArgumentParser) -> None:
+    from .train_vqgan import VQGANOptions
+
+    _common_arguments(parser, steps=800, run="runs/sketch-tokenizer")
+    _vqgan_arguments(parser)
+    _option_arguments(parser, VQGANOptions)
+
+
+def _vqgan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--start", type=Path, help="begin at this VQ-GAN's weights")
+    parser.add_argument("--codebook-size", type=int, help="instead of the config's")
+    parser.add_argument(
+        "--emphasis",
+        type=float,
+        default=0.0,
+        help="extra weight of what is not background (%(default)s)",
+    )
+    parser.add_argument("--data", type=Path, help="picture folder, instead of the sprites")
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,6 +142,12 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 
     _common_arguments(parser, steps=3000, run="runs/model")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a trained VQ-GAN")
+    parser.add_argument(
+        "--sketch-tokenizer",
+        type=Path,
+        help="folder of a VQ-GAN of class maps; without, no S2I, S2V",
+    )
+    parser.add_argument("--start", type=Path, help="begin at this checkpoint's weights")
     parser.add_argument("--dataset-clips", type=int, default=8000, help="(%(default)s)")
     _option_arguments(parser, NUWAOptions)
 
@@ -113,6 +161,15 @@ def _prune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
 
 
+def _ranker_arguments(parser: argparse.ArgumentParser) -> None:
+    from .train_ranker import RankerOptions
+
+    _common_arguments(parser, steps=800, run="runs/ranker", model=False)
+    parser.add_argument("--text", type=Path, required=True, help="tokenizer.json of the model")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the model's VQ-GAN")
+    _option_arguments(parser, RankerOptions)
+
+
 def _judge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--level", choices=LEVELS, default="digits", help="(%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -122,18 +179,82 @@ def _judge_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _tokenizer(arguments: argparse.Namespace) -> int:
-    from .train_vqgan import VQGANOptions, VQGANRecipe
-    from .trainer import train
+    from .vqgan_content import Pictures
 
+    content = {"emphasis": arguments.emphasis, "square": arguments.square}
+    config = _config(arguments).image
+    if arguments.data is not None:
+        folder = _picture_folder(arguments, config)
+        source = folder.pictures(arguments.seed)
+        return _train_vqgan(arguments, config, Pictures(**content), source, content)
     world = SpriteWorld(arguments.level, "train")
 
     def pictures(first: int, count: int) -> np.ndarray:
         return np.stack([world.frame(i, i % FRAMES)[0] for i in range(first, first + count)])
 
+    return _train_vqgan(arguments, config, Pictures(**content), pictures, content)
+
+
+def _sketch_tokenizer(arguments: argparse.Namespace) -> int:
+    from .vqgan_content import ClassMaps
+
+    model = _config(arguments)
+    if model.sketch is None:
+        raise ValueError(f"model {model.name!r} has no sketch tokenizer; its config says null")
+    content = {"emphasis": arguments.emphasis}
+    if arguments.data is not None:
+        folder = _picture_folder(arguments, model.sketch)
+        config = dataclasses.replace(model.sketch, channels=len(folder.classes))
+        kind, source = ClassMaps(config.channels, **content), folder.sketches(arguments.seed)
+        return _train_vqgan(arguments, config, kind, source, content)
+    world = SpriteWorld(arguments.level, "train")
+
+    def maps(first: int, count: int) -> np.ndarray:
+        return np.stack([world.frame(i, i % FRAMES)[1] for i in range(first, first + count)])
+
+    kind = ClassMaps(model.sketch.channels, **content)
+    return _train_vqgan(arguments, model.sketch, kind, maps, content)
+
+
+def _picture_folder(arguments: argparse.Namespace, config: VQGANConfig) -> PictureFolder:
+    """The training split of --data. ValueError if its pictures are not of the config's size."""
+    folder = PictureFolder(arguments.data)
+    if folder.resolution != config.resolution:
+        raise ValueError(
+            f"{arguments.data} has pictures of {folder.resolution} pixels, but the config's "
+            f"tokenizer is for {config.resolution}; render them anew or give another --config"
+        )
+    return folder
+
+
+def _train_vqgan(
+    arguments: argparse.Namespace, config: VQGANConfig, kind: Any, source: Any, content: dict
+) -> int:
+    from .checkpoint import load_tokenizer
+    from .train_vqgan import VQGANOptions, VQGANRecipe
+    from .trainer import train
+
+    if arguments.codebook_size is not None:
+        config = dataclasses.replace(config, codebook_size=arguments.codebook_size)
     options = _chosen(arguments, VQGANOptions)
-    config = _config(arguments).image
-    _remember(arguments, {"options": dataclasses.asdict(options), "config": _plain(config)})
-    recipe = VQGANRecipe(config, options, pictures, device=arguments.device, seed=arguments.seed)
+    start = None if arguments.start is None else load_tokenizer(arguments.start)
+    settings = {
+        "options": dataclasses.asdict(options),
+        "content": content,
+        "start": None if arguments.start is None else str(arguments.start),
+        "config": _plain(config),
+        "data": None if arguments.data is None else PictureFolder(arguments.data).data,
+    }
+    _remember(arguments, settings)
+    recipe = VQGANRecipe(
+        config,
+        options,
+        kind,
+        source,
+        start=start,
+        device=arguments.device,
+        seed=arguments.seed,
+    )
     train(recipe, arguments.run, _trainer_options(arguments))
     print(f"VQ-GAN: {arguments.run / 'checkpoint'}")
     return 0
@@ -158,34 +279,108 @@ def _prune(arguments: argparse.Namespace) -> int:
 
 
 def _model(arguments: argparse.Namespace) -> int:
-    from .checkpoint import load_tokenizer
+    from .checkpoint import load_checkpoint, load_tokenizer
     from .clips import token_clips
     from .text import train_text_tokenizer
     from .train_nuwa import NUWAOptions, NUWARecipe
     from .trainer import train
 
     vqgan = load_tokenizer(arguments.tokenizer)
-    config = dataclasses.replace(_config(arguments), image=vqgan.config)
-    text = _text_tokenizer(arguments.run, config, train_text_tokenizer)
+    sketch_vqgan = None
+    if arguments.sketch_tokenizer is not None:
+        sketch_vqgan = load_tokenizer(arguments.sketch_tokenizer)
+    start = None if arguments.start is None else load_checkpoint(arguments.start)
+    config = _config(arguments)
+    text = start.text_tokenizer if start else None
+    text = text or _text_tokenizer(arguments.run, config, train_text_tokenizer)
     config = dataclasses.replace(
-        config, text=dataclasses.replace(config.text, vocabulary_size=text.vocabulary_size)
+        config,
+        image=vqgan.config,
+        sketch=None if sketch_vqgan is None else sketch_vqgan.config,
+        text=dataclasses.replace(config.text, vocabulary_size=text.vocabulary_size),
+        tasks=tuple(t for t in config.tasks if sketch_vqgan is not None or not t.needs_sketch),
     )
     options = _chosen(arguments, NUWAOptions)
-    _remember(arguments, {"options": dataclasses.asdict(options), "config": _plain(config)})
+    settings = {
+        "options": dataclasses.asdict(options),
+        "start": None if arguments.start is None else str(arguments.start),
+        "config": _plain(config),
+    }
+    _remember(arguments, settings)
     world = SpriteWorld(arguments.level, "train")
-    clips = token_clips(vqgan, world, arguments.dataset_clips, arguments.run / "clips.npy")
+    clips = token_clips(
+        vqgan,
+        world,
+        arguments.dataset_clips,
+        arguments.run / "clips.npy",
+        sketch_vqgan=sketch_vqgan,
+    )
     recipe = NUWARecipe(
         config,
         options,
         vqgan,
         text,
         clips,
+        sketch_vqgan=sketch_vqgan,
+        start=start,
         provenance=_provenance(arguments, options),
         device=arguments.device,
         seed=arguments.seed,
     )
     train(recipe, arguments.run, _trainer_options(arguments))
     print(f"checkpoint: {arguments.run / 'checkpoint'}")
+    return 0
+
+
+def _ranker(arguments: argparse.Namespace) -> int:
+    from nuwa.spec.config import TextConfig
+    from nuwa.spec.text import TextTokenizer
+
+    from .checkpoint import load_tokenizer
+    from .ranker import RankerConfig, tokenizer_digest
+    from .train_ranker import VALIDATED, RankerOptions, RankerRecipe, reconstructions
+    from .trainer import train
+
+    text = TextTokenizer.from_file(arguments.text)
+    config = RankerConfig(
+        text=TextConfig(
+            vocabulary_size=text.vocabulary_size,
+            length=text.length,
+            width=128,
+            layers=2,
+            heads=2,
+            mask_padding=True,
+        ),
+        tokenizer=tokenizer_digest(text),
+    )
+    options = _chosen(arguments, RankerOptions)
+    settings = {"options": dataclasses.asdict(options), "config": _plain(config)}
+    _remember(arguments, {**settings, "tokenizer": str(arguments.tokenizer or "")})
+    seen: dict[str, np.ndarray] = {}
+    if arguments.tokenizer is not None and options.reconstructed:
+        vqgan = load_tokenizer(arguments.tokenizer)
+        for split, count in (("train", options.reconstructed), ("val", VALIDATED)):
+            cache = arguments.run / f"{split}.npy"
+            world = SpriteWorld(arguments.level, split)
+            seen[f"{split}_seen"] = reconstructions(vqgan, world, count, cache)
+    record = {
+        "steps": arguments.steps,
+        "seed": arguments.seed,
+        "options": dataclasses.asdict(options),
+        "command": _command_line(arguments),
+    }
+    recipe = RankerRecipe(
+        config,
+        options,
+        text,
+        arguments.level,
+        record=record,
+        device=arguments.device,
+        seed=arguments.seed,
+        **seen,
+    )
+    train(recipe, arguments.run, _trainer_options(arguments))
+    print(f"ranker: {arguments.run / 'checkpoint'}")
     return 0
 
 
@@ -282,13 +477,17 @@ def _provenance(arguments: argparse.Namespace, options: Any) -> dict:
         "dataset_clips": arguments.dataset_clips,
         "options": dataclasses.asdict(options),
         "tokenizer_run": _tokenizer_run(arguments.tokenizer),
+        "sketch_tokenizer_run": _tokenizer_run(arguments.sketch_tokenizer),
+        "start": None if arguments.start is None else _tokenizer_run(arguments.start),
         "torch": torch.__version__,
         "machine": platform.machine(),
         "command": _command_line(arguments),
     }
 
 
-def _tokenizer_run(folder: Path) -> dict:
+def _tokenizer_run(folder: Path | None) -> dict:
+    if folder is None:
+        return {}
     path = folder.parent / "run.json"
     return json.loads(path.read_text()) if path.exists() else {}
 

@@ -31,14 +31,16 @@ class CodebookAverage(nn.Module):
         self.register_buffer("total", weight.detach().clone())
 
     @torch.no_grad()
-    def initialise(self, features_NE: Tensor) -> None:
-        """Start from features [N, E], those far from the mean more likely.
+    def initialise(self, features_NE: Tensor, keep: int = 0) -> None:
+        """Start from features [N, E], those far from the first `keep` codes, which stay, likelier.
 
-        Counts start low, so that codes nobody uses are revived within tens of steps.
+        With none kept, far from the mean. Counts start low, so that codes nobody uses are revived
+        within tens of steps.
         """
         weight = self.quantizer[0].embedding.weight
-        weight.copy_(features_NE.float().mean(0).expand_as(weight))
-        weight.copy_(self._choose(features_NE, weight.shape[0]))
+        filler = weight[0] if keep else features_NE.float().mean(0)
+        weight[keep:] = filler
+        weight[keep:] = self._choose(features_NE, weight.shape[0] - keep)
         self.count.fill_(2.0 * self.revive_below)
         self.total.copy_(weight * self.count[:, None])
 

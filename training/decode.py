@@ -1,9 +1,10 @@
 """Position-by-position decoding with a cache: the modules that are exported, and a reference loop.
 
-`DecoderStep` and `TextConditions` have tensors-only signatures, one ONNX graph each. `generate`
-drives them in PyTorch by the same plans as the runtime does.
+`DecoderStep`, `TextConditions` and `VisualConditions` have tensors-only signatures, one ONNX graph
+each. `generate` drives them in PyTorch by the same plans as the runtime does.
 
-Legend: T positions of a call, S cache slots, R entries, C condition slots, M text length, L layers.
+Legend: T positions of a call, S cache slots, R entries, C condition slots, M text length, L layers,
+N positions of a volume, m columns of cross attention.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nuwa.spec.grid import Grid
+from nuwa.spec.conditions import ConditionLayout, visual_columns, visual_neighbours, visual_window
+from nuwa.spec.config import ModelConfig
+from nuwa.spec.grid import MASKED, Grid
 from nuwa.spec.philox import uniforms
 from nuwa.spec.plan import DecodePlan, decode_plan
 
@@ -29,6 +32,34 @@ class TextConditions(nn.Module):
 
     def forward(self, ids_BM: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         memory = self.nuwa.text(ids_BM)
+        pairs = [block.cross_memory(memory) for block in self.nuwa.blocks]
+        return [key for key, _ in pairs], [value for _, value in pairs]
+
+
+class VisualConditions(nn.Module):
+    """Visual ids int [N] of volumes one after the other -> keys and values, L tensors [N, d] each.
+
+    coordinates int [N, 3]; neighbours int [N, n]: rows of the nearby set, -1 masked.
+    """
+
+    def __init__(self, nuwa: NUWA) -> None:
+        super().__init__()
+        self.nuwa = nuwa
+
+    def forward(
+        self, tokens_N: Tensor, coordinates_N3: Tensor, neighbours_Nn: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        encoder = self.nuwa.visual
+        assert encoder is not None, "this model has no visual encoder"
+        x_Nd = encoder.embedding(tokens_N, coordinates_N3)
+        slot_N = torch.zeros_like(tokens_N, dtype=torch.int32)
+        for block in encoder.blocks:
+            query, key, value = block.self_project(x_Nd)
+            attended = torch.ops.nuwa.nearby_attention(
+                query, key[None], value[None], slot_N, neighbours_Nn, block.bias, encoder.heads
+            )
+            x_Nd = block.after_self(x_Nd, attended)
+        memory = encoder.memory(x_Nd)
         pairs = [block.cross_memory(memory) for block in self.nuwa.blocks]
         return [key for key, _ in pairs], [value for _, value in pairs]
 
@@ -60,6 +91,7 @@ class DecoderStep(nn.Module):
         guidance: Tensor,
         unconditional_row: Tensor,
         ranks: Tensor,
+        cross_columns: Tensor | None,
         key_caches: list[Tensor],
         value_caches: list[Tensor],
         cross_keys: list[Tensor],
@@ -87,13 +119,17 @@ class DecoderStep(nn.Module):
             keys_out.append(key_cache)
             values_out.append(value_cache)
             x_Td = block.after_self(x_Td, attended)
+            bias = block.cross_bias_table()
+            if bias is not None:
+                assert cross_columns is not None, "a model with a visual encoder needs columns"
+                bias = bias.index_select(1, cross_columns)  # exported as one Gather
             attended = torch.ops.nuwa.nearby_attention(
                 block.cross_query(x_Td),
                 cross_keys[layer],
                 cross_values[layer],
                 condition_slot,
                 cross_neighbours,
-                None,
+                bias,
                 config.heads,
             )
             x_Td = block.after_cross(x_Td, attended)
@@ -117,27 +153,20 @@ def generate(
     kind: str = "wave",
     known_BN: Tensor | None = None,
     known_tokens_BN: Tensor | None = None,
+    visual_BN: Tensor | None = None,
 ) -> Tensor:
     """Tokens int64 [B, N] of B volumes decoded together, one slot each.
 
     text_BM: condition ids; seeds: one per volume; guidance other than 1 needs `unconditional_1M`,
-    the ids of the prompt "none"; known_BN bool and known_tokens_BN: tokens that are given.
+    the ids of the prompt "none"; known_BN bool and known_tokens_BN: tokens that are given;
+    visual_BN: the visual encoder's ids.
     """
     plan = decode_plan(nuwa.config.decoder, grid, kind)
-    batch = text_BM.shape[0]
-    guided = guidance != 1.0
+    batch, guided = text_BM.shape[0], guidance != 1.0
     assert not guided or unconditional_1M is not None, "guidance needs an unconditional prompt"
-    rows = text_BM
-    if unconditional_1M is not None and guided:
-        rows = torch.cat([text_BM, unconditional_1M.expand(batch, -1)])
-    conditions = TextConditions(nuwa)(rows)
-    used = (rows != nuwa.text.pad).sum(1)
-    if not nuwa.config.text.mask_padding:
-        used = torch.full_like(used, rows.shape[1])
-    columns = torch.arange(int(used.max()))
-    cross_BM = torch.where(columns < used[:, None], columns, -1).to(torch.int32)
-
-    slots = rows.shape[0]
+    none_1M = unconditional_1M if guided else None
+    conditions = _Conditions(nuwa, grid, text_BM, none_1M, visual_BN)
+    slots = 2 * batch if guided else batch
     width, layers = nuwa.config.decoder.width, nuwa.config.decoder.layers
     shape = (slots, plan.schedule.entries, width)
     caches = [[torch.zeros(shape) for _ in range(layers)] for _ in range(2)]
@@ -151,7 +180,7 @@ def generate(
     for call in range(plan.steps):
         part = plan.rows(call)
         tokens, *caches = _call(
-            step, plan, part, slots, batch, grid_tokens, draws, caches, conditions, cross_BM,
+            step, plan, part, slots, batch, grid_tokens, draws, caches, conditions,
             (temperature, top_k, top_p, guidance), ranks,
         )  # fmt: skip
         position = plan.position[part]
@@ -159,6 +188,70 @@ def generate(
         free = ~given[:, position]
         grid_tokens[:, position] = np.where(free, drawn, grid_tokens[:, position])
     return torch.from_numpy(grid_tokens[:, :-1])
+
+
+class _Conditions:
+    """Condition slots of B volumes, one each: keys, values, and what every position attends to.
+
+    Rows of guided partners follow those of the volumes: same slot, `none` instead of the text.
+    """
+
+    def __init__(
+        self,
+        nuwa: NUWA,
+        grid: Grid,
+        text_BM: Tensor,
+        none_1M: Tensor | None,
+        visual_BN: Tensor | None,
+    ) -> None:
+        config = nuwa.config
+        layout = ConditionLayout.of(config)
+        batch, width = text_BM.shape[0], config.decoder.width
+        shape = (batch, layout.entries, width)
+        self.keys = [torch.zeros(shape) for _ in range(config.decoder.layers)]
+        self.values = [torch.zeros(shape) for _ in range(config.decoder.layers)]
+        rows = [_used(config, nuwa.text.pad, text_BM, layout.text)]
+        self._put(TextConditions(nuwa)(text_BM), layout.text)
+        if none_1M is not None:
+            none_BM = none_1M.expand(batch, -1)
+            self._put(TextConditions(nuwa)(none_BM), layout.none)
+            rows.append(_used(config, nuwa.text.pad, none_BM, layout.none))
+        self._text_Sm = torch.cat(rows)
+        self._window_Nv: Tensor | None = None
+        columns = torch.full((self._text_Sm.shape[1],), visual_columns(config))
+        if visual_BN is not None:
+            near = torch.from_numpy(visual_neighbours(config, grid))
+            coordinates = torch.from_numpy(grid.coordinates())
+            see = VisualConditions(nuwa)
+            for b in range(batch):
+                pairs = see(visual_BN[b], coordinates, near)
+                for stored, made in zip((self.keys, self.values), pairs, strict=True):
+                    for layer, part in zip(stored, made, strict=True):
+                        layer[b, layout.visual : layout.visual + grid.size] = part
+            self._window_Nv = torch.from_numpy(visual_window(config, grid))
+            columns = torch.cat([torch.arange(visual_columns(config)), columns])
+        self.columns = None if config.visual is None else columns
+
+    def _put(self, pairs: tuple[list[Tensor], list[Tensor]], start: int) -> None:
+        for stored, made in zip((self.keys, self.values), pairs, strict=True):
+            for layer, part in zip(stored, made, strict=True):
+                layer[:, start : start + part.shape[1]] = part
+
+    def neighbours(self, lane: np.ndarray, position: np.ndarray) -> Tensor:
+        """int32 [T, m] for rows of these lanes (guided partners after the volumes)."""
+        text_Tm = self._text_Sm[torch.from_numpy(lane)]
+        if self._window_Nv is None:
+            return text_Tm
+        return torch.cat([self._window_Nv[torch.from_numpy(position).long()], text_Tm], dim=1)
+
+
+def _used(config: ModelConfig, pad: int, ids_BM: Tensor, start: int) -> Tensor:
+    """int32 [B, m]: entries, from `start`, of the text positions that count; -1 beyond them."""
+    used_B = (ids_BM != pad).sum(1)
+    if not config.text.mask_padding:
+        used_B = torch.full_like(used_B, ids_BM.shape[1])
+    columns = torch.arange(ids_BM.shape[1])
+    return torch.where(columns < used_B[:, None], columns + start, MASKED).to(torch.int32)
 
 
 def _call(
@@ -170,15 +263,14 @@ def _call(
     grid_tokens: np.ndarray,
     draws: np.ndarray,
     caches: list[list[Tensor]],
-    conditions: tuple[list[Tensor], list[Tensor]],
-    cross_BM: Tensor,
+    conditions: _Conditions,
     options: tuple[float, int, float, float],
     ranks: Tensor,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """One wave of every slot: rows are slot-major; guided slots follow the `batch` plain ones."""
     temperature, top_k, top_p, guidance = options
     width = part.stop - part.start
-    slot = torch.arange(slots, dtype=torch.int32).repeat_interleave(width)
+    lane = np.arange(slots).repeat(width)
     owner = np.arange(slots) % batch
 
     def tile(table: np.ndarray) -> Tensor:
@@ -191,11 +283,11 @@ def _call(
     tokens, _, keys, values = step(
         torch.from_numpy(fed),
         tile(plan.coordinates),
-        slot,
+        torch.from_numpy(lane.astype(np.int32)),
         tile(plan.write_index),
         tile(plan.neighbours),
-        slot,
-        cross_BM[slot.long()],
+        torch.from_numpy((lane % batch).astype(np.int32)),
+        conditions.neighbours(lane, np.tile(plan.position[part], slots)),
         torch.full((len(rows),), temperature),
         torch.full((len(rows),), top_k, dtype=torch.int32),
         torch.full((len(rows),), top_p),
@@ -203,8 +295,10 @@ def _call(
         torch.full((len(rows),), guidance),
         partner,
         ranks,
+        conditions.columns,
         caches[0],
         caches[1],
-        *conditions,
+        conditions.keys,
+        conditions.values,
     )
     return tokens, keys, values

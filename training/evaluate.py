@@ -1,41 +1,38 @@
-"""Measures a generator on the held-out captions and clips of the sprite world.
+"""Measures a generator on the held-out samples of the sprite world, all eight tasks.
 
-Draws captions (or first frames), calls the generator, lets the judge read what comes out, and
-sets beside every score what the judge makes of the same real clips, and of those clips after a
-round trip through the image tokenizer: the two ceilings. Knows the generator as one function;
-knows no model, bundle or file format.
+Asks the questions of each part, lets the judge read what comes out, and sets beside every score
+what the judge makes of real answers to the same questions, and of those after a round trip
+through the image tokenizer: the two ceilings. Knows the generator as one function; knows no
+model, bundle or file format.
 
 Shapes: F frames, H = W = 64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import metrics
-from .judge import Judge
-from .report import Specimen, write_report
+from .evaluation.asking import Ask, Generate, asking
+from .evaluation.long import Reconstruct, long_clips
+from .evaluation.parts import TASKS, parts_of
+from .evaluation.question import Part, Question
+from .evaluation.scoring import MODEL, REAL, RECONSTRUCTED, Tally, judge_bars, summary
+from .judge import Judge, Verdict
+from .published import Published
+from .report import write_report
+from .sheets import LongSpecimen, Specimen
 from .sprites import world
-from .sprites.world import FRAMES, SIDE, SpriteSample, SpriteWorld
+from .sprites.world import SpriteWorld
 
-TASKS = ("t2i", "t2v", "v2v")
-FACTORS = {
-    "t2i": ("class", "colour", "background"),
-    "t2v": ("class", "colour", "background", "motion"),
-    "v2v": ("class", "colour", "motion"),
-}
-GIVEN = 4  # frames that v2v continues
-REFERENCE_SAMPLES = 256  # real samples, apart from the measured ones, behind fid_judge
+__all__ = ["TASKS", "evaluate", "find_judge"]
+
+REFERENCE_SAMPLES = 256  # least real samples, apart from the measured ones, behind the distances
 SHEET_SAMPLES = 32
-IDENTICAL_DB = 100.0  # PSNR of equal frames, which is infinite, is reported as this
-
-Generate = Callable[..., np.ndarray]
-Reconstruct = Callable[[np.ndarray], np.ndarray]
+CHUNK = 64  # questions that are asked, then scored, at a time
 
 
 def evaluate(
@@ -50,27 +47,36 @@ def evaluate(
     reconstruct: Reconstruct | None = None,
     out: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    concurrency: int = 1,
+    about: Mapping[str, Any] | None = None,
+    long: int = 0,
+    sketch_prompt: str = "caption",
+    weights: Mapping[str, Path] | None = None,
 ) -> dict:
-    """JSON-able report on the first `samples` samples of a split, for each of `tasks`.
+    """JSON-able report on the first `samples` questions of each part of `tasks`.
 
-    generate(task=, prompt=, frame_count=, seed=, frames=) -> u8[F,64,64,3]: for t2i and t2v a
-    caption and no frames; for v2v an empty prompt and frames u8[4,64,64,3], and the result
-    holds all 10 frames. Sample i is generated with seed + i.
-    reconstruct: u8[F,64,64,3] -> the same through the image tokenizer and back.
+    generate: see evaluation.asking; question i is asked with seed + i. concurrency: calls at a
+    time. reconstruct: u8[F,64,64,3] -> the same through the image tokenizer and back; never
+    called while generate is.
     judge: by default the stored one of the level.
-    out: folder that receives report.json, report.md and one contact sheet a task.
-    progress: called with (samples done, samples in all).
-    ValueError for unknown names, for less than 2 samples, and for wrongly shaped results.
+    about: goes into the report as it is: the bundle, how it samples.
+    long: number of 100-frame clips that V2V is to predict; 0 for none.
+    sketch_prompt: "caption" or "none": what S2I and S2V are given beside the class maps.
+    weights: files for metrics with published names, by network; see `published`.
+    out: folder that receives report.json, report.md and one contact sheet a part.
+    progress: called with (questions done, questions in all).
+    ValueError for unknown names, for less than 2 samples, and for wrongly shaped answers.
     """
-    for task in tasks:
-        if task not in TASKS:
-            raise ValueError(f"cannot evaluate task {task!r}; choose from {', '.join(TASKS)}")
+    source = SpriteWorld(level, split)
+    parts = parts_of(tasks, source, sketch_prompt=sketch_prompt)
     if samples < 2:
         raise ValueError(f"samples is {samples}; scores need at least 2")
-    source = SpriteWorld(level, split)
+    if long and "v2v" not in tasks:
+        raise ValueError("long clips are made by v2v, which is not among the tasks")
     judge = judge or Judge.load(find_judge(level))
     if judge.level != level:
         raise ValueError(f"the judge is one of level {judge.level!r}, not {level!r}")
+    published = Published(weights or {})
 
     report: dict[str, Any] = {
         "evaluator": "sprites",
@@ -79,31 +85,31 @@ def evaluate(
         "split": split,
         "samples": samples,
         "seed": seed,
+        "seeds": f"question i is asked with seed {seed} + i",
+        "about": dict(about or {}),
+        "sketch_prompt": sketch_prompt,
         "judge": judge.metadata,
+        "published_weights": published.files,
         "tasks": {},
+        "bars": [],
     }
+    done = _Counter(progress, len(parts) * samples + long)
     specimens: dict[str, list[Specimen]] = {}
-    for t, task in enumerate(tasks):
-        tally = {"model": _Tally(), "real": _Tally()}
-        if reconstruct is not None:
-            tally["reconstructed"] = _Tally()
-        specimens[task] = []
-        for index in range(samples):
-            sample = source.sample(index)
-            real = _real(task, sample, index)
-            made = _generate(generate, task, sample, real, seed + index)
-            right = tally["model"].add(judge, task, made, real, sample)
-            tally["real"].add(judge, task, real, real, sample)
-            if reconstruct is not None:
-                tally["reconstructed"].add(judge, task, reconstruct(real), real, sample)
-            if index < SHEET_SAMPLES:
-                specimens[task].append(Specimen(made, real, _caption(task, sample), right))
-            if progress is not None:
-                progress(t * samples + index + 1, len(tasks) * samples)
-        reference = _reference_features(judge, task, source, samples)
-        report["tasks"][task] = {"scores": _scores(tally, reference)}
+    long_specimens: list[LongSpecimen] = []
+    with asking(generate, concurrency) as ask:
+        for part in parts:
+            scores, specimens[part.name] = _measure(
+                ask, part, judge, published, reconstruct, samples, seed, done
+            )
+            report["tasks"][part.name] = {"asks": part.asks, "scores": scores}
+            report["bars"] += judge_bars(part.name, part.bars, scores)
+        if long:
+            report["long"], clips = long_clips(
+                ask, judge, source, samples=long, seed=seed, reconstruct=reconstruct, progress=done
+            )
+            long_specimens = [LongSpecimen(made, real) for made, real in clips]
     if out is not None:
-        write_report(out, report, specimens)
+        write_report(out, report, specimens, long_specimens)
     return report
 
 
@@ -118,108 +124,81 @@ def find_judge(level: str) -> Path:
     )
 
 
-@dataclass
-class _Tally:
-    """What the judge read from one kind of clips: a list of values for each score."""
+class _Counter:
+    """Tells `progress` of so many more questions done."""
 
-    values: dict[str, list[float]] = field(default_factory=dict)
-    features: list[np.ndarray] = field(default_factory=list)
+    def __init__(self, progress: Callable[[int, int], None] | None, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
 
-    def add(
-        self, judge: Judge, task: str, clip: np.ndarray, real: np.ndarray, sample: SpriteSample
-    ) -> bool:
-        """Reads one clip; True when all its factors are right."""
-        verdict = judge.read(_judged(task, clip))
-        motion = judge.read_motion(clip) if task == "v2v" else verdict.motion
-        factors = sample.factors
-        right = {
-            "class": verdict.class_index == factors.class_index,
-            "colour": verdict.colour == factors.colour,
-            "background": verdict.background == factors.background,
-            "motion": motion == factors.motion,
-        }
-        right = {name: right[name] for name in FACTORS[task]}
-        right["joint"] = all(right.values())
-        scores = {name: float(value) for name, value in right.items()}
-        if task == "v2v":
-            scores["psnr"] = _psnr(clip[GIVEN:], real[GIVEN:])
-            scores["psnr_next"] = _psnr(clip[GIVEN], real[GIVEN])
-        for name, value in scores.items():
-            self.values.setdefault(name, []).append(value)
-        self.features.append(verdict.features)
-        return right["joint"]
+    def __call__(self, more: int) -> None:
+        self.done += more
+        if self.progress is not None:
+            self.progress(self.done, self.total)
 
 
-def _real(task: str, sample: SpriteSample, index: int) -> np.ndarray:
-    """The real counterpart of what is generated: one of the frames, or the clip."""
-    return sample.frames[index % FRAMES][None] if task == "t2i" else sample.frames
+def _measure(
+    ask: Ask,
+    part: Part,
+    judge: Judge,
+    published: Published,
+    reconstruct: Reconstruct | None,
+    samples: int,
+    seed: int,
+    done: _Counter,
+) -> tuple[dict[str, dict], list[Specimen]]:
+    """The scores of one part, and its first answers for the contact sheet."""
+    tallies: dict[str, Tally] = {}
+    specimens: list[Specimen] = []
+    collected = published.collector()
+    for first in range(0, samples, CHUNK):
+        indices = range(first, min(first + CHUNK, samples))
+        questions = [part.question(index) for index in indices]
+        made = ask(part.task, questions, [seed + index for index in indices])
+        for kind, clips in _kinds(part, questions, made, reconstruct).items():
+            tally = tallies.setdefault(kind, Tally())
+            verdicts = judge.read_many([part.judged(clip) for clip in clips])
+            for question, clip, verdict in zip(questions, clips, verdicts, strict=True):
+                scores = part.scores(question, clip, verdict)
+                tally.add(scores, _features(verdict))
+                if kind == MODEL and len(specimens) < SHEET_SAMPLES:
+                    right = bool(part.right(question, verdict)[part.whole])
+                    specimens.append(Specimen(question, clip, right))
+        collected.add(made, questions)
+        done(len(indices))
+    reference = _reference(judge, part, samples)
+    return summary(tallies, reference) | collected.scores(), specimens
 
 
-def _judged(task: str, clip: np.ndarray) -> np.ndarray:
-    """The frames whose content is the generator's own."""
-    return clip[GIVEN:] if task == "v2v" else clip
+def _kinds(
+    part: Part,
+    questions: list[Question],
+    made: list[np.ndarray],
+    reconstruct: Reconstruct | None,
+) -> dict[str, list[np.ndarray]]:
+    """The clips to be scored: the answers, the ceilings, and the part's own baselines."""
+    kinds = {MODEL: made, REAL: [question.real for question in questions]}
+    if reconstruct is not None:
+        kinds[RECONSTRUCTED] = [each.restored(reconstruct(each.real)) for each in questions]
+    for question in questions:
+        for name, clip in part.baselines(question).items():
+            kinds.setdefault(name, []).append(clip)
+    return kinds
 
 
-def _caption(task: str, sample: SpriteSample) -> str:
-    return sample.image_caption if task == "t2i" else sample.video_caption
+def _features(verdict: Verdict) -> dict[str, np.ndarray]:
+    features = {"fid_judge": verdict.features}
+    if len(verdict.features_FD) > 1:
+        features["fvd_judge"] = verdict.clip_features
+    return features
 
 
-def _generate(
-    generate: Generate, task: str, sample: SpriteSample, real: np.ndarray, seed: int
-) -> np.ndarray:
-    predicts = task == "v2v"
-    made = generate(
-        task=task,
-        prompt="" if predicts else _caption(task, sample),
-        frame_count=len(real),
-        seed=seed,
-        frames=real[:GIVEN].copy() if predicts else None,
-    )
-    expected = (len(real), SIDE, SIDE, 3)
-    if made.shape != expected or made.dtype != np.uint8:
-        raise ValueError(
-            f"{task} gave {made.dtype} {list(made.shape)}; "
-            f"the sprite world needs uint8 {list(expected)}"
-        )
-    return made
-
-
-def _reference_features(judge: Judge, task: str, source: SpriteWorld, samples: int) -> np.ndarray:
-    """f64[M,D] of real samples that are not among the measured ones."""
-    indices = range(samples, samples + max(samples, REFERENCE_SAMPLES))
-    clips = (_judged(task, _real(task, source.sample(i), i)) for i in indices)
-    return np.stack([judge.read(clip).features for clip in clips])
-
-
-def _scores(tally: dict[str, _Tally], reference: np.ndarray) -> dict[str, dict]:
-    """{score: {model, low, high, real, reconstructed, ratio}}; None where it has no meaning."""
-    scores = {}
-    for name, values in tally["model"].values.items():
-        means = {kind: float(np.mean(t.values[name])) for kind, t in tally.items()}
-        low, high = metrics.bootstrap_interval(np.array(values))
-        ceiling = means.get("reconstructed")
-        decibels = name.startswith("psnr")
-        scores[name] = {
-            "model": means["model"],
-            "low": low,
-            "high": high,
-            "real": None if decibels else means["real"],
-            "reconstructed": ceiling,
-            "ratio": means["model"] / ceiling if ceiling and not decibels else None,
-        }
-    distances = {
-        kind: metrics.frechet_distance(np.stack(t.features), reference) for kind, t in tally.items()
-    }
-    scores["fid_judge"] = {
-        "model": distances["model"],
-        "low": None,
-        "high": None,
-        "real": distances["real"],
-        "reconstructed": distances.get("reconstructed"),
-        "ratio": None,
-    }
-    return scores
-
-
-def _psnr(frames: np.ndarray, target: np.ndarray) -> float:
-    return min(metrics.psnr(frames, target), IDENTICAL_DB)
+def _reference(judge: Judge, part: Part, samples: int) -> dict[str, np.ndarray]:
+    """f64[M,D] of the real answers to questions that are not among the measured ones."""
+    count = max(samples, REFERENCE_SAMPLES)
+    tally = Tally()
+    for first in range(samples, samples + count, CHUNK):
+        indices = range(first, min(first + CHUNK, samples + count))
+        clips = [part.judged(part.question(index).real) for index in indices]
+        for verdict in judge.read_many(clips):
+            tally.add({}, _features(verdict))
+    return {name: np.stack(vectors) for name, vectors in tally.features.items()}

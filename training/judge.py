@@ -10,6 +10,7 @@ Shapes: F frames, S canvas side, C = CROP side, B frames in a batch, D = FEATURE
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .readers import locate, read_background, read_colour, read_motion
+from .readers import Layout, locate, read_background, read_colour, read_motion
 from .sprites import world
 from .sprites.world import SpriteWorld
 
@@ -36,7 +37,24 @@ class Verdict:
     colour: str
     background: str
     motion: str
-    features: np.ndarray  # f64[D], mean over the frames of the CNN's last hidden layer
+    features_FD: np.ndarray  # f64, the CNN's last hidden layer; zero in frames without a sprite
+    layout: Layout
+
+    @property
+    def features(self) -> np.ndarray:
+        """f64[D]: what the frames show on average."""
+        return self.features_FD.mean(0)
+
+    @property
+    def clip_features(self) -> np.ndarray:
+        """f64[2D + 2(F-1)]: shape, how much it changes, and the way it goes.
+
+        The frames' mean features; the mean absolute change of each from frame to frame; the steps
+        of the sprite's centroid in pixels (0 where a frame has none).
+        """
+        changes_D = np.abs(np.diff(self.features_FD, axis=0)).mean(0)
+        steps = np.nan_to_num(np.diff(self.layout.track_F2, axis=0))
+        return np.concatenate([self.features, changes_D, steps.ravel()])
 
 
 class ShapeNet(nn.Module):
@@ -65,25 +83,41 @@ class Judge:
     def __init__(self, level: str, network: ShapeNet, metadata: dict) -> None:
         self.level, self.network, self.metadata = level, network.eval(), metadata
 
-    @torch.inference_mode()
     def read(self, frames: np.ndarray) -> Verdict:
         """Verdict on u8[F,S,S,3]; F = 1 is an image, whose motion is "none"."""
-        layout = locate(frames)
-        seen = np.flatnonzero(np.isfinite(layout.track_F2).all(1))
-        class_index, features = NO_CLASS, np.zeros(FEATURE_COUNT)
-        if len(seen):
-            crops = np.stack([crop_ink(layout.ink_FSS[f], layout.track_F2[f]) for f in seen])
-            features_BD, logits = self.network(torch.from_numpy(crops)[:, None])
-            class_index = int(logits.log_softmax(-1).mean(0).argmax())
-            # Frames without a sprite count as zero features.
-            features = features_BD.double().sum(0).numpy() / len(frames)
-        return Verdict(
-            class_index,
-            read_colour(frames, layout),
-            read_background(layout),
-            read_motion(layout.track_F2),
-            features,
-        )
+        return self.read_many([frames])[0]
+
+    @torch.inference_mode()
+    def read_many(self, clips: Sequence[np.ndarray]) -> list[Verdict]:
+        """A verdict on each clip u8[F,S,S,3]: one pass of the network over all their frames."""
+        layouts = [locate(frames) for frames in clips]
+        seen = [np.flatnonzero(np.isfinite(layout.track_F2).all(1)) for layout in layouts]
+        crops = [
+            crop_ink(layout.ink_FSS[f], layout.track_F2[f])
+            for layout, at in zip(layouts, seen, strict=True)
+            for f in at
+        ]
+        features_BD, scores_BC = np.zeros((0, FEATURE_COUNT)), torch.zeros(0, 1)
+        if crops:
+            hidden_BD, logits_BC = self.network(torch.from_numpy(np.stack(crops))[:, None])
+            features_BD, scores_BC = hidden_BD.double().numpy(), logits_BC.log_softmax(-1)
+        verdicts, first = [], 0
+        for frames, layout, at in zip(clips, layouts, seen, strict=True):
+            rows = slice(first, first + len(at))
+            first += len(at)
+            features_FD = np.zeros((len(frames), FEATURE_COUNT))
+            features_FD[at] = features_BD[rows]
+            verdicts.append(
+                Verdict(
+                    int(scores_BC[rows].mean(0).argmax()) if len(at) else NO_CLASS,
+                    read_colour(frames, layout),
+                    read_background(layout),
+                    read_motion(layout.track_F2),
+                    features_FD,
+                    layout,
+                )
+            )
+        return verdicts
 
     def read_motion(self, frames: np.ndarray) -> str:
         """The motion alone of u8[F,S,S,3]."""

@@ -1,9 +1,11 @@
-"""Distances and scores on arrays: Fréchet distance, PSNR, mean IoU, bootstrap intervals.
+"""Distances and scores on arrays: Fréchet distance, PSNR, SSIM, mean IoU, bootstrap intervals.
 
 Plain numpy in float64. Knows no model, no judge and no file.
 """
 
 from __future__ import annotations
+
+import functools
 
 import numpy as np
 
@@ -33,6 +35,46 @@ def psnr(image: np.ndarray, target: np.ndarray) -> float:
         raise ValueError(f"shapes {image.shape} and {target.shape} differ")
     error = np.square(image.astype(np.float64) - target.astype(np.float64)).mean()
     return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
+
+
+SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # of the window: 11 x 11 pixels
+SSIM_FLOORS = ((0.01 * 255) ** 2, (0.03 * 255) ** 2)
+
+
+def ssim(image: np.ndarray, target: np.ndarray) -> float:
+    """Structural similarity of uint8 [F,H,W,C] or [H,W,C] (Wang et al. 2004); 1 when equal.
+
+    Gaussian window of 11 x 11 pixels, channel by channel, averaged over windows that lie wholly
+    inside. ValueError if the shapes differ or are smaller than the window.
+    """
+    if image.shape != target.shape:
+        raise ValueError(f"shapes {image.shape} and {target.shape} differ")
+    if min(image.shape[-3:-1]) <= 2 * SSIM_RADIUS:
+        raise ValueError(f"shape {image.shape} is smaller than the window of 11 pixels")
+    a, b = image.astype(np.float64), target.astype(np.float64)
+    mean_a, mean_b = _windowed(a), _windowed(b)
+    variance_a = _windowed(a * a) - mean_a**2
+    variance_b = _windowed(b * b) - mean_b**2
+    covariance = _windowed(a * b) - mean_a * mean_b
+    floor_mean, floor_variance = SSIM_FLOORS
+    mean_part = (2 * mean_a * mean_b + floor_mean) / (mean_a**2 + mean_b**2 + floor_mean)
+    other_part = (2 * covariance + floor_variance) / (variance_a + variance_b + floor_variance)
+    return float((mean_part * other_part).mean())
+
+
+def _windowed(values_FHWC: np.ndarray) -> np.ndarray:
+    """Gaussian means over all windows inside, f64[..., C, H-10, W-10]."""
+    across_HI, across_WJ = (_window_matrix(size) for size in values_FHWC.shape[-3:-1])
+    return across_HI.T @ np.moveaxis(values_FHWC, -1, -3) @ across_WJ
+
+
+@functools.cache
+def _window_matrix(size: int) -> np.ndarray:
+    """f64[size, size-10]: column j holds the taps of the window that starts at pixel j."""
+    taps = np.exp(-0.5 * (np.arange(-SSIM_RADIUS, SSIM_RADIUS + 1) / SSIM_SIGMA) ** 2)
+    offsets = np.arange(size)[:, None] - np.arange(size - 2 * SSIM_RADIUS)
+    inside = (offsets >= 0) & (offsets < len(taps))
+    return np.where(inside, (taps / taps.sum())[offsets.clip(0, len(taps) - 1)], 0.0)
 
 
 def mean_iou(labels: np.ndarray, target: np.ndarray, classes: int) -> float:

@@ -91,10 +91,10 @@ def _(
 
 
 class BandedAttention(nn.Module):
-    """3DNA of a whole volume with itself: each frame against the frames its window reaches.
+    """3DNA of a whole volume: each frame against the frames its window reaches.
 
-    Holds index tables only; the relative-position bias [heads, n] comes from the caller, columns
-    in `window_offsets` order.
+    Of the volume with itself, or with another volume of the same grid. Holds index tables only; the
+    relative-position bias [heads, n] comes from the caller, columns in `window_offsets` order.
     """
 
     offset: Tensor
@@ -129,9 +129,19 @@ class BandedAttention(nn.Module):
         self.register_buffer(name, torch.from_numpy(array), persistent=False)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, heads: int
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        heads: int,
+        shared: tuple[Tensor, Tensor, Tensor | None] | None = None,
     ) -> Tensor:
-        """query, key, value [B, N, d]; bias [heads, n] or None -> [B, N, d]."""
+        """query, key, value [B, N, d]; bias [heads, n] or None -> [B, N, d].
+
+        shared: keys and values [B, M, d] that every position attends to as well, in the same
+        softmax, and a mask bool [B, 1, 1, M], True = may be attended to.
+        """
         batch, _, width = query.shape
         frames, band = self.frames.shape
         cells, size = self.offset.shape[0], width // heads
@@ -147,8 +157,21 @@ class BandedAttention(nn.Module):
             missing_F11K, _NEVER
         )
         scores_BFHCK = scores_BFHCK.float() / math.sqrt(size) + mask_FHCK
+        if shared is not None:
+            shared_key, shared_value, mask_B11M = shared
+            keys_B1HMe, values_B1HMe = (
+                x.unflatten(-1, (heads, size)).transpose(1, 2)[:, None]
+                for x in (shared_key, shared_value)
+            )
+            shared_BFHCM = (query_BFHCe @ keys_B1HMe.transpose(-1, -2)).float() / math.sqrt(size)
+            if mask_B11M is not None:
+                shared_BFHCM = shared_BFHCM.masked_fill(~mask_B11M[:, None], _NEVER)
+            scores_BFHCK = torch.cat([scores_BFHCK, shared_BFHCM], dim=-1)
         weights_BFHCK = scores_BFHCK.softmax(dim=-1).to(value.dtype)
-        out_BFHCe = weights_BFHCK @ value_BFHKe
+        band_keys = key_BFHKe.shape[-2]
+        out_BFHCe = weights_BFHCK[..., :band_keys] @ value_BFHKe
+        if shared is not None:
+            out_BFHCe = out_BFHCe + weights_BFHCK[..., band_keys:] @ values_B1HMe
         return out_BFHCe.transpose(2, 3).reshape(batch, frames * cells, width)
 
     def _band(self, x: Tensor, heads: int) -> Tensor:

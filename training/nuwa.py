@@ -1,4 +1,4 @@
-"""NÜWA: a text encoder and a 3DNA decoder over the tokens of an image or a clip (arXiv 2111.12417).
+"""NÜWA: text and visual encoders and a 3DNA decoder over an image's or clip's tokens (2111.12417).
 
 `forward` is teacher-forced training over whole volumes; decode.py runs the same weights position by
 position with a cache. Knows nothing of pixels, losses or sampling.
@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nuwa.spec.config import DecoderConfig, ModelConfig, TextConfig
+from nuwa.spec.conditions import visual_columns
+from nuwa.spec.config import ModelConfig, TextConfig
 from nuwa.spec.grid import Grid, predecessors
 
 from .nearby import BandedAttention
-
-_NORM_EPS = 1e-5
+from .visual import NORM_EPS, VisualEncoder
 
 
 class TextBlock(nn.Module):
@@ -28,10 +28,10 @@ class TextBlock(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.attention_norm = nn.LayerNorm(width, eps=_NORM_EPS)
+        self.attention_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.ff_norm = nn.LayerNorm(width, eps=_NORM_EPS)
+        self.ff_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.ff_in = nn.Linear(width, 4 * width)
         self.ff_out = nn.Linear(4 * width, width)
 
@@ -57,7 +57,7 @@ class TextEncoder(nn.Module):
         self.blocks: Any = nn.ModuleList(
             TextBlock(config.width, config.heads) for _ in range(config.layers)
         )
-        self.norm = nn.LayerNorm(config.width, eps=_NORM_EPS)
+        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.project = nn.Linear(config.width, out_width)
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.position, std=0.01)
@@ -86,17 +86,18 @@ class DecoderBlock(nn.Module):
     itself.
     """
 
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
+    def __init__(self, model: ModelConfig, layer: int) -> None:
         super().__init__()
+        config = model.decoder
         d, inner = config.width, config.ff_multiplier * config.width
-        self.self_norm = nn.LayerNorm(d, eps=_NORM_EPS)
+        self.self_norm = nn.LayerNorm(d, eps=NORM_EPS)
         self.self_qkv = nn.Linear(d, 3 * d, bias=False)
         self.self_out = nn.Linear(d, d)
-        self.cross_norm = nn.LayerNorm(d, eps=_NORM_EPS)
+        self.cross_norm = nn.LayerNorm(d, eps=NORM_EPS)
         self.cross_q = nn.Linear(d, d, bias=False)
         self.cross_kv = nn.Linear(d, 2 * d, bias=False)
         self.cross_out = nn.Linear(d, d)
-        self.ff_norm = nn.LayerNorm(d, eps=_NORM_EPS)
+        self.ff_norm = nn.LayerNorm(d, eps=NORM_EPS)
         self.ff_in = nn.Linear(d, 2 * inner)
         self.ff_out = nn.Linear(inner, d)
         scale = 0.1 if layer < 18 else 1e-5 if layer < 24 else 1e-6  # CaiT's rule
@@ -106,6 +107,10 @@ class DecoderBlock(nn.Module):
         start, stop = config.neighbour_columns(layer)
         self.bias = (
             nn.Parameter(torch.zeros(config.heads, stop - start)) if config.relative_bias else None
+        )
+        biased = model.visual is not None and model.visual.relative_bias
+        self.cross_bias = (
+            nn.Parameter(torch.zeros(config.heads, visual_columns(model))) if biased else None
         )
 
     def self_project(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -121,6 +126,10 @@ class DecoderBlock(nn.Module):
     def cross_memory(self, memory: Tensor) -> tuple[Tensor, ...]:
         """[..., d] -> key, value [..., d]."""
         return self.cross_kv(memory).chunk(2, dim=-1)
+
+    def cross_bias_table(self) -> Tensor | None:
+        """[heads, v + 1]: the bias of every visual column; the last is that of all text, zero."""
+        return None if self.cross_bias is None else F.pad(self.cross_bias, (0, 1))
 
     def after_cross(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.cross_scale * self.cross_out(attended)
@@ -143,7 +152,7 @@ class Embedding(nn.Module):
         self.column = nn.Parameter(torch.randn(grid.width, d) * 0.02)
 
     def forward(self, tokens: Tensor, coordinates: Tensor) -> Tensor:
-        """tokens int [..., T] (`bos_id` = <bos>), coordinates int [T, 3] -> [..., T, d]."""
+        """tokens int [..., T] (`bos_id` = <bos>), coordinates int [..., T, 3] -> [..., T, d]."""
         is_bos = (tokens == self.bos_id)[..., None]
         embedded = self.project(self.codes(tokens.clamp_max(self.bos_id - 1)))
         f, i, j = coordinates.unbind(-1)
@@ -157,8 +166,9 @@ class Volume(nn.Module):
     before: Tensor
     coordinates: Tensor
 
-    def __init__(self, config: DecoderConfig, grid: Grid) -> None:
+    def __init__(self, model: ModelConfig, grid: Grid) -> None:
         super().__init__()
+        config = model.decoder
         before = torch.from_numpy(predecessors(grid, config.shift)).long()
         self.register_buffer("before", before, persistent=False)
         coordinates = torch.from_numpy(grid.coordinates()).long()
@@ -168,6 +178,12 @@ class Volume(nn.Module):
         )
         extents = config.window_extents
         self.window_of = [extents.index(config.layer_extent(n)) for n in range(config.layers)]
+        self.visual: nn.Module | None = None
+        self.cross: nn.Module | None = None
+        if model.visual is not None:
+            inside, across = model.visual.extent, model.visual.cross
+            self.visual = BandedAttention(grid, inside.resolve(config.grid), causal=False)
+            self.cross = BandedAttention(grid, across.resolve(config.grid), causal=False)
 
     def band(self, layer: int) -> nn.Module:
         """The self-attention of a layer."""
@@ -182,9 +198,10 @@ class NUWA(nn.Module):
         self.config = config
         decoder = config.decoder
         self.text = TextEncoder(config.text, decoder.width)
+        self.visual = None if config.visual is None else VisualEncoder(config)
         self.embedding = Embedding(config)
-        self.blocks: Any = nn.ModuleList(DecoderBlock(decoder, n) for n in range(decoder.layers))
-        self.head_norm = nn.LayerNorm(decoder.width, eps=_NORM_EPS)
+        self.blocks: Any = nn.ModuleList(DecoderBlock(config, n) for n in range(decoder.layers))
+        self.head_norm = nn.LayerNorm(decoder.width, eps=NORM_EPS)
         self.head = nn.Linear(decoder.width, config.image.codebook_size)
         self._volumes: dict[Grid, Volume] = {}
 
@@ -192,35 +209,94 @@ class NUWA(nn.Module):
         """[..., d] -> [..., K]."""
         return self.head(self.head_norm(x))
 
-    def forward(self, tokens_BN: Tensor, text_BM: Tensor, grid: Grid) -> Tensor:
+    def forward(
+        self,
+        tokens_BN: Tensor,
+        text_BM: Tensor,
+        grid: Grid,
+        visual_VN: Tensor | None = None,
+        time_B: Tensor | None = None,
+    ) -> Tensor:
         """Teacher-forced logits [B, N, K] of every position of a volume.
 
         tokens_BN int64: the volume's tokens in raster order; text_BM int64: condition ids (may be
         cut to the longest text of the batch); grid: frames x height x width with N positions, at
-        most the configured frames.
+        most the configured frames; visual_VN int64: the visual encoder's ids for the first V rows
+        of the batch, the others have none; time_B int64: the time position of each row's first
+        frame, from where positions count on cyclically (0 if absent).
         """
-        return self.volume_logits(tokens_BN, text_BM, self.volume(grid, tokens_BN.device))
+        volume = self.volume(grid, tokens_BN.device)
+        return self.volume_logits(tokens_BN, text_BM, volume, visual_VN, time_B)
 
-    def volume_logits(self, tokens_BN: Tensor, text_BM: Tensor, volume: Volume) -> Tensor:
+    def volume_logits(
+        self,
+        tokens_BN: Tensor,
+        text_BM: Tensor,
+        volume: Volume,
+        visual_VN: Tensor | None = None,
+        time_B: Tensor | None = None,
+    ) -> Tensor:
         """`forward` with the grid's tables at hand."""
         bos_B1 = tokens_BN.new_full((tokens_BN.shape[0], 1), self.config.bos)
         fed_BN = torch.cat([tokens_BN, bos_B1], dim=1)[:, volume.before]  # -1 is the <bos>
-        x_BNd = self.embedding(fed_BN, volume.coordinates)
+        x_BNd = self.embedding(fed_BN, self._coordinates(volume, time_B))
         memory_BMd, mask = self.text(text_BM), self.text.mask(text_BM)
+        seen_VNd = self._see(visual_VN, volume)
         heads = self.config.decoder.heads
         for layer, block in enumerate(self.blocks):
             q, k, v = block.self_project(x_BNd)
             attended = volume.band(layer)(q, k, v, block.bias, heads)
             x_BNd = block.after_self(x_BNd, attended)
-            k, v = block.cross_memory(memory_BMd)
-            x_BNd = block.after_cross(x_BNd, _dense(block.cross_query(x_BNd), k, v, mask, heads))
+            q, (k, v) = block.cross_query(x_BNd), block.cross_memory(memory_BMd)
+            if seen_VNd is None:
+                attended = _dense(q, k, v, mask, heads)
+            else:
+                attended = _cross(volume, block, seen_VNd, q, k, v, mask, heads)
+            x_BNd = block.after_cross(x_BNd, attended)
         return self.logits(x_BNd)
+
+    def _coordinates(self, volume: Volume, time_B: Tensor | None) -> Tensor:
+        if time_B is None:
+            return volume.coordinates
+        frames = self.config.decoder.grid.frames
+        f_N, i_N, j_N = volume.coordinates.unbind(-1)
+        f_BN = (f_N + time_B[:, None]) % frames
+        return torch.stack(torch.broadcast_tensors(f_BN, i_N, j_N), dim=-1)
+
+    def _see(self, visual_VN: Tensor | None, volume: Volume) -> Tensor | None:
+        """[V, N, d]: what the visual encoder makes of its ids."""
+        if visual_VN is None or not len(visual_VN):
+            return None
+        assert self.visual is not None, "this model has no visual encoder"
+        return self.visual(visual_VN, volume.coordinates, volume.visual)
 
     def volume(self, grid: Grid, device: torch.device | None = None) -> Volume:
         """The tables of a grid, made once."""
         if grid not in self._volumes:
-            self._volumes[grid] = Volume(self.config.decoder, grid).to(device)
+            self._volumes[grid] = Volume(self.config, grid).to(device)
         return self._volumes[grid]
+
+
+def _cross(
+    volume: Volume,
+    block: DecoderBlock,
+    seen_VNd: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    heads: int,
+) -> Tensor:
+    """The first V rows attend to their visual memory and their text at once, the rest to text."""
+    assert volume.cross is not None, "a model with a visual encoder has a cross window"
+    count = len(seen_VNd)
+    first, rest_mask = (mask, mask) if mask is None else (mask[:count], mask[count:])
+    near, text = block.cross_memory(seen_VNd), (k[:count], v[:count], first)
+    seen = volume.cross(q[:count], *near, block.cross_bias, heads, shared=text)
+    if count == len(q):
+        return seen
+    rest = _dense(q[count:], k[count:], v[count:], rest_mask, heads)
+    return torch.cat([seen, rest])
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads: int) -> Tensor:

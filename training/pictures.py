@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from nuwa.spec.palette import MOST_CLASSES, voc_palette
+
 
 def contact_sheet(
     pixels: npt.NDArray[np.uint8], columns: int, *, scale: int = 1, gap: int = 2
@@ -22,6 +24,11 @@ def contact_sheet(
         left = gap + (index % columns) * (width + gap)
         sheet[top : top + height, left : left + width] = picture
     return sheet
+
+
+def paint_classes(maps: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
+    """Class ids [..., H, W] -> uint8 [..., H, W, 3] in VOC's colours."""
+    return voc_palette(MOST_CLASSES)[maps]
 
 
 def save_png(path: Path, pixels: npt.NDArray[np.uint8]) -> None:

@@ -35,7 +35,7 @@ class Layout:
 
 def locate(frames: np.ndarray) -> Layout:
     """Finds the sprite in u8[F,S,S,3]: what differs from the background, where most of it is."""
-    background = np.median(frames.reshape(-1, 3), axis=0)
+    background = median_colour(frames)
     distance_FSS = np.sqrt(np.square(frames - background.astype(np.float32)).sum(-1))
     # Full ink is what the strongest 20 pixels of a frame reach, in the median frame.
     strongest = np.partition(distance_FSS.reshape(len(frames), -1), -20, axis=1)[:, -20]
@@ -45,6 +45,14 @@ def locate(frames: np.ndarray) -> Layout:
     track_F2 = np.array([_centroid(ink_SS) for ink_SS in ink_FSS])
     track_F2[strongest < INK_FLOOR] = np.nan
     return Layout(background, ink_FSS, track_F2)
+
+
+def median_colour(frames: np.ndarray) -> np.ndarray:
+    """f64[3]: the median of each channel of u8[...,3], by counting."""
+    count = frames.size // 3
+    middle = ((count - 1) // 2, count // 2)
+    below_3 = [np.bincount(frames[..., c].ravel(), minlength=256).cumsum() for c in range(3)]
+    return np.array([np.searchsorted(below, middle, side="right").mean() for below in below_3])
 
 
 def _centroid(ink_SS: np.ndarray) -> tuple[float, float]:

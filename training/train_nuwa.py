@@ -1,7 +1,8 @@
-"""Recipe that trains NÜWA on T2I + T2V + V2V together (paper, equation 16).
+"""Recipe that trains NÜWA on all its tasks together (paper, equation 16, and section 3.3).
 
-A step sees images with their captions (T2I), clips with theirs (T2V) and clips conditioned on the
-word "none" (V2V); some captions of images become "none" too, which classifier-free guidance needs.
+A step sees a batch of images and one of clips; batches.py says what conditions their rows. T2I, T2V
+and V2V are the paper's pre-training, S2I and S2V its fine-tuning; pictures with a hidden part are
+ours: the paper leaves completion and manipulation to zero-shot.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from nuwa.spec.tasks import UNCONDITIONAL_PROMPT
 from nuwa.spec.text import TextTokenizer
 
 from .averaging import WeightAverage
+from .batches import Batch, Batches, Rows
+from .checkpoint import Checkpoint, save_checkpoint
 from .clips import TokenClips
 from .decode import generate
+from .initialise import initialise, load_start
 from .nuwa import NUWA
 from .pictures import contact_sheet, save_png
 from .vqgan import VQGAN, to_bytes
@@ -30,16 +34,23 @@ from .vqgan import VQGAN, to_bytes
 
 @dataclass(frozen=True)
 class NUWAOptions:
-    """images and clips: batch per step of T2I and of T2V + V2V; only images before `clips_from`.
+    """images and clips: rows per step of T2I and of T2V + V2V; only images before `clips_from`.
 
-    optimizer: "adam" as in the paper, or "muon" (orthogonalised momentum for the blocks' matrices,
-    Adam for the rest), which learns more from few steps; none_images and none_clips: share of
-    captions replaced by "none"; average: decay of the weight average that is shipped.
+    sketch_images, sketch_clips, hidden_images, hidden_clips: further rows, for S2I, S2V, for I2I
+    and TI2I, for TV2V; they join at `visual_from`. optimizer: "adam" as in the paper, or "muon"
+    (orthogonalised momentum for the blocks' matrices, Adam for the rest), which learns more from
+    few steps; none_images and none_clips: share of captions replaced by "none"; average: decay of
+    the weight average that is shipped.
     """
 
     images: int = 96
     clips: int = 8
     clips_from: int = 0
+    sketch_images: int = 0
+    sketch_clips: int = 0
+    hidden_images: int = 0
+    hidden_clips: int = 0
+    visual_from: int = 0
     optimizer: str = "muon"
     lr: float = 2e-3
     adam_lr: float = 1e-3
@@ -68,6 +79,8 @@ class NUWARecipe:
         text_tokenizer: TextTokenizer,
         clips: TokenClips,
         *,
+        sketch_vqgan: VQGAN | None = None,
+        start: Checkpoint | None = None,
         provenance: dict | None = None,
         device: str = "cpu",
         seed: int = 0,
@@ -75,10 +88,14 @@ class NUWARecipe:
         torch.manual_seed(seed)
         self.config, self.options, self.seed = config, options, seed
         self.vqgan, self.text_tokenizer, self.clips = vqgan, text_tokenizer, clips
+        self.sketch_vqgan = sketch_vqgan
         self.provenance = provenance
         self.device = torch.device(device)
         self.model = NUWA(config).to(self.device)
-        _initialise(self.model, vqgan, options.layer_scale)
+        self.batches = Batches(config, clips, vqgan)
+        initialise(self.model, vqgan, sketch_vqgan, options.layer_scale)
+        if start is not None:
+            load_start(self.model, vqgan, start)
         self.average = WeightAverage(self.model, options.average)
         self.optimizers = _optimizers(self.model, options)
         self._length = max(len(self._ids(c)) for c in _some_captions(clips)) + 2
@@ -90,51 +107,71 @@ class NUWARecipe:
                 group["lr"] = lr * lr_factor
             optimizer.zero_grad(set_to_none=True)
         draw = np.random.default_rng((self.seed, step))
-        metrics = {"t2i": self._backward(*self._images(draw))}
+        metrics = self._backward(self.batches.images(draw, self._image_rows(step)), "i")
         if step >= options.clips_from and options.clips:
-            metrics["t2v+v2v"] = self._backward(*self._clips(draw))
+            metrics |= self._backward(self.batches.videos(draw, self._clip_rows(step)), "v")
+        loss = metrics["loss_i"] + metrics.get("loss_v", 0.0)
         metrics["grad"] = float(nn.utils.clip_grad_norm_(self.model.parameters(), 1.0))
         for optimizer in self.optimizers:
             optimizer.step()
         self.average.update(step)
-        return {"loss": metrics["t2i"] + metrics.get("t2v+v2v", 0.0), **metrics}
+        return {"loss": loss, **metrics}
 
     def _rates(self) -> list[float]:
         options = self.options
         return [options.adam_lr, options.lr][: len(self.optimizers)]
 
-    def _backward(self, tokens: Tensor, text: Tensor, grid: Grid) -> float:
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.options.bf16):
-            volume = self.model.volume(grid, self.device)
-            logits = self.model.volume_logits(tokens, text, volume)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+    def _image_rows(self, step: int) -> Rows:
+        options = self.options
+        joined = step >= options.visual_from
+        return Rows(
+            options.images,
+            options.sketch_images * joined,
+            options.hidden_images * joined,
+            none=options.none_images,
+        )
+
+    def _clip_rows(self, step: int) -> Rows:
+        options = self.options
+        joined = step >= options.visual_from
+        return Rows(
+            options.clips,
+            options.sketch_clips * joined,
+            options.hidden_clips * joined,
+            captioned_hidden=0.9,
+            none=options.none_clips,
+        )
+
+    def _backward(self, batch: Batch, kind: str) -> dict[str, float]:
+        """Gradients of a batch's loss; returns it, and those of its kinds of rows."""
+        device = self.device
+        text = self.encode(batch.prompts)[:, : self._length].to(device)
+        visual = None if batch.visual_VN is None else batch.visual_VN.to(device)
+        time = None if batch.time_B is None else batch.time_B.to(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.options.bf16):
+            volume = self.model.volume(batch.grid, device)
+            logits = self.model.volume_logits(batch.fed_BN.to(device), text, volume, visual, time)
+        target_BN, weight_BN = batch.target_BN.to(device), batch.weight_BN.to(device)
+        error_BN = F.cross_entropy(
+            logits.float().flatten(0, 1), target_BN.flatten(), reduction="none"
+        ).view_as(target_BN)
+        error_BN = error_BN * weight_BN
+        loss = error_BN.sum() / weight_BN.sum()
         loss.backward()
-        return float(loss.detach())
-
-    def _images(self, draw: np.random.Generator) -> tuple[Tensor, Tensor, Grid]:
-        count, frames, _ = self.clips.tokens.shape
-        index = draw.integers(count, size=self.options.images)
-        frame = draw.integers(frames, size=self.options.images)
-        none = draw.random(self.options.images) < self.options.none_images
-        return self._batch(self.clips.tokens[index, frame], index, none, video=False)
-
-    def _clips(self, draw: np.random.Generator) -> tuple[Tensor, Tensor, Grid]:
-        index = draw.integers(len(self.clips.tokens), size=self.options.clips)
-        none = draw.random(self.options.clips) < self.options.none_clips
-        return self._batch(self.clips.tokens[index], index, none, video=True)
-
-    def _batch(
-        self, tokens: np.ndarray, index: np.ndarray, none: np.ndarray, *, video: bool
-    ) -> tuple[Tensor, Tensor, Grid]:
-        captions = [
-            UNCONDITIONAL_PROMPT if n else self.clips.caption(int(i), video=video)
-            for i, n in zip(index, none, strict=True)
-        ]
-        text = self.encode(captions)[:, : self._length]
-        grid = self.config.decoder.grid
-        grid = Grid(self.clips.tokens.shape[1] if video else 1, grid.height, grid.width)
-        rows = torch.from_numpy(tokens.reshape(len(index), -1).astype(np.int64))
-        return rows.to(self.device), text.to(self.device), grid
+        options, metrics, first = self.options, {f"loss_{kind}": float(loss.detach())}, 0
+        sizes = {"i": (options.sketch_images, options.hidden_images, options.images)}
+        sizes["v"] = (options.sketch_clips, options.hidden_clips, options.clips)
+        sketches, hidden, plain = sizes[kind]
+        if len(target_BN) == plain:
+            sketches = hidden = 0
+        parts = (("s2", sketches), ("hidden2", hidden), ("t2", plain))
+        for name, count in parts:
+            rows = slice(first, first + count)
+            if count:
+                part = error_BN[rows].sum() / weight_BN[rows].sum()
+                metrics[f"{name}{kind}"] = float(part.detach())
+            first += count
+        return metrics
 
     def encode(self, captions: list[str]) -> Tensor:
         """int64 [B, M]."""
@@ -180,8 +217,6 @@ class NUWARecipe:
         save_png(path, contact_sheet(pictures, self.clips.tokens.shape[1], scale=2))
 
     def export(self, folder: Path) -> None:
-        from .checkpoint import save_checkpoint
-
         save_checkpoint(
             folder,
             self.config,
@@ -189,24 +224,8 @@ class NUWARecipe:
             self.average.model,
             self.text_tokenizer,
             self.provenance,
+            sketch_vqgan=self.sketch_vqgan,
         )
-
-
-def _initialise(model: NUWA, vqgan: VQGAN, layer_scale: float | None) -> None:
-    """Linear layers with std 1/sqrt(fan in), code vectors from the codebook."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    nn.init.normal_(model.head.weight, std=0.02)
-    with torch.no_grad():
-        codes = vqgan.quantize.embedding.weight.detach()
-        model.embedding.codes.weight.copy_(codes / codes.std())
-        if layer_scale is not None:
-            for block in model.blocks:
-                for scale in (block.self_scale, block.cross_scale, block.ff_scale):
-                    scale.fill_(layer_scale)
 
 
 def _optimizers(model: NUWA, options: NUWAOptions) -> list[torch.optim.Optimizer]:
@@ -214,7 +233,10 @@ def _optimizers(model: NUWA, options: NUWAOptions) -> list[torch.optim.Optimizer
     matrices = [
         p for p in [*model.blocks.parameters(), *model.text.blocks.parameters()] if p.dim() == 2
     ]
-    biases = {id(block.bias) for block in model.blocks}
+    biases = {id(bias) for block in model.blocks for bias in (block.bias, block.cross_bias)}
+    if model.visual is not None:
+        matrices += [p for p in model.visual.blocks.parameters() if p.dim() == 2]
+        biases |= {id(block.bias) for block in model.visual.blocks}
     matrices = [p for p in matrices if id(p) not in biases]
     if options.optimizer == "adam":
         return [torch.optim.AdamW(model.parameters(), options.adam_lr, (0.9, 0.98))]

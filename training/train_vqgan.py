@@ -1,8 +1,12 @@
-"""Recipe that trains a VQ-GAN: autoencoder warm-up, then codes, then the discriminator."""
+"""Recipe that trains a VQ-GAN: autoencoder warm-up, then codes, then the discriminator.
+
+One recipe for pictures and for class maps; vqgan_content.py is where they differ.
+"""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,22 +21,21 @@ from nuwa.spec.config import VQGANConfig
 from .averaging import WeightAverage
 from .codebook import CodebookAverage
 from .pictures import contact_sheet, save_png
-from .vqgan import VQGAN, to_bytes, to_signed
+from .vqgan import VQGAN
+from .vqgan_content import Content
 from .vqgan_losses import (
     PatchDiscriminator,
-    Perceptual,
     adaptive_weight,
     discriminator_loss,
     quantization_loss,
-    reconstruction_loss,
 )
 
 
-class PictureSource(Protocol):
-    """Pictures by number: the same number is the same picture in every run."""
+class Source(Protocol):
+    """Samples by number: the same number is the same picture or class map in every run."""
 
     def __call__(self, first: int, count: int) -> np.ndarray:
-        """uint8 [count, H, W, 3]."""
+        """uint8 [count, H, W, 3], or [count, H, W] for class maps."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,6 @@ class VQGANOptions:
     discriminator_weight: float = 0.8
     discriminator_width: int = 32
     beta: float = 0.25
-    emphasis: float = 0.0
-    square: float = 0.0
     codebook: str = "ema"
     average: float = 0.995
     bf16: bool = True
@@ -79,17 +80,19 @@ class VQGANRecipe:
         self,
         config: VQGANConfig,
         options: VQGANOptions,
-        pictures: PictureSource,
+        content: Content,
+        source: Source,
         *,
-        perceptual: Perceptual | None = None,
+        start: VQGAN | None = None,
         device: str = "cpu",
         seed: int = 0,
     ) -> None:
         torch.manual_seed(seed)
-        self.options, self.pictures, self.perceptual = options, pictures, perceptual
+        self.options, self.content, self.source = options, content, source
         self.device = torch.device(device)
         self.model = VQGAN(config).to(self.device)
         self.model.apply(_initialise)
+        self._kept = 0 if start is None else _load_start(self.model, start)
         self.model.quantize.embedding.weight.requires_grad_(options.codebook == "gradient")
         self.codebook = CodebookAverage(self.model.quantize).to(self.device)
         self.average = WeightAverage(self.model, options.average)
@@ -110,16 +113,14 @@ class VQGANRecipe:
         options = self.options
         for group in self.optimizer.param_groups:
             group["lr"] = options.lr * lr_factor
-        raw = torch.from_numpy(self.pictures(step * options.batch, options.batch))
-        pixels = to_signed(raw.to(self.device))
+        samples = torch.from_numpy(self.source(step * options.batch, options.batch))
+        inputs = self.content.inputs(samples.to(self.device))
         adversarial = options.discriminator_from is not None and step >= options.discriminator_from
         with self._autocast():
-            features = self.model.features(pixels).float()
+            features = self.model.features(inputs).float()
             quantized, metrics = self._quantize(features, step)
             output = self.model.decode_features(quantized).float()
-        loss = reconstruction = reconstruction_loss(
-            pixels, output, self.perceptual, emphasis=options.emphasis, square=options.square
-        )
+        loss = reconstruction = self.content.loss(inputs, output)
         if step >= options.quantize_from:
             codebook_beta = options.beta
             embedded = self.model.embed(self._codes(features))
@@ -139,14 +140,10 @@ class VQGANRecipe:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         if adversarial:
-            metrics["discriminator"] = self._train_discriminator(pixels, output.detach())
+            metrics["discriminator"] = self._train_discriminator(inputs, output.detach())
         self.average.update(step)
-        error = F.mse_loss(output.detach().clamp(-1, 1), pixels)
-        return {
-            "loss": float(reconstruction.detach()),
-            "psnr": float(10.0 * torch.log10(4.0 / error)),
-            **metrics,
-        }
+        quality = self.content.quality(inputs, output.detach())
+        return {"loss": float(reconstruction.detach()), **quality, **metrics}
 
     def _quantize(self, features: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
         """Straight-through quantized features; features themselves before the codebook joins."""
@@ -155,7 +152,7 @@ class VQGANRecipe:
             return features, {}
         rows = features.detach().permute(0, 2, 3, 1).reshape(-1, features.shape[1])
         if step == options.quantize_from:
-            self.codebook.initialise(rows)
+            self.codebook.initialise(rows, self._kept)
             self.average.copy()
         codes = self._codes(features)
         embedded = self.model.embed(codes)
@@ -204,12 +201,31 @@ class VQGANRecipe:
     @torch.no_grad()
     def sample(self, path: Path) -> None:
         model = copy.deepcopy(self.average.model).eval()
-        raw = torch.from_numpy(self.pictures(0, 16))
-        codes = model.encode(to_signed(raw.to(self.device))).codes
-        output = to_bytes(model.decode(codes)).cpu()
-        save_png(path, contact_sheet(torch.cat([raw, output]).numpy(), 16, scale=2))
+        samples = torch.from_numpy(self.source(0, 16)).to(self.device)
+        output = model.decode(model.encode(self.content.inputs(samples)).codes)
+        save_png(path, contact_sheet(self.content.pictures(samples, output), 16, scale=2))
 
     def export(self, folder: Path) -> None:
         from .checkpoint import save_tokenizer
 
         save_tokenizer(self.average.model, folder)
+
+
+@torch.no_grad()
+def _load_start(model: VQGAN, start: VQGAN) -> int:
+    """Begins at another VQ-GAN's weights; returns how many codes it has, which come first.
+
+    ValueError unless only the codebook is larger.
+    """
+    ours, theirs = model.config, start.config
+    same = dataclasses.replace(theirs, codebook_size=ours.codebook_size) == ours
+    if not same or theirs.codebook_size > ours.codebook_size:
+        raise ValueError(
+            f"the VQ-GAN to start from has another shape ({theirs}); it may only have fewer codes "
+            f"than {ours}"
+        )
+    state = start.state_dict()
+    codes = state.pop("quantize.embedding.weight")
+    model.load_state_dict(state, strict=False)
+    model.quantize.embedding.weight[: len(codes)] = codes
+    return len(codes)

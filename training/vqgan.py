@@ -1,8 +1,8 @@
 """VQ-GAN tokenizer with taming-transformers' layers and state-dict names (Esser et al. 2021).
 
 A checkpoint of taming's `VQModel` loads into `VQGAN` as it is (after dropping its `loss.` keys).
-Pixels are in [-1, 1]. Knows nothing of training: losses are in vqgan_losses.py, the codebook's
-moving averages in codebook.py.
+Pixels are in [-1, 1]; class maps go in one-hot and come out as logits. Knows nothing of training:
+losses are in vqgan_losses.py, the codebook's moving averages in codebook.py.
 
 Legend: B batch, C channels, H, W pixels or features, h, w tokens, K codebook size, E code width.
 """
@@ -308,3 +308,13 @@ def to_bytes(signed: Tensor) -> Tensor:
     """float [..., 3, H, W] in [-1, 1] -> uint8 [..., H, W, 3], rounded and clipped."""
     scaled = ((signed.float() + 1.0) * 127.5).round().clamp(0, 255)
     return scaled.to(torch.uint8).movedim(-3, -1)
+
+
+def one_hot(maps: Tensor, classes: int) -> Tensor:
+    """Class ids uint8 [..., H, W], all below `classes` -> float [..., classes, H, W], 0 or 1."""
+    return F.one_hot(maps.long(), classes).movedim(-1, -3).float()
+
+
+def class_maps(logits: Tensor) -> Tensor:
+    """float [..., C, H, W] -> uint8 [..., H, W]: the class of the largest logit."""
+    return logits.argmax(dim=-3).to(torch.uint8)

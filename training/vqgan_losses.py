@@ -69,6 +69,16 @@ def reconstruction_loss(
     return loss if perceptual is None else loss + perceptual(pixels, output).mean()
 
 
+def class_map_loss(one_hot: Tensor, logits: Tensor, *, emphasis: float = 0.0) -> Tensor:
+    """Binary cross-entropy of each class, summed over classes, averaged over pixels (paper, 3.1).
+
+    emphasis: pixels of a class other than 0, the background, weigh 1 + emphasis.
+    """
+    error = F.binary_cross_entropy_with_logits(logits, one_hot, reduction="none").sum(1)
+    weight = 1.0 + emphasis * (1.0 - one_hot[:, 0])
+    return (error * weight).mean()
+
+
 def quantization_loss(features: Tensor, quantized: Tensor, beta: float) -> Tensor:
     """Codebook term + beta * commitment term (taming's `legacy=False`)."""
     codebook = F.mse_loss(quantized, features.detach())

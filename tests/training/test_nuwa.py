@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from nuwa.spec.config import PRESETS, DecoderConfig, ModelConfig, TextConfig, VQGANConfig
+from nuwa.spec.config import (
+    PRESETS,
+    DecoderConfig,
+    ModelConfig,
+    TextConfig,
+    VisualConfig,
+    VQGANConfig,
+)
 from nuwa.spec.grid import FULL, Extent, Grid, neighbours, predecessors
 from nuwa.spec.philox import uniforms
 from nuwa.spec.plan import decode_plan
@@ -35,6 +42,13 @@ SMALL = ModelConfig(
         extents=(Extent(5, 3, 3),),
         relative_bias=True,
     ),
+)
+
+
+SEEING = dataclasses.replace(
+    SMALL,
+    sketch=dataclasses.replace(SMALL.image, channels=5, codebook_size=20, embedding_dim=8),
+    visual=VisualConfig(layers=2, heads=2, ff_multiplier=2, relative_bias=True),
 )
 
 
@@ -134,6 +148,56 @@ def test_cached_decoding_equals_the_full_forward(config):
             torch.arange(1),
         )
         assert torch.equal(again.view_as(tokens).long(), tokens)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("frames", [1, 4])
+def test_cached_decoding_with_a_visual_condition_equals_the_full_forward(frames, guidance):
+    """Text and visual entries in one softmax, by window and by dense bands alike."""
+    nuwa, ids, none = model(SEEING), text(SEEING, 3), text(SEEING, 1)
+    grid, seeds = Grid(frames, 4, 4), [1, 2, 3]
+    visual = torch.randint(0, SEEING.hidden + 1, (3, grid.size))
+    tokens = generate(
+        nuwa,
+        ids,
+        grid,
+        seeds=seeds,
+        temperature=0.0,
+        guidance=guidance,
+        unconditional_1M=none,
+        visual_BN=visual,
+    )
+    with torch.no_grad():
+        logits = nuwa(tokens, ids, grid, visual)
+        if guidance != 1.0:
+            free = nuwa(tokens, none.expand(3, -1), grid, visual)
+            logits = free + guidance * (logits - free)
+    assert torch.equal(logits.argmax(-1), tokens)
+    blind = generate(nuwa, ids, grid, seeds=seeds, temperature=0.0)
+    assert (blind != tokens).float().mean() > 0.3
+
+
+def test_rows_without_a_visual_condition_do_not_notice_those_with_one():
+    nuwa, ids, grid = model(SEEING), text(SEEING, 3), SEEING.decoder.grid
+    tokens = torch.randint(0, 48, (3, grid.size))
+    visual = torch.randint(0, SEEING.hidden + 1, (1, grid.size))
+    with torch.no_grad():
+        mixed = nuwa(tokens, ids, grid, visual)
+        torch.testing.assert_close(mixed[1:], nuwa(tokens[1:], ids[1:], grid), atol=1e-4, rtol=1e-4)
+        alone = nuwa(tokens[:1], ids[:1], grid, visual)
+        torch.testing.assert_close(mixed[:1], alone, atol=1e-4, rtol=1e-4)
+        assert (mixed[:1] - nuwa(tokens[:1], ids[:1], grid)).abs().max() > 0.1
+
+
+def test_time_positions_go_round():
+    nuwa, ids, grid = model(SMALL), text(SMALL, 2), Grid(3, 4, 4)
+    tokens = torch.randint(0, 48, (2, grid.size))
+    with torch.no_grad():
+        plain = nuwa(tokens, ids, grid)
+        frames = SMALL.decoder.grid.frames
+        shifted = nuwa(tokens, ids, grid, time_B=torch.tensor([frames, 2]))
+    torch.testing.assert_close(shifted[0], plain[0])
+    assert (shifted[1] - plain[1]).abs().max() > 0.1
 
 
 def test_uncached_raster_decoding_one_forward_a_token():

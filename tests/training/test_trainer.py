@@ -10,8 +10,9 @@ import time
 import pytest
 import torch
 
-from nuwa.spec.config import DecoderConfig, ModelConfig, TextConfig, VQGANConfig
+from nuwa.spec.config import DecoderConfig, ModelConfig, TextConfig, VisualConfig, VQGANConfig
 from nuwa.spec.grid import Extent, Grid
+from nuwa.spec.tasks import Task
 from nuwa.training.checkpoint import load_checkpoint, load_tokenizer, save_tokenizer
 from nuwa.training.trainer import TrainerOptions, train
 from nuwa.training.vqgan import VQGAN
@@ -37,6 +38,19 @@ TINY = ModelConfig(
         ff_multiplier=1,
         extents=(Extent(3, 3, 3),),
     ),
+    visual=VisualConfig(layers=1, heads=2, ff_multiplier=1, relative_bias=True),
+    sketch=VQGANConfig(
+        resolution=64,
+        channels=21,
+        base_channels=32,
+        channel_multipliers=(1, 1, 1, 1),
+        res_blocks=1,
+        attention_resolutions=(),
+        z_channels=8,
+        embedding_dim=8,
+        codebook_size=16,
+    ),
+    tasks=tuple(Task),
 )
 STEPS = 14
 
@@ -47,6 +61,8 @@ def folder(tmp_path_factory):
     (folder / "tiny.json").write_text(TINY.to_json())
     torch.manual_seed(0)
     save_tokenizer(VQGAN(TINY.image), folder / "vqgan")
+    assert TINY.sketch is not None
+    save_tokenizer(VQGAN(TINY.sketch), folder / "sketches")
     return folder
 
 
@@ -59,8 +75,12 @@ def command(folder, kind, run) -> list[str]:
     shared += ["--steps", str(STEPS), "--checkpoint-every", "3", "--sample-every", "100"]
     own = {
         "tokenizer": ["--batch", "2", "--quantize-from", "4", "--discriminator-from", "8"],
+        "sketch-tokenizer": ["--batch", "2", "--quantize-from", "4", "--emphasis", "2"],
         "model": ["--tokenizer", str(folder / "vqgan"), "--dataset-clips", "6"]
-        + ["--images", "3", "--clips", "2"],
+        + ["--images", "3", "--clips", "2", "--none-clips", "0.5"]
+        + ["--sketch-tokenizer", str(folder / "sketches"), "--visual-from", "4"]
+        + ["--sketch-images", "1", "--hidden-images", "1"]
+        + ["--sketch-clips", "1", "--hidden-clips", "1"],
     }[kind]
     return [sys.executable, "-c", code, kind, *shared, *own]
 
@@ -71,7 +91,7 @@ def losses(run) -> list[tuple[int, float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["tokenizer", "model"])
+@pytest.mark.parametrize("kind", ["tokenizer", "sketch-tokenizer", "model"])
 def test_killed_and_resumed_equals_unbroken(folder, kind):
     whole, broken = folder / f"{kind}-whole", folder / f"{kind}-broken"
     subprocess.run(command(folder, kind, whole), check=True, capture_output=True)

@@ -91,7 +91,33 @@ class _Plan:
 
     factors: Factors
     glyph_TT: np.ndarray
-    corners: tuple[tuple[int, int], ...]
+    track: _Track
+
+
+@dataclass(frozen=True)
+class _Track:
+    """A tile's way: out from `start` in `direction`, `speed` pixels a frame, turning for ever.
+
+    The first leg is `first` frames long, all later ones `leg`; across: the other axis' coordinate.
+    """
+
+    direction: tuple[int, int]
+    speed: int
+    start: int
+    across: int
+    first: int
+    leg: int
+
+    def corner(self, frame: int) -> tuple[int, int]:
+        """Top left (row, column) of the tile in a frame."""
+        steps = frame
+        if frame > self.first:
+            round_trip = (frame - self.first) % (2 * self.leg)
+            steps = self.first - min(round_trip, 2 * self.leg - round_trip)
+        along = self.start + self.speed * steps
+        if sum(self.direction) < 0:
+            along = REACH - along
+        return (along, self.across) if self.direction[0] else (self.across, along)
 
 
 class SpriteWorld:
@@ -129,6 +155,14 @@ class SpriteWorld:
             frames, segmentation, factors.video_caption, factors.image_caption, factors
         )
 
+    def long_clip(self, index: int, frames: range) -> tuple[np.ndarray, np.ndarray]:
+        """(u8[F,S,S,3], u8[F,S,S]) of any `frames` >= 0 of clip `index` as it goes on for ever.
+
+        A sprite that moves one way turns where the canvas ends; one that moves out and back keeps
+        on doing so. The first ten frames are those of `sample`.
+        """
+        return _render(self._plan(index), frames)
+
     def frame(self, index: int, frame: int) -> tuple[np.ndarray, np.ndarray]:
         """(u8[S,S,3], u8[S,S]): one frame of clip `index` and its class map, drawn alone."""
         frames, segmentation = _render(self._plan(index), [frame])
@@ -148,23 +182,26 @@ class SpriteWorld:
             class_index, draw.choice(self.colours), draw.choice(self.backgrounds), motion
         )
         glyph_TT = draw.choice(self._glyphs[class_index])
-        return _Plan(factors, glyph_TT, self._corners(motion, draw))
+        return _Plan(factors, glyph_TT, self._track(motion, draw))
 
-    def _corners(self, motion: str, draw: _Draw) -> tuple[tuple[int, int], ...]:
-        """Tile corners of all frames: drawn so that every one is inside and the turn happens."""
-        out_and_back = " then " in motion
+    def _track(self, motion: str, draw: _Draw) -> _Track:
+        """Drawn so that the clip's frames are all inside and the turn, if any, happens in them."""
         if self.level == "digits":
             grid, speed, turn = LATTICE, LATTICE, draw.between(4, 5)
         else:
             grid, speed, turn = 1, draw.between(2, 4), draw.between(3, 6)
-        if not out_and_back:
+        one_way = " then " not in motion
+        if one_way:
             turn = STEPS
         travel = [speed * (min(f, turn) - max(f - turn, 0)) for f in range(FRAMES)]
         start = grid * draw.between(-min(travel) // grid, (REACH - max(travel)) // grid)
         across = grid * draw.between(0, REACH // grid)
-        row_step, column_step = DIRECTIONS[motion.split()[0]]
-        along = [start + t if row_step + column_step > 0 else REACH - start - t for t in travel]
-        return tuple((a, across) if row_step else (across, a) for a in along)
+        if one_way:  # to the canvas' end, and from there to the other one
+            turn = (REACH - start) // speed
+            leg = start // speed + turn
+        else:
+            leg = max(turn, STEPS - turn)
+        return _Track(DIRECTIONS[motion.split()[0]], speed, start, across, turn, leg)
 
 
 @functools.cache
@@ -212,7 +249,7 @@ def _render(plan: _Plan, frame_indices) -> tuple[np.ndarray, np.ndarray]:
     frames[:] = background
     segmentation = np.zeros((len(frame_indices), SIDE, SIDE), np.uint8)
     for i, f in enumerate(frame_indices):
-        row, column = plan.corners[f]
+        row, column = plan.track.corner(f)
         frames[i, row : row + TILE, column : column + TILE] = tile_TT3
         segmentation[i, row : row + TILE, column : column + TILE] = class_TT
     return frames, segmentation

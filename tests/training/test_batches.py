@@ -1,0 +1,121 @@
+"""Batches of multi-task training: what is fed, predicted, hidden and shown, row by row."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from nuwa.spec.config import ModelConfig, VisualConfig, VQGANConfig, preset
+from nuwa.spec.known import blank_hidden, known_cells
+from nuwa.spec.tasks import UNCONDITIONAL_PROMPT
+from nuwa.training.batches import Batches, Rows, draw_mask
+from nuwa.training.clips import encode_frames, token_clips
+from nuwa.training.sprites.world import SpriteWorld
+from nuwa.training.vqgan import VQGAN
+
+IMAGE = VQGANConfig(
+    resolution=64,
+    base_channels=32,
+    channel_multipliers=(1, 1, 1, 1),
+    res_blocks=1,
+    attention_resolutions=(),
+    z_channels=8,
+    embedding_dim=8,
+    codebook_size=64,
+)
+SKETCH = dataclasses.replace(IMAGE, channels=21, codebook_size=32)
+CONFIG: ModelConfig = dataclasses.replace(
+    preset("sprites"),
+    image=IMAGE,
+    sketch=SKETCH,
+    visual=VisualConfig(layers=1, heads=4, ff_multiplier=1),
+)
+CLIPS = 4
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory) -> Batches:
+    torch.manual_seed(0)
+    pictures, sketches = VQGAN(IMAGE).eval(), VQGAN(SKETCH).eval()
+    for model in (pictures, sketches):
+        torch.nn.init.normal_(model.quantize.embedding.weight, std=0.3)
+    cache = tmp_path_factory.mktemp("clips") / "clips.npy"
+    world = SpriteWorld("digits", "train")
+    clips = token_clips(pictures, world, CLIPS, cache, sketch_vqgan=sketches)
+    return Batches(CONFIG, clips, pictures)
+
+
+def test_each_kind_of_row_is_fed_and_shown_what_its_task_says(batches):
+    rows = Rows(text=5, sketches=4, hidden=6, none=0.0)
+    batch = batches.images(np.random.default_rng(1), rows)
+    assert batch.fed_BN.shape == (15, 64)
+    assert batch.visual_VN.shape == (10, 64)
+    sketch, hidden, text = slice(0, 4), slice(4, 10), slice(10, 15)
+    K, unknown = IMAGE.codebook_size, CONFIG.hidden
+    assert batch.visual_VN[sketch].min() >= K
+    assert batch.visual_VN[sketch].max() < unknown == K + SKETCH.codebook_size
+    for part in (sketch, text):
+        assert torch.equal(batch.fed_BN[part], batch.target_BN[part])
+        assert (batch.weight_BN[part] == 1).all()
+    known = batch.weight_BN[hidden] == 0
+    assert known.any() and not known.all()
+    shown = batch.visual_VN[hidden]
+    assert torch.equal(shown[known], batch.fed_BN[hidden][known])
+    assert (shown[~known] == unknown).all()
+    assert torch.equal(batch.fed_BN[hidden][~known], batch.target_BN[hidden][~known])
+    captions = {batches.clips.caption(i, video=False) for i in range(CLIPS)}
+    assert set(batch.prompts[10:]) <= captions
+    assert set(batch.prompts[4:10]) <= captions | {UNCONDITIONAL_PROMPT}
+
+
+def test_a_clips_hidden_part_is_the_same_in_all_its_frames(batches):
+    batch = batches.videos(np.random.default_rng(2), Rows(text=1, hidden=3, none=0.0))
+    weight = batch.weight_BN[:3].view(3, 10, 64)
+    assert (weight == weight[:, :1]).all()
+    assert batch.time_B is None
+    assert "moving" in batch.prompts[3]
+
+
+def test_unconditional_clips_come_from_any_time(batches):
+    batch = batches.videos(np.random.default_rng(3), Rows(text=24, none=1.0))
+    assert set(batch.prompts) == {UNCONDITIONAL_PROMPT}
+    weight = batch.weight_BN.view(24, 10, 64)
+    anywhere = weight[:, 0, 0] == 0
+    assert 4 < int(anywhere.sum()) < 20
+    assert (weight[:, 1:] == 1).all()
+    assert (batch.time_B[~anywhere] == 0).all()
+    assert len(batch.time_B[anywhere].unique()) > 2
+    assert batch.time_B.max() < CONFIG.decoder.grid.frames
+
+
+def test_nothing_hidden_shows_in_the_known_tokens(batches):
+    """Two pictures that differ in the hidden part alone give the same known tokens."""
+    frames, _ = batches.clips.world.long_clip(0, range(1))
+    mask = np.zeros((64, 64), bool)
+    mask[17:40, 10:50] = True
+    known = known_cells(mask, 8, 8)[None]
+    assert not known[0, 2:5, 1:7].any()
+    assert known.sum() == 64 - 18
+    noisy = frames.copy()
+    noisy[:, mask] = np.random.default_rng(0).integers(0, 256, noisy[:, mask].shape)
+    codes = [encode_frames(batches.vqgan, blank_hidden(f, known)) for f in (frames, noisy)]
+    assert (codes[0] == codes[1]).all()
+    raw = [encode_frames(batches.vqgan, f)[known.reshape(1, -1)] for f in (frames, noisy)]
+    assert (raw[0] != raw[1]).any(), "without blanking they would differ"
+
+
+def test_masks_are_halves_boxes_and_boxes_around_the_object():
+    draw, inside = np.random.default_rng(0), np.zeros((64, 64), bool)
+    inside[20:30, 33:50] = True
+    shares = []
+    for _ in range(300):
+        mask = draw_mask(draw, inside, 8)
+        assert mask.any()
+        rows, columns = mask.any(1), mask.any(0)
+        assert (mask == rows[:, None] & columns).all(), "a mask is a rectangle"
+        assert rows.sum() % 8 == columns.sum() % 8 == 0
+        shares.append((mask.mean(), mask[inside].all()))
+    share, whole = map(np.array, zip(*shares, strict=True))
+    assert 0.3 < (share == 0.5).mean() < 0.6
+    assert whole.mean() > 0.4

@@ -1,0 +1,169 @@
+"""Draws the batches of multi-task training: what is fed, what is predicted, what conditions it.
+
+Every batch has rows with a visual condition first (sketches, then pictures with a hidden part),
+then rows with text alone. A row's task follows from its conditions:
+
+    sketch                S2I, S2V     every token is predicted
+    hidden part           I2I, TI2I, TV2V   known tokens are given, hidden ones predicted
+    caption               T2I, T2V     every token is predicted
+    "none", a clip        V2V          at any time of a longer clip; all but its first frame
+
+Legend: B rows, V rows with a visual condition, N positions, F frames, h, w tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from nuwa.spec.config import ModelConfig
+from nuwa.spec.grid import Grid
+from nuwa.spec.known import blank_hidden, known_cells
+from nuwa.spec.tasks import UNCONDITIONAL_PROMPT
+
+from .clips import TokenClips, encode_frames
+from .vqgan import VQGAN
+
+Draw = np.random.Generator
+Bool = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """fed_BN: tokens that positions are fed; target_BN: what they predict; weight_BN: 1 where that
+    counts; prompts: B texts; visual_VN: ids of the first V rows; time_B: first time positions.
+    """
+
+    grid: Grid
+    fed_BN: Tensor
+    target_BN: Tensor
+    weight_BN: Tensor
+    prompts: list[str]
+    visual_VN: Tensor | None
+    time_B: Tensor | None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How many rows of each kind a batch of images, or of clips, has; shares of captions dropped.
+
+    captioned_sketches, captioned_hidden: shares of those rows whose prompt is the caption, not
+    "none"; none: share of the text rows whose prompt is "none"; for clips, half of these are cut
+    from anywhere in a longer clip.
+    """
+
+    text: int
+    sketches: int = 0
+    hidden: int = 0
+    captioned_sketches: float = 0.7
+    captioned_hidden: float = 0.5
+    none: float = 0.1
+
+
+class Batches:
+    """Batches of `clips` for a model with this config; vqgan tokenizes what is partly hidden."""
+
+    def __init__(self, config: ModelConfig, clips: TokenClips, vqgan: VQGAN) -> None:
+        self.config, self.clips, self.vqgan = config, clips, vqgan
+
+    def images(self, draw: Draw, rows: Rows) -> Batch:
+        """Single frames."""
+        return self._batch(draw, rows, video=False)
+
+    def videos(self, draw: Draw, rows: Rows) -> Batch:
+        """Whole clips."""
+        return self._batch(draw, rows, video=True)
+
+    def _batch(self, draw: Draw, rows: Rows, *, video: bool) -> Batch:
+        count, frames, cells = self.clips.tokens.shape
+        total = rows.sketches + rows.hidden + rows.text
+        index = draw.integers(count, size=total)
+        frame = draw.integers(frames, size=total)
+        spans = [range(frames) if video else range(f, f + 1) for f in frame.tolist()]
+        target = np.stack(
+            [self.clips.tokens[i, s.start : s.stop] for i, s in zip(index, spans, strict=True)]
+        ).astype(np.int64)
+        shares = np.concatenate(
+            [
+                np.full(rows.sketches, 1.0 - rows.captioned_sketches),
+                np.full(rows.hidden, 1.0 - rows.captioned_hidden),
+                np.full(rows.text, rows.none),
+            ]
+        )
+        none = draw.random(total) < shares
+        fed, weight = target.copy(), np.ones(target.shape, np.float32)
+        time, visual = np.zeros(total, np.int64), []
+        for row in range(rows.sketches):
+            assert self.clips.sketches is not None, "these clips have no sketches"
+            span = spans[row]
+            codes = self.clips.sketches[index[row], span.start : span.stop].astype(np.int64)
+            visual.append(codes + self.config.image.codebook_size)
+        for row in range(rows.sketches, rows.sketches + rows.hidden):
+            known, codes = self._hide(draw, int(index[row]), spans[row])
+            fed[row] = np.where(known, codes, target[row])
+            weight[row] = ~known
+            visual.append(np.where(known, codes, self.config.hidden))
+        for row in range(total - rows.text, total):
+            if video and none[row] and draw.random() < 0.5:
+                start = int(draw.integers(4 * frames))
+                pixels, _ = self.clips.pixels(int(index[row]), range(start, start + frames))
+                fed[row] = target[row] = encode_frames(self.vqgan, pixels)
+                weight[row, 0] = 0.0
+                time[row] = draw.integers(self.config.decoder.grid.frames)
+        prompts = [
+            UNCONDITIONAL_PROMPT if n else self.clips.caption(int(i), video=video)
+            for i, n in zip(index, none, strict=True)
+        ]
+        grid = self.config.decoder.grid
+        return Batch(
+            Grid(len(spans[0]), grid.height, grid.width),
+            torch.from_numpy(fed.reshape(total, -1)),
+            torch.from_numpy(target.reshape(total, -1)),
+            torch.from_numpy(weight.reshape(total, -1)),
+            prompts,
+            torch.from_numpy(np.stack(visual).reshape(len(visual), -1)) if visual else None,
+            torch.from_numpy(time) if time.any() else None,
+        )
+
+    def _hide(self, draw: Draw, index: int, span: range) -> tuple[Bool, np.ndarray]:
+        """Which tokens of a clip stay known [F, C], and the tokens once the rest is blanked."""
+        pixels, inside = self.clips.pixels(index, span)
+        grid = self.config.decoder.grid
+        mask = draw_mask(draw, inside.any(axis=0), pixels.shape[1] // grid.height)
+        known_hw = known_cells(mask, grid.height, grid.width)
+        known = np.broadcast_to(known_hw, (len(span), grid.height, grid.width))
+        codes = encode_frames(self.vqgan, blank_hidden(pixels, known)).astype(np.int64)
+        return known.reshape(len(span), -1), codes
+
+
+def draw_mask(draw: Draw, inside_HW: Bool, patch: int) -> Bool:
+    """bool [H, W], True = hidden: a half, a box anywhere, or a box around the object.
+
+    inside_HW: where the object is; boxes begin and end at multiples of `patch` pixels.
+    """
+    height, width = inside_HW.shape
+    mask = np.zeros((height, width), bool)
+    kind = draw.random()
+    if kind < 0.4:
+        side = draw.integers(4)
+        half = (slice(None, height // 2), slice(height // 2, None))[side % 2]
+        mask[half if side < 2 else (slice(None), half)] = True
+        return mask
+    anywhere = kind < 0.7 or not inside_HW.any()
+    spans = []
+    for axis, size in ((1, height // patch), (0, width // patch)):
+        if anywhere:
+            low, high = np.sort(draw.integers(0, size, 2))
+            high += 1
+        else:
+            where = np.flatnonzero(inside_HW.any(axis=axis)) // patch
+            before, after = draw.integers(0, 3, 2)
+            low, high = max(where[0] - before, 0), min(where[-1] + 1 + after, size)
+        spans.append((low, high))
+    (top, bottom), (left, right) = spans
+    mask[top * patch : bottom * patch, left * patch : right * patch] = True
+    return mask

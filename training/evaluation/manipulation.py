@@ -1,0 +1,73 @@
+"""TI2I and TV2V: the sprite is hidden by a box, and a new caption changes one thing about it.
+
+The box covers all places of the sprite in what is given, in whole 8-pixel cells with at least a
+pixel to spare. The edit goes round colour and class, for clips also motion: the mirrored one
+("left" for "right"), which runs along the same stretch and so fits into the box. An edit that
+would lead out of the split (a class-motion pair that it does not have) gives way to the next one.
+The background lies mostly outside the box, so it is never edited.
+
+Shapes: S = 64.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..judge import Verdict
+from ..sprites.edits import EDITS, aligned, edited, tile_box
+from ..sprites.world import FRAMES, SIDE, SpriteSample, SpriteWorld
+from .question import Bar, Part, Question
+
+CELL = 8  # pixels of a token of the sprite models, to which boxes are aligned
+
+
+class Manipulation(Part):
+    def __init__(self, world: SpriteWorld, task: str) -> None:
+        super().__init__(world)
+        self.name = self.task = task
+        clip = task == "tv2v"
+        self.factors = ("class", "colour", "background") + (("motion",) if clip else ())
+        self.edits = EDITS if clip else ("colour", "class")
+        self.asks = (
+            f"{'a clip' if clip else 'a picture'} whose sprite is hidden by a box over all its "
+            f"places, and a caption with another {' or '.join(self.edits)}; kept_X: what the "
+            "caption leaves as it was is right"
+        )
+
+    @property
+    def bars(self) -> tuple[Bar, ...]:
+        edited_bars = (Bar(f"edited_{factor}", 0.90, "value") for factor in self.edits)
+        kept_bars = (Bar(f"kept_{factor}", 0.95) for factor in self.factors)
+        return (*edited_bars, *kept_bars, Bar("known_identical", 1.0, "value"))
+
+    def question(self, index: int) -> Question:
+        given, (factor, wanted) = self.world.sample(index), self._edit(index)
+        at = range(FRAMES) if self.task == "tv2v" else range(index % FRAMES, index % FRAMES + 1)
+        top, left, bottom, right = aligned(tile_box(self.world, index, at), CELL)
+        mask = np.zeros((SIDE, SIDE), bool)
+        mask[top:bottom, left:right] = True
+        frames = slice(at.start, at.stop)
+        return Question(
+            wanted.frames[frames],
+            wanted.factors,
+            wanted.video_caption if self.task == "tv2v" else wanted.image_caption,
+            frames=given.frames[frames],
+            mask=mask,
+            edited=factor,
+        )
+
+    def scores(self, question: Question, clip: np.ndarray, verdict: Verdict) -> dict[str, float]:
+        right = {k: float(v) for k, v in self.right(question, verdict).items()}
+        edited_factor = str(question.edited)
+        scores = {"edited": right[edited_factor], f"edited_{edited_factor}": right[edited_factor]}
+        scores |= {f"kept_{name}": right[name] for name in self.factors if name != edited_factor}
+        scores["joint"] = right["joint"]
+        return scores | {"known_identical": float(question.known_identical(clip))}
+
+    def _edit(self, index: int) -> tuple[str, SpriteSample]:
+        turn = index % len(self.edits)
+        for factor in self.edits[turn:] + self.edits[:turn]:
+            sample = edited(self.world, index, factor)
+            if sample is not None:
+                return factor, sample
+        raise AssertionError("there is always another colour")

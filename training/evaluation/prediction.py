@@ -1,0 +1,85 @@
+"""V2V: a clip goes on from its first two frames.
+
+Two frames tell what the sprite is and where it goes, but not whether it will turn; so without a
+caption only its identity can be right or wrong. Where the caption says that the motion is one-way,
+all of the clip is determined, and what is predicted can be compared with it pixel by pixel.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..judge import Verdict
+from ..metrics import ssim
+from ..readers import locate, read_motion
+from ..sprites.world import DIRECTIONS, SpriteWorld
+from .quality import capped_psnr
+from .question import Bar, Part, Question
+
+GIVEN = 2
+
+
+class Prediction(Part):
+    """Without a prompt, on all motions. psnr and ssim: of the clips whose motion is one-way."""
+
+    name = task = "v2v"
+    asks = (
+        f"a clip from its first {GIVEN} frames, without a prompt; identity: class, colour and "
+        "background of the predicted frames are right; psnr_one_way and ssim_one_way: of the "
+        "clips that do not turn, which the model is not told"
+    )
+    factors = ("class", "colour", "background")
+    whole = "identity"
+
+    @property
+    def bars(self) -> tuple[Bar, ...]:
+        return (Bar("identity", 0.95),)
+
+    def question(self, index: int) -> Question:
+        sample = self.world.sample(index)
+        return Question(sample.frames, sample.factors, frames=sample.frames[:GIVEN])
+
+    def judged(self, clip: np.ndarray) -> np.ndarray:
+        return clip[GIVEN:]
+
+    def scores(self, question: Question, clip: np.ndarray, verdict: Verdict) -> dict[str, float]:
+        scores = super().scores(question, clip, verdict)
+        motion = read_motion(locate(clip).track_F2)
+        scores["motion"] = float(motion == question.expected.motion)
+        if question.expected.motion in DIRECTIONS:
+            scores |= self._quality(self.judged(clip), self.judged(question.real))
+        return scores | {"known_identical": float(question.known_identical(clip))}
+
+    def _quality(self, made: np.ndarray, real: np.ndarray) -> dict[str, float]:
+        return {"psnr_one_way": capped_psnr(made, real), "ssim_one_way": ssim(made, real)}
+
+
+class CaptionedPrediction(Prediction):
+    """With the caption, on the samples whose motion is one-way: `question(i)` is on the i-th."""
+
+    name = "v2v_captioned"
+    asks = f"a clip of one-way motion from its first {GIVEN} frames and its caption"
+
+    def __init__(self, world: SpriteWorld) -> None:
+        super().__init__(world)
+        self._one_way: list[int] = []
+
+    @property
+    def bars(self) -> tuple[Bar, ...]:
+        return (Bar("identity", 0.95), Bar("psnr", 2.0, "decibels"))
+
+    def question(self, index: int) -> Question:
+        sample = self.world.sample(self._sample_index(index))
+        frames = sample.frames
+        return Question(frames, sample.factors, sample.video_caption, frames=frames[:GIVEN])
+
+    def _quality(self, made: np.ndarray, real: np.ndarray) -> dict[str, float]:
+        return {"psnr": capped_psnr(made, real), "ssim": ssim(made, real)}
+
+    def _sample_index(self, index: int) -> int:
+        while len(self._one_way) <= index:
+            candidate = self._one_way[-1] + 1 if self._one_way else 0
+            while self.world.factors(candidate).motion not in DIRECTIONS:
+                candidate += 1
+            self._one_way.append(candidate)
+        return self._one_way[index]
