@@ -11,10 +11,8 @@ The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
+from hardware import hardware
 from random_model import config, write_random_checkpoint
 
 from nuwa.export.bundle import export_bundle
@@ -244,25 +243,6 @@ def against_peer(ours: dict, options: argparse.Namespace) -> dict:
     ratio = median / ours["wave"]["median_seconds"]
     print(f"  nuwa-pytorch / wave = {ratio:.0f}")
     return {"seconds": seconds, "median_seconds": median, "ratio": ratio}
-
-
-def hardware(threads: int) -> dict:
-    """What the numbers belong to."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            r.split(":")[1].strip() for r in cpuinfo.read_text().splitlines() if "model name" in r
-        ]
-        model = names[0] if names else model
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "python": platform.python_version(),
-        "onnxruntime": ort.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 if __name__ == "__main__":

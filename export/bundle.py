@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from nuwa.spec.manifest import (
-    GRAPHS,
     MANIFEST,
     PRECISIONS,
+    RANKERS,
     TEXT_TOKENIZER,
     Manifest,
     file_hash,
@@ -48,6 +48,7 @@ def export_bundle(
     _check_target(out, overwrite)
     loaded = load_checkpoint(checkpoint)
     _check_text(loaded)
+    _check_ranker(loaded)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
@@ -61,8 +62,9 @@ def export_bundle(
 
 
 def _write(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progress) -> Manifest:
-    steps, done = 2 * len(GRAPHS) + 1, 0
-    for graph in graphs(checkpoint, precision):
+    exported, done = graphs(checkpoint, precision), 0
+    steps = 2 * len(exported) + 1
+    for graph in exported:
         progress(f"exporting {graph.name}", done, steps)
         write_graph(graph, folder / graph_file(graph.name))
         done += 1
@@ -83,7 +85,8 @@ def _write(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progr
 
 
 def _manifest(checkpoint: Checkpoint, precision: str, files: dict, parity: dict) -> Manifest:
-    models = (checkpoint.nuwa, checkpoint.vqgan)
+    optional = (checkpoint.sketch_vqgan, checkpoint.ranker)
+    models = [checkpoint.nuwa, checkpoint.vqgan, *(m for m in optional if m is not None)]
     return Manifest(
         name=checkpoint.config.name,
         config=checkpoint.config,
@@ -97,6 +100,7 @@ def _manifest(checkpoint: Checkpoint, precision: str, files: dict, parity: dict)
         licence=str(checkpoint.provenance.get("licence", NOT_STATED)),
         training_data=str(checkpoint.provenance.get("data", NOT_STATED)),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        rankers=() if checkpoint.ranker is None else RANKERS,
     )
 
 
@@ -108,6 +112,20 @@ def _check_text(checkpoint: Checkpoint) -> None:
         raise ValueError(
             f"the checkpoint's text tokenizer has {have[0]} ids and texts of {have[1]}, its config "
             f"says {wanted[0]} and {wanted[1]}"
+        )
+
+
+def _check_ranker(checkpoint: Checkpoint) -> None:
+    ranker, config = checkpoint.ranker, checkpoint.config
+    if ranker is None:
+        return
+    have = (ranker.config.text.vocabulary_size, ranker.config.text.length, ranker.config.resolution)
+    wanted = (config.text.vocabulary_size, config.text.length, config.image.resolution)
+    if have != wanted:
+        raise ValueError(
+            f"the checkpoint's ranker is made for {have[0]} text ids, texts of {have[1]} and "
+            f"pictures of {have[2]} pixels, its config says {wanted[0]}, {wanted[1]} and "
+            f"{wanted[2]}; train a ranker for this model"
         )
 
 

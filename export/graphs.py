@@ -5,11 +5,13 @@ translated to one opaque node, whose function body (operators.py) is attached af
 exporter would inline it. Says nothing about whether the numbers are right; verify.py does.
 
 Legend: T positions of a call, S slots, C condition slots, n neighbour columns, m cross columns,
-W candidates to sort, B batch, M text length, d decoder width.
+W candidates to sort, B batch, M text length, d decoder width, N positions of visual volumes,
+F frames.
 """
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import warnings
@@ -23,20 +25,27 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from nuwa.spec.conditions import ConditionLayout, visual_columns, visual_neighbours
 from nuwa.spec.manifest import (
     DECODER_STEP,
     IMAGE_DETOKENIZER,
     IMAGE_TOKENIZER,
+    RANKER,
+    RANKER_INPUTS,
+    SKETCH_TOKENIZER,
     TEXT_ENCODER,
+    VISUAL_ENCODER,
+    VISUAL_ENCODER_INPUTS,
+    condition_outputs,
     decoder_step_inputs,
     decoder_step_outputs,
-    text_encoder_outputs,
 )
 from nuwa.spec.plan import cache_entries
 from nuwa.training import nearby  # noqa: F401  defines torch.ops.nuwa
 from nuwa.training.checkpoint import Checkpoint
-from nuwa.training.decode import DecoderStep, TextConditions
+from nuwa.training.decode import DecoderStep, TextConditions, VisualConditions
 from nuwa.training.nuwa import NUWA
+from nuwa.training.ranker import Ranker
 from nuwa.training.vqgan import VQGAN, to_signed
 
 from . import operators
@@ -46,6 +55,19 @@ from .translate import translations
 OPSET = 20
 INLINE_LIMIT = 1 << 30  # bytes; a file of more than 2 GiB is no valid protobuf
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+_CACHE_LISTS = 4  # key and value caches, cross keys and values: DecoderStep's last inputs
+
+
+class TextOnlyStep(nn.Module):
+    """`DecoderStep` of a model without a visual encoder: the same inputs but for cross_columns."""
+
+    def __init__(self, step: DecoderStep) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, *inputs: Any) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+        # An absent input is no None of the example: the exporter would mix up the axes' names.
+        return self.step(*inputs[:-_CACHE_LISTS], None, *inputs[-_CACHE_LISTS:])
 
 
 class ImageTokenizer(nn.Module):
@@ -63,6 +85,25 @@ class ImageTokenizer(nn.Module):
         return self.vqgan.encode(signed).codes.to(torch.int32)
 
 
+class SketchTokenizer(nn.Module):
+    """class maps u8 [B, H, W] -> codes int32 [B, h, w]."""
+
+    classes: Tensor
+
+    def __init__(self, vqgan: VQGAN) -> None:
+        super().__init__()
+        self.vqgan = vqgan
+        self.dtype = next(vqgan.encoder.parameters()).dtype
+        vqgan.quantize.float()
+        classes = torch.arange(vqgan.config.channels, dtype=torch.int32).view(-1, 1, 1)
+        self.register_buffer("classes", classes)
+
+    def forward(self, maps_BHW: Tensor) -> Tensor:
+        # vqgan.one_hot as a comparison: runtimes' OneHot operators differ in the types they take.
+        hot_BCHW = (maps_BHW.to(torch.int32)[:, None] == self.classes).to(self.dtype)
+        return self.vqgan.encode(hot_BCHW).codes.to(torch.int32)
+
+
 class ImageDetokenizer(nn.Module):
     """codes int32 [B, h, w] -> pixels u8 [B, H, W, 3]."""
 
@@ -74,6 +115,17 @@ class ImageDetokenizer(nn.Module):
         # vqgan.to_bytes with the cast to uint8 last (see ImageTokenizer).
         signed_BHW3 = self.vqgan.decode(codes_Bhw).float().permute(0, 2, 3, 1)
         return ((signed_BHW3 + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+class RankerScore(nn.Module):
+    """token ids int32 [M], frames u8 [F, H, W, 3] -> score f32 []."""
+
+    def __init__(self, ranker: Ranker) -> None:
+        super().__init__()
+        self.ranker = ranker
+
+    def forward(self, tokens_M: Tensor, frames_FHW3: Tensor) -> Tensor:
+        return self.ranker(tokens_M, frames_FHW3.float())  # see ImageTokenizer
 
 
 @dataclass(frozen=True)
@@ -89,15 +141,25 @@ class Graph:
 
 
 def graphs(checkpoint: Checkpoint, precision: str) -> list[Graph]:
-    """The four graphs of a bundle. The checkpoint is left as it was."""
+    """The graphs of a bundle, in graph_names' order. The checkpoint is left as it was.
+
+    A ranker is fp32 in any bundle: it is small, and its scores are compared with each other.
+    """
     dtype = DTYPES[precision]
     folded = fold(checkpoint.nuwa).to(dtype)
-    return [
+    found = [
         decoder_step(folded, dtype),
         text_encoder(folded),
         image_tokenizer(_copy(checkpoint.vqgan, dtype)),
         image_detokenizer(_copy(checkpoint.vqgan, dtype)),
     ]
+    if folded.visual is not None:
+        found.append(visual_encoder(folded))
+    if checkpoint.sketch_vqgan is not None:
+        found.append(sketch_tokenizer(_copy(checkpoint.sketch_vqgan, dtype)))
+    if checkpoint.ranker is not None:
+        found.append(ranker(checkpoint.ranker))
+    return found
 
 
 def _copy(vqgan: VQGAN, dtype: torch.dtype) -> VQGAN:
@@ -111,7 +173,8 @@ def decoder_step(folded: FoldedNUWA, dtype: torch.dtype) -> Graph:
     config = folded.config
     layers, d = config.decoder.layers, config.decoder.width
     codebook = config.image.codebook_size
-    T, m = Dim("T", min=1), Dim("m", min=1, max=config.text.length)
+    T = Dim("T", min=1)
+    m = Dim("m", min=1, max=visual_columns(config) + config.text.length)
     W, S, C = Dim("W", min=1, max=codebook), Dim("S", min=1), Dim("C", min=1)
     rows, columns = 5, 3
 
@@ -122,12 +185,14 @@ def decoder_step(folded: FoldedNUWA, dtype: torch.dtype) -> Graph:
     def stored(entries: int) -> list[Tensor]:
         return [torch.zeros(2, entries, d, dtype=dtype) for _ in range(layers)]
 
-    entries, length = cache_entries(config.decoder), config.text.length
+    entries, remembered = cache_entries(config.decoder), ConditionLayout.of(config).entries
+    visual = config.visual is not None
     example = (
         *(ids(), ids(3), ids(), ids(), ids(config.decoder.neighbour_count), ids(), ids(columns)),
         *(torch.ones(rows), ids(), torch.ones(rows), torch.ones(rows), torch.ones(rows), ids()),
         torch.arange(2, dtype=torch.int32),
-        *(stored(entries), stored(entries), stored(length), stored(length)),
+        *([torch.zeros(columns, dtype=torch.int32)] if visual else []),
+        *(stored(entries), stored(entries), stored(remembered), stored(remembered)),
     )
     per_row = {0: T}
     dynamic = (
@@ -135,15 +200,17 @@ def decoder_step(folded: FoldedNUWA, dtype: torch.dtype) -> Graph:
         {0: T, 1: m},
         *(per_row for _ in range(6)),
         {0: W},
+        *([{0: m}] if visual else []),
         *([{0: S}] * layers for _ in "kv"),
         *([{0: C}] * layers for _ in "kv"),
     )
+    step = DecoderStep(cast(NUWA, folded))
     return Graph(
         DECODER_STEP,
-        DecoderStep(cast(NUWA, folded)),
+        step if visual else TextOnlyStep(step),
         example,
-        dynamic,
-        decoder_step_inputs(layers),
+        dynamic if visual else (dynamic,),
+        decoder_step_inputs(config),
         decoder_step_outputs(layers),
     )
 
@@ -152,10 +219,27 @@ def text_encoder(folded: FoldedNUWA) -> Graph:
     """Prompt ids to every decoder layer's cross-attention keys and values."""
     config = folded.config
     ids = torch.zeros(2, config.text.length, dtype=torch.int32)
-    outputs = text_encoder_outputs(config.decoder.layers)
+    outputs = condition_outputs(config.decoder.layers)
     dynamic = ({0: Dim("B", min=1)},)
     return Graph(
         TEXT_ENCODER, TextConditions(cast(NUWA, folded)), (ids,), dynamic, ["tokens"], outputs
+    )
+
+
+def visual_encoder(folded: FoldedNUWA) -> Graph:
+    """Visual ids of any volumes to every decoder layer's cross-attention keys and values."""
+    config, rows = folded.config, 5
+    columns = visual_neighbours(config, config.decoder.grid).shape[1]
+    shapes = ((rows,), (rows, 3), (rows, columns))
+    example = tuple(torch.zeros(shape, dtype=torch.int32) for shape in shapes)
+    per_row = {0: Dim("N", min=1)}
+    return Graph(
+        VISUAL_ENCODER,
+        VisualConditions(cast(NUWA, folded)),
+        example,
+        (per_row, per_row, per_row),
+        [*VISUAL_ENCODER_INPUTS],
+        condition_outputs(config.decoder.layers),
     )
 
 
@@ -166,6 +250,25 @@ def image_tokenizer(vqgan: VQGAN) -> Graph:
     dynamic = ({0: Dim("B", min=1)},)
     module = ImageTokenizer(vqgan)
     return Graph(IMAGE_TOKENIZER, module, (pixels,), dynamic, ["pixels"], ["codes"])
+
+
+def sketch_tokenizer(vqgan: VQGAN) -> Graph:
+    """Class maps to codes."""
+    size = vqgan.config.resolution
+    maps = torch.zeros(2, size, size, dtype=torch.uint8)
+    dynamic = ({0: Dim("B", min=1)},)
+    module = SketchTokenizer(vqgan)
+    return Graph(SKETCH_TOKENIZER, module, (maps,), dynamic, ["class_maps"], ["codes"])
+
+
+def ranker(trained: Ranker) -> Graph:
+    """A prompt's ids and the frames of one sample to a score."""
+    size = trained.config.resolution
+    tokens = torch.zeros(trained.config.text.length, dtype=torch.int32)
+    frames = torch.zeros(2, size, size, 3, dtype=torch.uint8)
+    dynamic = (None, {0: Dim("F", min=1)})
+    module = RankerScore(copy.deepcopy(trained).eval().requires_grad_(False))
+    return Graph(RANKER, module, (tokens, frames), dynamic, [*RANKER_INPUTS], ["score"])
 
 
 def image_detokenizer(vqgan: VQGAN) -> Graph:

@@ -18,7 +18,8 @@ class ExportError(ValueError):
 
 
 # Largest figures an export may have, by precision. relative: difference over largest magnitude;
-# draw_error: see draws.py; pixels: levels of 255; overwritten_entries: share of a cache. Tokens and
+# draw_error: see draws.py; pixels: levels of 255; overwritten_entries: share of a cache;
+# score_error: of a cosine similarity, by a ranker, which is fp32 in any bundle. Tokens and
 # codes that differ have no limit: where two are equally near, rounding decides; logits, draw_error
 # and features (verify.implied_error) do have one.
 LIMITS: dict[str, dict[str, float]] = {
@@ -28,6 +29,7 @@ LIMITS: dict[str, dict[str, float]] = {
         "overwritten_entries": 0,
         "pixels_max": 2,
         "pixels_mean": 0.02,
+        "score_error": 1e-4,
     },
     "fp16": {
         "relative": 2e-2,
@@ -35,6 +37,7 @@ LIMITS: dict[str, dict[str, float]] = {
         "overwritten_entries": 0,
         "pixels_max": 8,
         "pixels_mean": 0.25,
+        "score_error": 1e-4,
     },
 }
 

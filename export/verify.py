@@ -21,24 +21,42 @@ import torch
 from onnxruntime import OrtValue
 from torch import Tensor
 
+from nuwa.spec.conditions import ConditionLayout
 from nuwa.spec.manifest import (
     DECODER_STEP,
-    GRAPHS,
     IMAGE_DETOKENIZER,
     IMAGE_TOKENIZER,
+    RANKER,
+    SKETCH_TOKENIZER,
     STEP_ROW_INPUTS,
     TEXT_ENCODER,
+    VISUAL_ENCODER,
+    VISUAL_ENCODER_INPUTS,
+    condition_outputs,
     decoder_step_outputs,
     graph_file,
+    graph_names,
     layer_names,
-    text_encoder_outputs,
 )
 from nuwa.spec.plan import cache_entries
 from nuwa.training.checkpoint import Checkpoint
-from nuwa.training.decode import DecoderStep, TextConditions
-from nuwa.training.vqgan import to_bytes, to_signed
+from nuwa.training.decode import DecoderStep, TextConditions, VisualConditions
+from nuwa.training.vqgan import VQGAN, one_hot, to_bytes, to_signed
 
-from .cases import SLOTS, Feeds, RealSteps, pictures, random_steps, text_ids
+from .cases import (
+    NONE_PROMPT,
+    SLOT_PROMPTS,
+    SLOTS,
+    VISUAL_SLOT,
+    Feeds,
+    RealSteps,
+    class_maps,
+    pictures,
+    random_steps,
+    text_ids,
+    visual_feeds,
+    visual_volumes,
+)
 from .draws import draw_errors
 from .parity import Figures
 
@@ -58,9 +76,9 @@ def verify(
     precision: str,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Parity figures of the four graphs in `folder`; ExportError if any is beyond its limit."""
+    """Parity figures of all graphs in `folder`; ExportError if any is beyond its limit."""
     figures = {}
-    for name in GRAPHS:
+    for name in graph_names(checkpoint.config, checkpoint.ranker is not None):
         if progress is not None:
             progress(name)
         figures[name] = verify_graph(checkpoint, folder / graph_file(name), name, precision)
@@ -131,7 +149,7 @@ def _real_steps(
     config = checkpoint.config
     ids = text_ids(checkpoint.text_tokenizer)
     steps = RealSteps(config, ids)
-    state = reference.conditions(ids)
+    state = _condition_slots(checkpoint, reference, ids)
     shape = (SLOTS, cache_entries(config.decoder), config.decoder.width)
     for kind in ("key_cache", "value_cache"):
         names = layer_names(kind, config.decoder.layers)
@@ -145,6 +163,38 @@ def _real_steps(
         steps.report(call, wanted["next_tokens"])
         outputs = {name: value for name, value in wanted.items() if name.endswith("_out")}
         state |= {name.removesuffix("_out"): value for name, value in outputs.items()}
+
+
+def _condition_slots(
+    checkpoint: Checkpoint, reference: Reference, ids_BM: npt.NDArray[np.int32]
+) -> Feeds:
+    """decoder_step's cross keys and values for `RealSteps`, PyTorch's."""
+    config = checkpoint.config
+    layout = ConditionLayout.of(config)
+    texts = reference.conditions(ids_BM)
+    seen = reference.see(_real_volume(checkpoint)) if config.visual is not None else {}
+    shape = (len(SLOT_PROMPTS), layout.entries, config.decoder.width)
+    slots = {name: np.zeros(shape, np.float32) for name in texts}
+    for name, memory_CRd in slots.items():
+        memory_CRd[:, : layout.none] = texts[name][list(SLOT_PROMPTS)]
+        memory_CRd[:, layout.none : layout.visual] = texts[name][NONE_PROMPT]
+        if seen:
+            memory_CRd[VISUAL_SLOT, layout.visual :] = seen[name]
+    return slots
+
+
+def _real_volume(checkpoint: Checkpoint) -> Feeds:
+    """visual_encoder's feeds for a clip: a sketch where there are any, else half a picture."""
+    config, vqgan = checkpoint.config, checkpoint.sketch_vqgan
+    grid, frame = config.decoder.grid, np.arange(config.decoder.grid.frames)
+    if vqgan is not None:
+        codes = vqgan.encode(_hot(vqgan, _class_maps(vqgan))).codes
+        ids = codes.numpy()[frame % len(codes)] + config.image.codebook_size
+    else:
+        codes = checkpoint.vqgan.encode(to_signed(torch.from_numpy(_pictures(checkpoint)))).codes
+        ids = codes.numpy()[frame % len(codes)]
+        ids[:, :, grid.width // 2 :] = config.hidden
+    return visual_feeds(config, [(grid, ids.reshape(-1))])
 
 
 def _compare_step(given: Feeds, got: Feeds, wanted: Feeds, figures: Figures) -> None:
@@ -178,23 +228,44 @@ def _text_encoder(checkpoint: Checkpoint, graph: OnnxGraph, figures: Figures) ->
             figures.differ("memory", got[name], value)
 
 
+def _visual_encoder(checkpoint: Checkpoint, graph: OnnxGraph, figures: Figures) -> None:
+    reference = Reference(checkpoint)
+    for feeds in (*visual_volumes(checkpoint.config), _real_volume(checkpoint)):
+        got, wanted = graph.run(feeds), reference.see(feeds)
+        for name, value in wanted.items():
+            figures.differ("memory", got[name], value)
+
+
 def _image_tokenizer(checkpoint: Checkpoint, graph: OnnxGraph, figures: Figures) -> None:
+    for batch in _pairs(_pictures(checkpoint)):
+        codes = graph.run({"pixels": batch})["codes"]
+        _compare_codes(checkpoint.vqgan, to_signed(torch.from_numpy(batch)), codes, figures)
+
+
+def _sketch_tokenizer(checkpoint: Checkpoint, graph: OnnxGraph, figures: Figures) -> None:
+    vqgan = checkpoint.sketch_vqgan
+    assert vqgan is not None, "a config with sketches has their tokenizer"
+    for batch in _pairs(_class_maps(vqgan)):
+        codes = graph.run({"class_maps": batch})["codes"]
+        _compare_codes(vqgan, _hot(vqgan, batch), codes, figures)
+
+
+def _compare_codes(
+    vqgan: VQGAN, inputs_BCHW: Tensor, got: npt.NDArray[np.int32], figures: Figures
+) -> None:
     """Codes say little about features, plain backgrounds much about rounding: see `implied_error`.
 
     GroupNorm divides by the deviation of a plain background, which is close to nothing; PyTorch's
     own fp32 features are off by up to 1 % there, so features in fp64 are the judge.
     """
-    exact = copy.deepcopy(checkpoint.vqgan).double()
-    for batch in _pairs(_pictures(checkpoint)):
-        signed = to_signed(torch.from_numpy(batch))
-        encoded, truth_BEhw = checkpoint.vqgan.encode(signed), exact.features(signed.double())
-        got = graph.run({"pixels": batch})["codes"]
-        figures.mismatch("code_mismatches", got, encoded.codes.numpy())
-        scale = truth_BEhw.norm(dim=1).max()
-        own_Bhw = (encoded.features - truth_BEhw).norm(dim=1)
-        implied_Bhw = implied_error(truth_BEhw, exact.quantize.embedding.weight, got)
-        beyond = (implied_Bhw - 2.0 * own_Bhw).clamp_min(0.0)
-        figures.exceed("features_relative", float(beyond.max() / scale))
+    exact = copy.deepcopy(vqgan).double()
+    encoded, truth_BEhw = vqgan.encode(inputs_BCHW), exact.features(inputs_BCHW.double())
+    figures.mismatch("code_mismatches", got, encoded.codes.numpy())
+    scale = truth_BEhw.norm(dim=1).max()
+    own_Bhw = (encoded.features - truth_BEhw).norm(dim=1)
+    implied_Bhw = implied_error(truth_BEhw, exact.quantize.embedding.weight, got)
+    beyond = (implied_Bhw - 2.0 * own_Bhw).clamp_min(0.0)
+    figures.exceed("features_relative", float(beyond.max() / scale))
 
 
 def implied_error(truth_BEhw: Tensor, codes_KE: Tensor, chosen_Bhw: npt.NDArray) -> Tensor:
@@ -223,9 +294,32 @@ def _image_detokenizer(checkpoint: Checkpoint, graph: OnnxGraph, figures: Figure
             figures.differ_pixels(graph.run({"codes": codes})["pixels"], wanted)
 
 
+def _ranker(checkpoint: Checkpoint, graph: OnnxGraph, figures: Figures) -> None:
+    assert checkpoint.ranker is not None, "a bundle with a ranker comes from a checkpoint with one"
+    images, ids = _pictures(checkpoint), text_ids(checkpoint.text_tokenizer)
+    for count in {1, checkpoint.config.decoder.grid.frames}:
+        for begin, tokens in enumerate(ids):
+            frames = images[np.arange(begin, begin + count) % len(images)]
+            got = graph.run({"tokens": tokens, "frames": frames})["score"]
+            wanted = checkpoint.ranker(torch.from_numpy(tokens), torch.from_numpy(frames))
+            error = float(abs(got - wanted.numpy()))
+            figures.exceed("score_error", error if np.isfinite(error) else np.inf)
+
+
 def _pictures(checkpoint: Checkpoint) -> npt.NDArray[np.uint8]:
-    size = checkpoint.config.image.resolution
-    return pictures(size)[:: 1 if size <= _SMALL_PICTURE else 2]
+    return _few(pictures(checkpoint.config.image.resolution))
+
+
+def _class_maps(vqgan: VQGAN) -> npt.NDArray[np.uint8]:
+    return _few(class_maps(vqgan.config.resolution, vqgan.config.channels))
+
+
+def _few(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    return images[:: 1 if images.shape[1] <= _SMALL_PICTURE else 2]
+
+
+def _hot(vqgan: VQGAN, maps_BHW: npt.NDArray[np.uint8]) -> Tensor:
+    return one_hot(torch.from_numpy(maps_BHW), vqgan.config.channels)
 
 
 def _pairs(images: npt.NDArray[np.uint8]) -> Iterator[npt.NDArray[np.uint8]]:
@@ -240,6 +334,9 @@ _VERIFIERS: dict[str, Callable[[Checkpoint, OnnxGraph, Figures], None]] = {
     TEXT_ENCODER: _text_encoder,
     IMAGE_TOKENIZER: _image_tokenizer,
     IMAGE_DETOKENIZER: _image_detokenizer,
+    VISUAL_ENCODER: _visual_encoder,
+    SKETCH_TOKENIZER: _sketch_tokenizer,
+    RANKER: _ranker,
 }
 
 
@@ -250,16 +347,24 @@ class Reference:
         self.layers = checkpoint.config.decoder.layers
         self._step = DecoderStep(checkpoint.nuwa)
         self._conditions = TextConditions(checkpoint.nuwa)
+        self._visual = VisualConditions(checkpoint.nuwa)
 
     def conditions(self, ids: npt.NDArray[np.int32]) -> Feeds:
         """text_encoder's outputs."""
-        keys, values = self._conditions(torch.from_numpy(ids))
-        arrays = [tensor.numpy() for tensor in (*keys, *values)]
-        return dict(zip(text_encoder_outputs(self.layers), arrays, strict=True))
+        return self._named(self._conditions(torch.from_numpy(ids)))
+
+    def see(self, feeds: Feeds) -> Feeds:
+        """visual_encoder's outputs."""
+        return self._named(self._visual(*(_tensor(feeds[name]) for name in VISUAL_ENCODER_INPUTS)))
+
+    def _named(self, pairs: tuple[list[Tensor], list[Tensor]]) -> Feeds:
+        arrays = [tensor.numpy() for kind in pairs for tensor in kind]
+        return dict(zip(condition_outputs(self.layers), arrays, strict=True))
 
     def step(self, feeds: Feeds) -> Feeds:
         """decoder_step's outputs; caches of any precision in, fp32 out."""
-        rows = [_tensor(feeds[name]) for name in (*STEP_ROW_INPUTS, "ranks")]
+        rows: list[Tensor | None] = [_tensor(feeds[name]) for name in (*STEP_ROW_INPUTS, "ranks")]
+        rows.append(_tensor(feeds["cross_columns"]) if "cross_columns" in feeds else None)
         kinds = ("key_cache", "value_cache", "cross_key", "cross_value")
         lists = [[_tensor(feeds[n]) for n in layer_names(kind, self.layers)] for kind in kinds]
         token_T, logits_TK, keys, values = self._step(*rows, *lists)

@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 
 from nuwa.spec.manifest import (
-    GRAPHS,
     MANIFEST,
     TEXT_TOKENIZER,
     BundleError,
@@ -34,9 +33,10 @@ class Bundle:
     hash: str
 
     def graph(self, name: str) -> Path:
-        """The file of a graph; ValueError naming the four otherwise."""
-        if name not in GRAPHS:
-            raise ValueError(f"a bundle has no graph {name!r}; it has {', '.join(GRAPHS)}")
+        """The file of a graph; ValueError naming those there are otherwise."""
+        graphs = self.manifest.graphs
+        if name not in graphs:
+            raise ValueError(f"this bundle has no graph {name!r}; it has {', '.join(graphs)}")
         return self.path / graph_file(name)
 
     @cached_property

@@ -11,6 +11,7 @@ import numpy as np
 
 from nuwa.spec.tasks import Task
 
+from .class_maps import ClassMaps, check_ids
 from .core import GenerationRequest, ModelInfo, UnsupportedTaskError
 from .errors import FieldError
 
@@ -35,6 +36,8 @@ def check_request(request: GenerationRequest, info: ModelInfo) -> None:
         _check_frames(request, info)
     if request.mask is not None:
         _check_mask(request, info)
+    if request.sketch is not None:
+        _check_sketch(request.sketch, request, info)
 
 
 def _check_prompt(request: GenerationRequest) -> None:
@@ -46,9 +49,14 @@ def _check_prompt(request: GenerationRequest) -> None:
 
 
 def _check_frame_count(request: GenerationRequest, info: ModelInfo) -> None:
-    count, most = request.frame_count, info.max_frames if request.task.is_video else 1
+    count, task, reason = request.frame_count, request.task, "an image is 1"
+    most = info.max_frames if task.is_video else 1
+    if task.is_video:
+        reason = f"this model makes 1 to {most}"
+    if task is Task.V2V:  # goes on beyond the trained length
+        most = info.max_predicted_frames
+        reason = f"task V2V makes 1 to {most}"
     if count > most:
-        reason = f"this model makes 1 to {most}" if request.task.is_video else "an image is 1"
         raise FieldError("frame_count", f"frame_count {count} is too large; {reason}")
 
 
@@ -79,6 +87,10 @@ def _check_frames(request: GenerationRequest, info: ModelInfo) -> None:
             field,
             f"video has {given} frames; V2V needs at least 1 and fewer than the {count} asked",
         )
+    if task is Task.V2V and given > info.max_frames:
+        raise FieldError(
+            field, f"video has {given} frames; this model takes 1 to {info.max_frames} of a clip"
+        )
     if task is not Task.V2V and given != count:
         raise FieldError(field, f"{field} has {given} frames, not the {count} asked for")
 
@@ -91,6 +103,22 @@ def _check_mask(request: GenerationRequest, info: ModelInfo) -> None:
     _check_size("mask", mask.shape, info)
     if not mask.any():
         raise FieldError("mask", "mask is False everywhere, so nothing would be generated")
+
+
+def _check_sketch(sketch: ClassMaps, request: GenerationRequest, info: ModelInfo) -> None:
+    if sketch.dtype != np.uint8 or sketch.ndim != 3:
+        raise FieldError(
+            "sketch", f"sketch is {sketch.dtype} {list(sketch.shape)}, not uint8 [F, H, W]"
+        )
+    _check_size("sketch", sketch.shape[1:], info)
+    if len(sketch) != request.frame_count:
+        raise FieldError(
+            "sketch", f"sketch has {len(sketch)} frames, not the {request.frame_count} asked for"
+        )
+    try:
+        check_ids(sketch, info.sketch_classes)
+    except ValueError as error:
+        raise FieldError("sketch", f"sketch {error}") from error
 
 
 def _check_size(field: str, size: tuple[int, ...], info: ModelInfo) -> None:

@@ -22,8 +22,9 @@ from nuwa.spec.tasks import Task
 from nuwa.v1 import generation_pb2 as pb
 from nuwa.v1 import generation_pb2_grpc
 
-from . import convert, replies, requests, results
-from .core import Frame, ModelInfo
+from . import convert, replies, requests, results, selection
+from .convert import Job
+from .core import Event, Frame, ModelInfo
 from .engine_protocol import Engine
 from .requests import ImageOptions, VideoOptions
 from .results import ClipDone, ClipEvent, ClipResult, ImageResult
@@ -93,9 +94,10 @@ class BaseClient(ABC):
         deadline: float | None = None,
         **options: Unpack[ImageOptions],
     ) -> ImageResult:
-        """One image. Options: requests.ImageOptions."""
+        """One image, or several samples of it. Options: requests.ImageOptions."""
         message = requests.image_request(task, prompt, options)
-        return results.image_result(self._image(message, deadline))
+        answer = self._image(message, deadline)
+        return results.image_result(answer, message.sampling.sample_index)
 
     def stream_video(
         self,
@@ -107,7 +109,9 @@ class BaseClient(ABC):
     ) -> Iterator[ClipEvent]:
         """The events of one clip as they happen: Accepted, Progress and Frame, then ClipDone.
 
-        Options: requests.VideoOptions. Leaving the iterator early cancels the request.
+        Holds no frames, so that a long clip can be written away as it comes. Several samples come
+        mixed, or the best first if they are ranked: see sample_index. Options:
+        requests.VideoOptions. Leaving the iterator early cancels the request.
         """
         message = requests.video_request(task, prompt, options)
         return results.clip_events(self._video(message, deadline))
@@ -121,7 +125,10 @@ class BaseClient(ABC):
         on_event: Callable[[ClipEvent], object] | None = None,
         **options: Unpack[VideoOptions],
     ) -> ClipResult:
-        """One clip, all of it. Options: requests.VideoOptions. on_event hears of each event."""
+        """One clip, or several samples of it, all in memory. Options: requests.VideoOptions.
+
+        on_event hears of each event.
+        """
         frames: list[Frame] = []
         done: ClipDone | None = None
         for event in self.stream_video(task, prompt, deadline=deadline, **options):
@@ -202,15 +209,18 @@ class LocalClient(BaseClient):
         self, message: pb.GenerateImageRequest, deadline: float | None
     ) -> pb.GenerateImageResponse:
         job = convert.read_image_request(message, self.get_model())
-        handle = self._scheduler.submit(job.generation, timeout=deadline)
-        return replies.image_response(job, handle.events())
+        return replies.image_response(job, self._events(job, deadline))
 
     def _video(
         self, message: pb.GenerateVideoRequest, deadline: float | None
     ) -> Iterator[pb.GenerateVideoResponse]:
         job = convert.read_video_request(message, self.get_model())
-        handle = self._scheduler.submit(job.generation, timeout=deadline)
-        return replies.clip_responses(job, handle.events())
+        return replies.clip_responses(job, self._events(job, deadline))
+
+    def _events(self, job: Job, deadline: float | None) -> Iterator[Event]:
+        count = job.samples.count
+        handle = self._scheduler.submit(job.generation, samples=count, timeout=deadline)
+        return selection.events_of(handle, job.samples, self._scheduler.engine.rankers)
 
 
 @contextmanager

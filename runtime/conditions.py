@@ -63,7 +63,11 @@ def read(
         )
         _check_frames(frames, picture_field, task, info)
     if task.needs_sketch:
-        sketch = _samples(message.sketch, "sketch", 1, media.decode_class_map, limits)
+
+        def class_map(data: bytes, limits: Limits) -> Array:
+            return media.decode_class_map(data, info.sketch_classes, limits)
+
+        sketch = _samples(message.sketch, "sketch", 1, class_map, limits)
         _check_frames(sketch, "sketch", task, info)
     if task.needs_mask:
         mask = _mask(message.mask, info, limits)
@@ -149,10 +153,10 @@ def _mask(given: pb.Mask, info: ModelInfo, limits: Limits) -> Mask:
 
 
 def _mask_picture(given: pb.Media, field: str, limits: Limits) -> Mask:
-    if given.WhichOneof("content") == "encoded":
-        with _blame(f"{field}.encoded", field):
-            return media.decode_mask(given.encoded, limits)
-    samples = _samples(given, field, 1, media.decode_class_map, limits)
+    def mask(data: bytes, limits: Limits) -> Array:
+        return media.decode_mask(data, limits)[None].astype(np.uint8)
+
+    samples = _samples(given, field, 1, mask, limits)
     if len(samples) != 1:
         raise FieldError(field, f"{field} has {len(samples)} frames; a mask is one picture")
     return samples[0] != 0

@@ -10,7 +10,7 @@ import secrets
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
@@ -18,7 +18,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from nuwa.spec.tasks import Task
 from nuwa.v1 import generation_pb2 as pb
 
-from . import conditions
+from . import conditions, samples
 from .conditions import Conditions
 from .core import GenerationRequest, ModelInfo, Sampling, UnsupportedTaskError
 from .errors import FieldError
@@ -29,11 +29,12 @@ from .media import (
     MAX_SCALE,
     Limits,
 )
+from .samples import Samples
 
 MAX_PROMPT_BYTES = 4096
 MAX_REQUEST_ID_LENGTH = 128
 MAX_FRAME_PIXELS = 2**24  # of a frame after scaling; 48 MiB uncompressed
-MAX_ANIMATION_PIXELS = 2**26
+MAX_ANIMATION_PIXELS = 2**26  # of a clip in one file, or of all images of an answer
 
 TASKS: dict[pb.Task, Task] = {getattr(pb, f"TASK_{task.name}"): task for task in Task}
 TASK_VALUES = {task: value for value, task in TASKS.items()}
@@ -69,11 +70,12 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """One request of the service: what to generate and how to return it."""
+    """One request of the service: what to generate, how often, and how to return it."""
 
     generation: GenerationRequest
     output: OutputOptions
     request_id: str
+    samples: Samples = field(default_factory=Samples)
 
 
 def read_image_request(
@@ -86,7 +88,11 @@ def read_image_request(
     prompt = _prompt(message.prompt, task)
     given = conditions.read(message, "image", task, info, limits)
     output = _output(message.output, info)
-    return Job(_generation(message, task, prompt, 1, given), output, request_id)
+    generation = _generation(message, task, prompt, 1, given)
+    wanted = samples.read(message, generation, info)
+    pixels = wanted.returned * info.height * info.width * output.scale**2
+    _limit_pixels("the returned images", pixels, MAX_ANIMATION_PIXELS)
+    return Job(generation, output, request_id, wanted)
 
 
 def read_video_request(
@@ -100,7 +106,9 @@ def read_video_request(
     given = conditions.read(message, "video", task, info, limits)
     frame_count = _frame_count(message, task, info, given)
     output = _clip_output(message, info, frame_count)
-    return Job(_generation(message, task, prompt, frame_count, given), output, request_id)
+    generation = _generation(message, task, prompt, frame_count, given)
+    wanted = samples.read(message, generation, info)
+    return Job(generation, output, request_id, wanted)
 
 
 def refuse_unknown_fields(message: Message, path: str = "") -> None:
@@ -174,13 +182,14 @@ def _prompt(text: str, task: Task) -> str:
 def _frame_count(
     message: pb.GenerateVideoRequest, task: Task, info: ModelInfo, given: Conditions
 ) -> int:
+    most = info.max_predicted_frames if task is Task.V2V else info.max_frames
     follows = given.sketch if task is Task.S2V else given.frames if task is Task.TV2V else None
     if message.HasField("frame_count"):
         count = message.frame_count
     else:
         count = info.max_frames if follows is None else len(follows)
-    if not 1 <= count <= info.max_frames:
-        raise FieldError("frame_count", f"frame_count {count} is not in [1, {info.max_frames}]")
+    if not 1 <= count <= most:
+        raise FieldError("frame_count", f"frame_count {count} is not in [1, {most}]")
     if follows is not None and len(follows) != count:
         name = "sketch" if task is Task.S2V else "video"
         raise FieldError(
@@ -261,7 +270,7 @@ def _clip_output(
         raise FieldError(
             "frames_per_second", f"frames_per_second {speed} is not in [1, {MAX_FRAMES_PER_SECOND}]"
         )
-    if animation:
+    if animation:  # of one sample
         pixels = frame_count * info.height * info.width * output.scale**2
         _limit_pixels("the animation", pixels, MAX_ANIMATION_PIXELS)
     return replace(output, animation=animation, frames_per_second=speed)

@@ -90,7 +90,10 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds spent on one request, by phase, and how many steps decoding took."""
+    """Seconds spent on one request, by phase, and how many steps decoding took.
+
+    Of several samples all together; queue: until the first of them got a slot.
+    """
 
     queue: float = 0.0
     encode: float = 0.0
@@ -98,23 +101,26 @@ class Timings:
     pixels: float = 0.0
     total: float = 0.0
     steps: int = 0
+    ranking: float = 0.0
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """The request left the queue and holds a slot; queue_seconds is how long it waited."""
+    """A sample left the queue and holds a slot; queue_seconds is how long it waited."""
 
     queue_seconds: float
+    sample_index: int = 0
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Counts so far. positions: tokens decoded; frames: frames whose tokens are complete."""
+    """One sample so far. positions: tokens decoded; frames: frames whose tokens are complete."""
 
     positions_done: int
     positions_total: int
     frames_done: int
     frames_total: int
+    sample_index: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,13 +130,18 @@ class Frame:
     index: int
     pixels: Pixels
     tokens: npt.NDArray[np.int32]
+    sample_index: int = 0
 
 
 @dataclass(frozen=True)
 class Done:
-    """Always the last event of a request that was not cancelled and did not fail."""
+    """Always the last event of a request that was not cancelled and did not fail.
+
+    scores: of every sample by sample_index, where samples were ranked; higher is better.
+    """
 
     timings: Timings
+    scores: dict[int, float] = field(default_factory=dict)
 
 
 Event = Accepted | Progress | Frame | Done
@@ -152,7 +163,11 @@ class SlotStep:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a loaded bundle is and can do (GetModel, `nuwa inspect`)."""
+    """What a loaded bundle is and can do (GetModel, `nuwa inspect`).
+
+    max_predicted_frames: longest clip of V2V, as max_frames is of the other tasks. sketch_classes:
+    0 where the bundle takes no sketches. rankers: names of what can score samples.
+    """
 
     name: str
     bundle_hash: str
@@ -160,8 +175,11 @@ class ModelInfo:
     height: int
     width: int
     max_frames: int
+    max_predicted_frames: int
     codebook_size: int
+    sketch_classes: int
     parameter_count: int
     precision: str
     licence: str
     backend: str
+    rankers: tuple[str, ...]

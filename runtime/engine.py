@@ -6,24 +6,36 @@ scheduler's, the service's and the backend's.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from nuwa.spec.conditions import ConditionLayout, visual_neighbours, visual_window
 from nuwa.spec.grid import Grid, Int
+from nuwa.spec.known import blank_hidden
 from nuwa.spec.manifest import BundleError, Manifest
 from nuwa.spec.philox import uniforms
-from nuwa.spec.plan import DecodePlan, cache_entries, completion_plan, decode_plan
+from nuwa.spec.plan import (
+    Plan,
+    RollingPlan,
+    cache_entries,
+    completion_plan,
+    decode_plan,
+    longest_clip,
+)
 from nuwa.spec.tasks import UNCONDITIONAL_PROMPT
 
 from .backends.base import Backend
 from .backends.onnxruntime_cpu import OnnxRuntimeCpu
-from .batch import assemble
+from .batch import CrossColumns, assemble
 from .bundle import Bundle, open_bundle
 from .check import check_request
 from .core import GenerationRequest, ModelInfo, Pixels, SlotStep
 from .given import known_positions
+from .ranking import find_rankers, ranker_names
 from .sequence import Lane, Sequence
 
 Known = npt.NDArray[np.bool_]
@@ -49,7 +61,7 @@ def load_engine(
     backend = OnnxRuntimeCpu(
         opened,
         cache_slots=cache_slots(slots),
-        condition_slots=condition_slots(slots),
+        condition_slots=slots,
         threads=threads,
         spinning=spinning,
     )
@@ -61,26 +73,25 @@ def cache_slots(slots: int) -> int:
     return 2 * slots
 
 
-def condition_slots(slots: int) -> int:
-    """Condition slots of an engine: one a slot, and the last for UNCONDITIONAL_PROMPT."""
-    return slots + 1
-
-
 class Engine:
     """Decodes up to `slots` requests at a time; one thread calls it, but `check` and `info` any.
 
-    backend: has cache_slots(slots) and condition_slots(slots).
+    backend: has cache_slots(slots), and `slots` condition slots.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, *, slots: int) -> None:
         self.slots = slots
         self.info = model_info(bundle, backend.name)
+        self.rankers = find_rankers(bundle)
         self._backend = backend
         self._config = bundle.manifest.config
         self._text = bundle.text_tokenizer
+        self._layout = ConditionLayout.of(self._config)
+        self._columns = CrossColumns(self._config)
         self._sequences: dict[int, Sequence] = {}
         _check_cache(bundle.manifest)
-        self._unconditional = self._encode(UNCONDITIONAL_PROMPT, slots)
+        for slot in range(slots):
+            self._none_length = self._encode(UNCONDITIONAL_PROMPT, slot, self._layout.none)
 
     def check(self, request: GenerationRequest) -> None:
         """UnsupportedTaskError, or ValueError naming the value and the valid choices."""
@@ -91,17 +102,18 @@ class Engine:
         assert 0 <= slot < self.slots and slot not in self._sequences, "the slot is not free"
         tokens, known = self._given_tokens(request)
         plan = self._plan(request, known)
-        draws = uniforms(request.seed, request.sample_index, plan.position)
-        lanes = self._lanes(request, slot)
-        self._sequences[slot] = Sequence(plan, lanes, request.sampling, draws, tokens, known)
+        draw = functools.partial(uniforms, request.seed, request.sample_index)
+        visual = self._visual_tokens(request, tokens, known)
+        lanes = self._lanes(request, slot, self._look(visual, self._grid(request), slot))
+        self._sequences[slot] = Sequence(plan, lanes, request.sampling, draw, tokens, known)
 
     def step(self) -> list[SlotStep]:
         """Decodes one wave of every admitted, unfinished slot, all in one call of the backend."""
         active = {slot: s for slot, s in self._sequences.items() if not s.done}
         if not active:
             return []
-        image, text = self._config.image, self._config.text
-        drawn = self._backend.step(assemble(active.values(), image.codebook_size, text.length))
+        codebook_size = self._config.image.codebook_size
+        drawn = self._backend.step(assemble(active.values(), codebook_size, self._columns))
         results, start = [], 0
         for slot, sequence in active.items():
             width = sequence.width
@@ -130,57 +142,90 @@ class Engine:
         tokens[-1] = self._config.bos
         known = known_positions(request, grid)
         if request.frames is not None and known.any():
-            codes = self.tokens(request.frames).reshape(-1)
+            frames = request.frames
+            if request.mask is not None:
+                frames = blank_hidden(frames, known.reshape(grid.shape))
+            codes = self.tokens(frames).reshape(-1)
             where = np.flatnonzero(known)
             tokens[where] = codes[where]
         return tokens, known
 
-    def _plan(self, request: GenerationRequest, known: Known) -> DecodePlan:
+    def _visual_tokens(self, request: GenerationRequest, tokens: Int, known: Known) -> Int | None:
+        """i32 [N]: ids for the visual encoder; None if nothing is to be seen.
+
+        Of a masked picture its known tokens. One that is hidden altogether is as good as none.
+        """
+        config = self._config
+        if config.visual is None:
+            return None
+        if request.sketch is not None:
+            codes = self._backend.tokenize_sketch(request.sketch).reshape(-1)
+            return codes + np.int32(config.image.codebook_size)
+        if request.task.needs_mask and known.any():
+            return np.where(known, tokens[:-1], np.int32(config.hidden))
+        return None
+
+    def _plan(self, request: GenerationRequest, known: Known) -> Plan:
         grid, decoder = self._grid(request), self._config.decoder
+        if request.frame_count > decoder.grid.frames:
+            given = 0 if request.frames is None else len(request.frames)
+            return RollingPlan(decoder, request.frame_count, given, request.schedule)
         if known.any():
             return completion_plan(decoder, grid, known, request.schedule)
         return decode_plan(decoder, grid, request.schedule)
 
     def _grid(self, request: GenerationRequest) -> Grid:
+        """The volume, or as many first frames of it as the model was trained on."""
         most = self._config.decoder.grid
-        return Grid(request.frame_count, most.height, most.width)
+        return Grid(min(request.frame_count, most.frames), most.height, most.width)
 
-    def _lanes(self, request: GenerationRequest, slot: int) -> tuple[Lane, ...]:
+    def _look(self, visual: Int | None, grid: Grid, slot: int) -> Int | None:
+        """Encodes visual ids into a condition slot; the entries that every position then sees."""
+        if visual is None:
+            return None
+        near = visual_neighbours(self._config, grid)
+        self._backend.encode_visual(visual, grid.coordinates(), near, slot)
+        return visual_window(self._config, grid)
+
+    def _lanes(self, request: GenerationRequest, slot: int, visual: Int | None) -> tuple[Lane, ...]:
+        none = Lane(slot, slot, self._none_length, self._layout.none, visual)
         prompt = request.prompt.strip() or UNCONDITIONAL_PROMPT
         if prompt == UNCONDITIONAL_PROMPT:  # guidance would compare the rows with themselves
-            return (Lane(slot, *self._unconditional),)
-        condition = self._encode(prompt, slot)
-        if request.sampling.guidance_scale == 1.0:
-            return (Lane(slot, *condition),)
-        return (
-            Lane(slot, *condition, guided=True),
-            Lane(self.slots + slot, *self._unconditional),
-        )
+            return (none,)
+        length = self._encode(prompt, slot, self._layout.text)
+        guided = request.sampling.guidance_scale != 1.0
+        lane = Lane(slot, slot, length, self._layout.text, visual, guided)
+        if not guided:
+            return (lane,)
+        return lane, dataclasses.replace(none, cache_slot=self.slots + slot)
 
-    def _encode(self, prompt: str, condition_slot: int) -> tuple[int, int]:
-        """Fills a condition slot; returns it and how many of its text positions count."""
+    def _encode(self, prompt: str, slot: int, first: int) -> int:
+        """Puts a text into a condition slot from entry `first`; how many positions of it count."""
         ids = self._text.encode(prompt)
-        self._backend.encode_text(ids[None], [condition_slot])
+        self._backend.encode_text(ids[None], [slot], first)
         text = self._config.text
-        return condition_slot, self._text.used(ids) if text.mask_padding else text.length
+        return self._text.used(ids) if text.mask_padding else text.length
 
 
 def model_info(bundle: Bundle, backend: str) -> ModelInfo:
     """What GetModel and `nuwa inspect` tell of a bundle."""
     manifest, config = bundle.manifest, bundle.manifest.config
+    sketches = config.sketch is not None
     return ModelInfo(
         name=manifest.name,
         bundle_hash=bundle.hash,
-        # Sketches need a visual encoder, and bundles of this format version hold none.
-        tasks=tuple(task for task in manifest.tasks if not task.needs_sketch),
+        tasks=tuple(task for task in manifest.tasks if sketches or not task.needs_sketch),
         height=config.image.resolution,
         width=config.image.resolution,
         max_frames=config.decoder.grid.frames,
+        max_predicted_frames=longest_clip(config.decoder),
         codebook_size=config.image.codebook_size,
+        sketch_classes=config.sketch.channels if config.sketch is not None else 0,
         parameter_count=manifest.parameter_count,
         precision=manifest.precision,
         licence=manifest.licence,
         backend=backend,
+        rankers=ranker_names(manifest),
     )
 
 

@@ -5,22 +5,32 @@ Exists so that both can be tested without a model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from .core import GenerationRequest, ModelInfo, Pixels, SlotStep
+from .ranking import Ranker
 
 
 class Engine(Protocol):
-    """Slots that decode side by side. Only `info`, `slots` and `check` are used by many threads."""
+    """Slots that decode side by side.
+
+    Only `info`, `slots`, `rankers` and `check` are used by many threads.
+    """
 
     @property
     def info(self) -> ModelInfo: ...
 
     @property
     def slots(self) -> int: ...
+
+    @property
+    def rankers(self) -> Mapping[str, Ranker]:
+        """What can score samples: those named in `info.rankers`."""
+        ...
 
     def check(self, request: GenerationRequest) -> None:
         """ValueError or UnsupportedTaskError if this request cannot be done."""

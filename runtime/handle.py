@@ -27,8 +27,8 @@ class Handle:
         self.deadline = deadline
         self.cancelled = False
         self._on_cancel = on_cancel
-        # Unbounded, so that a slow reader never stops the decode thread; a request makes at most
-        # one event a frame and one a percent, which bounds it in fact.
+        # Unbounded, so that a slow reader never stops the decode thread; each sample makes at most
+        # one event a frame and one a percent, which bounds it in fact (convert.MAX_REQUEST_PIXELS).
         self._events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
 
     def cancel(self) -> None:
@@ -40,7 +40,7 @@ class Handle:
         self._on_cancel(self)
 
     def events(self) -> Iterator[Event]:
-        """Accepted, Progress and Frame as they happen, then Done.
+        """Accepted, Progress and Frame of every sample as they happen, then one Done.
 
         Raises what ended the request instead: CancelledError (DeadlineExceededError where that was
         the reason), ShuttingDownError or EngineError. Leaving the iterator early cancels.
@@ -60,7 +60,7 @@ class Handle:
             self.cancel()
 
     def result(self) -> tuple[list[Frame], Timings]:
-        """Waits for the end; the frames in index order. Raises as `events` does."""
+        """Waits for the end; frames by sample, then by index. Raises as `events` does."""
         frames = []
         timings = Timings()
         for event in self.events():
@@ -68,7 +68,7 @@ class Handle:
                 frames.append(event)
             elif isinstance(event, Done):
                 timings = event.timings
-        return sorted(frames, key=lambda frame: frame.index), timings
+        return sorted(frames, key=lambda frame: (frame.sample_index, frame.index)), timings
 
     def emit(self, event: Event) -> None:
         """For the scheduler: hands one event to the reader."""

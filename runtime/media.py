@@ -15,6 +15,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from . import animation
+from .class_maps import check_ids, ids_of_colours
 from .core import Mask, Pixels
 
 READABLE_FORMATS = ("PNG", "WEBP", "GIF", "JPEG")
@@ -61,12 +62,23 @@ def decode_clip(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Pixels:
     return _decode(data, limits, _to_rgb)
 
 
-def decode_class_map(data: bytes, limits: Limits = DEFAULT_LIMITS) -> npt.NDArray[np.uint8]:
-    """A segmentation map as class ids u8 [F, H, W]: palette indices of a palette PNG, else greys.
+def decode_class_map(
+    data: bytes, classes: int, limits: Limits = DEFAULT_LIMITS
+) -> npt.NDArray[np.uint8]:
+    """A segmentation map as class ids u8 [F, H, W], all below `classes`.
 
-    MediaError as decode_clip, and for colours and JPEG, neither of which names classes.
+    A palette PNG gives its palette indices, a grey picture its grey values; colours must be those
+    of spec/palette.py. Animated or not; frames of GIFs and WebPs count as colours. MediaError as
+    decode_clip, for ids and colours that are no class, and for JPEG, which changes both.
     """
-    return _decode(data, limits, _to_class_ids)
+    samples = _decode(data, limits, _to_class_samples)
+    try:
+        if samples.ndim == 4:
+            return ids_of_colours(samples, classes)
+        check_ids(samples, classes)
+    except ValueError as error:
+        raise MediaError(str(error)) from error
+    return samples
 
 
 def decode_mask(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Mask:
@@ -181,12 +193,11 @@ def _to_rgb(image: Image.Image) -> Pixels:
     return np.array(image.convert("RGB"))
 
 
-def _to_class_ids(image: Image.Image) -> npt.NDArray[np.uint8]:
+def _to_class_samples(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Ids [H, W] where a file says them outright, else colours [H, W, 3]."""
     if image.format == "JPEG":
         raise MediaError("is a JPEG, which changes class ids; send a PNG")
-    if image.mode == "P" and image.format == "PNG":
+    plain_grey = image.mode == "L" and "transparency" not in image.info
+    if image.format == "PNG" and (image.mode == "P" or plain_grey):
         return np.array(image)
-    red, green, blue = np.moveaxis(_to_rgb(image), -1, 0)
-    if not (np.array_equal(red, green) and np.array_equal(green, blue)):
-        raise MediaError("has colours; send class ids as palette indices or grey values")
-    return red
+    return _to_rgb(image)

@@ -1,6 +1,7 @@
 """Events and results of core.py as messages of nuwa.v1: scaled, encoded, with their units.
 
-Pure functions; `convert.py` goes the other way.
+Pure functions; `convert.py` goes the other way. Samples come in the order in which they are to be
+returned, or mixed where they are not ranked (selection.py).
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.duration_pb2 import Duration
 
+from nuwa.spec.palette import voc_palette
 from nuwa.v1 import generation_pb2 as pb
 
 from . import media
 from .convert import TASK_VALUES, Job, OutputOptions
 from .core import Accepted, Done, Event, Frame, ModelInfo, Pixels, Progress, Timings
+from .samples import MAX_SAMPLES
 
 FORMATS = {
     "png": pb.IMAGE_FORMAT_PNG,
@@ -27,32 +30,58 @@ ANIMATION_FORMATS = {"webp": pb.ANIMATION_FORMAT_WEBP, "gif": pb.ANIMATION_FORMA
 
 
 def image_response(job: Job, events: Iterator[Event]) -> pb.GenerateImageResponse:
-    """Waits for the image: the answer to GenerateImage."""
+    """Waits for the image, or for all samples of it: the answer to GenerateImage."""
     response = pb.GenerateImageResponse(request_id=job.request_id, seed=job.generation.seed)
+    frames: list[Frame] = []
     for event in events:
         match event:
             case Frame():
-                response.frame.CopyFrom(frame_message(event, job.output))
+                frames.append(event)
             case Done():
                 response.timings.CopyFrom(timings_message(event.timings))
+                response.scores.extend(_scores(event))
+                if not event.scores:
+                    frames.sort(key=lambda frame: frame.sample_index)
+                _add_images(response, job, frames, event.scores)
     return response
 
 
+def _add_images(
+    response: pb.GenerateImageResponse, job: Job, frames: list[Frame], scores: dict[int, float]
+) -> None:
+    pictures = [frame_message(frame, job.output) for frame in frames]
+    response.frame.CopyFrom(pictures[0])
+    if not job.samples.listed:
+        return
+    for frame, picture in zip(frames, pictures, strict=True):
+        index = frame.sample_index
+        response.samples.add(sample_index=index, score=scores.get(index), frame=picture)
+
+
 def clip_responses(job: Job, events: Iterator[Event]) -> Iterator[pb.GenerateVideoResponse]:
-    """The stream that answers GenerateVideo, one message for each event."""
-    frames: list[Pixels] = []
+    """The stream that answers GenerateVideo, one message for each event.
+
+    Holds no frames but those of the animation, if one is asked for.
+    """
+    shown: int | None = None if job.samples.rank_by else job.generation.sample_index
+    pictures: list[Pixels] = []
     for event in events:
         match event:
             case Accepted():
                 yield pb.GenerateVideoResponse(accepted=_accepted(job, event))
             case Progress():
                 yield pb.GenerateVideoResponse(progress=_progress(event))
-            case Frame():
-                frames.append(event.pixels)
+            case Frame(sample_index=index):
+                if shown is None:
+                    shown = index  # the best one is the first to come
+                if job.output.animation and index == shown:
+                    pictures.append(event.pixels)
                 frame = frame_message(event, job.output)
-                yield pb.GenerateVideoResponse(frame=pb.FrameEvent(frame=frame))
+                sent = pb.FrameEvent(frame=frame, sample_index=index)
+                yield pb.GenerateVideoResponse(frame=sent)
             case Done():
-                yield pb.GenerateVideoResponse(done=_done(job, frames, event.timings))
+                assert shown is not None, "a sample has frames"
+                yield pb.GenerateVideoResponse(done=_done(job, shown, pictures, event))
 
 
 def _accepted(job: Job, event: Accepted) -> pb.AcceptedEvent:
@@ -61,6 +90,7 @@ def _accepted(job: Job, event: Accepted) -> pb.AcceptedEvent:
         seed=job.generation.seed,
         frame_count=job.generation.frame_count,
         queue_duration=_duration(event.queue_seconds),
+        sample_index=event.sample_index,
     )
 
 
@@ -70,21 +100,30 @@ def _progress(event: Progress) -> pb.ProgressEvent:
         total_position_count=event.positions_total,
         decoded_frame_count=event.frames_done,
         total_frame_count=event.frames_total,
+        sample_index=event.sample_index,
     )
 
 
-def _done(job: Job, frames: list[Pixels], timings: Timings) -> pb.DoneEvent:
+def _done(job: Job, sample_index: int, pictures: list[Pixels], event: Done) -> pb.DoneEvent:
     done = pb.DoneEvent(
         request_id=job.request_id,
         seed=job.generation.seed,
-        timings=timings_message(timings),
+        timings=timings_message(event.timings),
+        sample_index=sample_index,
+        scores=_scores(event),
     )
     output = job.output
     if output.animation:
-        clip = media.upscale(np.stack(frames), output.scale)
+        clip = media.upscale(np.stack(pictures), output.scale)
         done.animation = media.encode_animation(clip, output.animation, output.frames_per_second)
         done.animation_format = ANIMATION_FORMATS[output.animation]
     return done
+
+
+def _scores(event: Done) -> list[pb.SampleScore]:
+    return [
+        pb.SampleScore(sample_index=index, score=score) for index, score in event.scores.items()
+    ]
 
 
 def frame_message(frame: Frame, output: OutputOptions) -> pb.Frame:
@@ -112,6 +151,7 @@ def timings_message(timings: Timings) -> pb.Timings:
         pixel_duration=_duration(timings.pixels),
         total_duration=_duration(timings.total),
         step_count=timings.steps,
+        ranking_duration=_duration(timings.ranking),
     )
 
 
@@ -130,7 +170,16 @@ def model_message(info: ModelInfo, slots: int) -> pb.Model:
         license=info.licence,
         backend=info.backend,
         slot_count=slots,
+        max_prediction_frame_count=info.max_predicted_frames,
+        sketch_class_count=info.sketch_classes,
+        sketch_palette=_palette(info.sketch_classes),
+        rankers=info.rankers,
+        max_sample_count=MAX_SAMPLES,
     )
+
+
+def _palette(classes: int) -> bytes:
+    return voc_palette(classes).tobytes() if classes else b""
 
 
 def _token_grid(tokens: npt.NDArray[np.int32]) -> pb.TokenGrid:

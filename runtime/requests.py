@@ -40,6 +40,8 @@ class Options(TypedDict, total=False):
 
     mask: a picture (bright is generated), bool [H, W], or boxes (left, top, width, height).
     sketch: a file, or class ids u8 [H, W] or [F, H, W].
+    samples: how many to generate; rank_by: a ranker that finds the best of them; return_count: how
+    many of the best to return.
     scale: integer upscaling, 1 to 8. schedule: "wave" or "raster".
     output_format: "raw" (default), "png", "webp" or "gif".
     """
@@ -48,6 +50,9 @@ class Options(TypedDict, total=False):
     sketch: MediaLike | None
     seed: int | None
     sample_index: int
+    samples: int | None
+    rank_by: str | None
+    return_count: int | None
     temperature: float | None
     top_k: int | None
     top_p: float | None
@@ -122,7 +127,10 @@ def _fill(
     message.schedule = _choose("schedule", given.get("schedule", "wave"), SCHEDULES)
     message.output.format = _choose("output_format", given.get("output_format", "raw"), FORMATS)
     message.output.include_tokens = given.get("include_tokens", False)
-    _set(message, "request_id", given)
+    for name in ("request_id", "rank_by", "return_count"):
+        _set(message, name, given)
+    if "samples" in given:
+        _set(message, "sample_count", {"sample_count": given["samples"]})
     for name in _SAMPLING:
         _set(message.sampling, name, given)
     if "scale" in given:

@@ -5,7 +5,7 @@ For the client and the command line; the counterpart of requests.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +22,23 @@ Tokens = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
+class ImageSample:
+    """One sample of an image; fields as in ImageResult. score: None if it was not ranked."""
+
+    pixels: Pixels
+    data: bytes
+    tokens: Tokens | None
+    sample_index: int
+    score: float | None
+
+
+@dataclass(frozen=True)
 class ImageResult:
-    """pixels u8 [H, W, 3]; data: as it came (a file, or raw); tokens i32 [h, w] if asked for."""
+    """pixels u8 [H, W, 3]; data: as it came (a file, or raw); tokens i32 [h, w] if asked for.
+
+    samples: all that were returned, the best first if they were ranked; the image is the first.
+    scores: of every sample that was generated, by sample_index, if they were ranked.
+    """
 
     pixels: Pixels
     data: bytes
@@ -31,11 +46,26 @@ class ImageResult:
     seed: int
     timings: Timings
     request_id: str
+    samples: tuple[ImageSample, ...]
+    scores: dict[int, float]
+
+
+@dataclass(frozen=True)
+class ClipSample:
+    """One sample of a clip; fields as in ClipResult. score: None if it was not ranked."""
+
+    frames: Pixels
+    tokens: Tokens | None
+    sample_index: int
+    score: float | None
 
 
 @dataclass(frozen=True)
 class ClipResult:
-    """frames u8 [F, H, W, 3]; tokens i32 [F, h, w] and animation (a file) if asked for."""
+    """frames u8 [F, H, W, 3]; tokens i32 [F, h, w] and animation (a file) if asked for.
+
+    samples and scores: as in ImageResult.
+    """
 
     frames: Pixels
     tokens: Tokens | None
@@ -43,30 +73,55 @@ class ClipResult:
     seed: int
     timings: Timings
     request_id: str
+    samples: tuple[ClipSample, ...]
+    scores: dict[int, float]
 
 
 @dataclass(frozen=True)
 class ClipDone:
-    """The last event of a clip. animation: the whole clip as a file, if asked for."""
+    """The last event of a clip. animation: the whole clip as a file, if asked for.
+
+    sample_index: the best sample, or the first if they were not ranked; the animation is of it.
+    scores: of every sample by sample_index, if they were ranked.
+    """
 
     seed: int
     timings: Timings
     animation: bytes | None
     request_id: str
+    sample_index: int
+    scores: dict[int, float]
 
 
 ClipEvent = Accepted | Progress | Frame | ClipDone
 
 
-def image_result(message: pb.GenerateImageResponse) -> ImageResult:
-    """The answer to GenerateImage."""
+def image_result(message: pb.GenerateImageResponse, sample_index: int = 0) -> ImageResult:
+    """The answer to GenerateImage. sample_index: that of the request, for an only sample."""
+    if message.samples:
+        samples = tuple(_image_sample(each) for each in message.samples)
+    else:
+        samples = (_image_sample(pb.Sample(frame=message.frame, sample_index=sample_index)),)
+    first = samples[0]
     return ImageResult(
-        pixels=_pixels(message.frame),
-        data=message.frame.data,
-        tokens=_tokens(message.frame),
+        pixels=first.pixels,
+        data=first.data,
+        tokens=first.tokens,
         seed=message.seed,
         timings=_timings(message.timings),
         request_id=message.request_id,
+        samples=samples,
+        scores=_scores(message.scores),
+    )
+
+
+def _image_sample(message: pb.Sample) -> ImageSample:
+    return ImageSample(
+        pixels=_pixels(message.frame),
+        data=message.frame.data,
+        tokens=_tokens(message.frame),
+        sample_index=message.sample_index,
+        score=message.score if message.HasField("score") else None,
     )
 
 
@@ -78,7 +133,8 @@ def clip_events(messages: Iterator[pb.GenerateVideoResponse]) -> Iterator[ClipEv
     for message in messages:
         match message.WhichOneof("event"):
             case "accepted":
-                yield Accepted(_seconds(message.accepted.queue_duration))
+                accepted = message.accepted
+                yield Accepted(_seconds(accepted.queue_duration), accepted.sample_index)
             case "progress":
                 event = message.progress
                 yield Progress(
@@ -86,29 +142,57 @@ def clip_events(messages: Iterator[pb.GenerateVideoResponse]) -> Iterator[ClipEv
                     event.total_position_count,
                     event.decoded_frame_count,
                     event.total_frame_count,
+                    event.sample_index,
                 )
             case "frame":
                 frame = message.frame.frame
                 tokens = _tokens(frame)
                 empty = np.zeros((0, 0), np.int32)
-                yield Frame(frame.index, _pixels(frame), empty if tokens is None else tokens)
+                yield Frame(
+                    frame.index,
+                    _pixels(frame),
+                    empty if tokens is None else tokens,
+                    message.frame.sample_index,
+                )
             case "done":
                 done = message.done
                 yield ClipDone(
-                    done.seed, _timings(done.timings), done.animation or None, done.request_id
+                    seed=done.seed,
+                    timings=_timings(done.timings),
+                    animation=done.animation or None,
+                    request_id=done.request_id,
+                    sample_index=done.sample_index,
+                    scores=_scores(done.scores),
                 )
 
 
 def clip_result(frames: list[Frame], done: ClipDone) -> ClipResult:
-    """The frames of a stream and its last event as one value."""
-    tokens = np.stack([frame.tokens for frame in frames])
+    """The frames of a stream, in the order in which they came, and its last event as one value."""
+    clips: dict[int, list[Frame]] = {}
+    for frame in frames:
+        clips.setdefault(frame.sample_index, []).append(frame)
+    order = list(clips) if done.scores else sorted(clips)
+    samples = tuple(_clip_sample(clips[index], done) for index in order)
     return ClipResult(
-        frames=np.stack([frame.pixels for frame in frames]),
-        tokens=tokens if tokens.size else None,
+        frames=samples[0].frames,
+        tokens=samples[0].tokens,
         animation=done.animation,
         seed=done.seed,
         timings=done.timings,
         request_id=done.request_id,
+        samples=samples,
+        scores=done.scores,
+    )
+
+
+def _clip_sample(frames: list[Frame], done: ClipDone) -> ClipSample:
+    tokens = np.stack([frame.tokens for frame in frames])
+    index = frames[0].sample_index
+    return ClipSample(
+        frames=np.stack([frame.pixels for frame in frames]),
+        tokens=tokens if tokens.size else None,
+        sample_index=index,
+        score=done.scores.get(index),
     )
 
 
@@ -121,11 +205,14 @@ def model_info(message: pb.Model) -> ModelInfo:
         height=message.height,
         width=message.width,
         max_frames=message.max_frame_count,
+        max_predicted_frames=message.max_prediction_frame_count or message.max_frame_count,
         codebook_size=message.codebook_size,
+        sketch_classes=message.sketch_class_count,
         parameter_count=message.parameter_count,
         precision=message.precision,
         licence=message.license,
         backend=message.backend,
+        rankers=tuple(message.rankers),
     )
 
 
@@ -151,7 +238,12 @@ def _timings(message: pb.Timings) -> Timings:
         pixels=_seconds(message.pixel_duration),
         total=_seconds(message.total_duration),
         steps=message.step_count,
+        ranking=_seconds(message.ranking_duration),
     )
+
+
+def _scores(messages: Iterable[pb.SampleScore]) -> dict[int, float]:
+    return {each.sample_index: each.score for each in messages}
 
 
 def _seconds(duration: Duration) -> float:

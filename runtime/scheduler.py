@@ -2,7 +2,9 @@
 
 Holds no tensors of its own and knows no network: tokens and pixels only pass through. Requests are
 admitted first come, first served, whenever a slot is free at a step boundary; with more than one
-slot this is continuous batching. Times are those of `time.perf_counter`.
+slot this is continuous batching. A request for several samples gets its slots one at a time and
+goes to the end of the queue after each, so that it never keeps others waiting for more than one of
+its samples. Times are those of `time.perf_counter`.
 """
 
 from __future__ import annotations
@@ -11,9 +13,12 @@ import logging
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+from nuwa.spec.grid import Int
 
 from .core import (
     Accepted,
@@ -21,15 +26,16 @@ from .core import (
     Done,
     Frame,
     GenerationRequest,
+    Pixels,
     Progress,
     QueueFullError,
     SlotStep,
-    Timings,
 )
 from .engine_protocol import Engine
 from .errors import DeadlineExceededError, EngineError, ShuttingDownError
 from .given import restore_given
 from .handle import Handle
+from .submission import Submission
 
 log = logging.getLogger("nuwa.runtime")
 
@@ -39,20 +45,16 @@ CLOSE_SECONDS = 30.0  # how long close() waits for a step that is under way
 
 @dataclass
 class _Running:
-    """A request that holds a slot, and where its time went so far."""
+    """A sample that holds a slot."""
 
-    handle: Handle
-    queue: float
-    encode: float = 0.0
-    decode: float = 0.0
-    pixels: float = 0.0
-    steps: int = 0
+    submission: Submission
+    request: GenerationRequest
     frames_done: int = 0
     percent: int = -1
 
-    def timings(self, now: float) -> Timings:
-        total = now - self.handle.submitted
-        return Timings(self.queue, self.encode, self.decode, self.pixels, total, self.steps)
+    @property
+    def handle(self) -> Handle:
+        return self.submission.handle
 
 
 class Scheduler:
@@ -67,9 +69,10 @@ class Scheduler:
             raise ValueError(f"queue_size {queue_size} is not at least 1")
         self.engine = engine
         self.queue_size = queue_size
-        # A handle belongs to the queue or to a slot. Whoever takes it out of there (the queue is
-        # changed under the lock, the slots by the decode thread only) ends it, so it ends once.
-        self._queue: deque[Handle] = deque()
+        # Requests with samples that wait for a slot; changed under the lock. A request that has no
+        # sample in a slot yet is ended by whoever takes it out of here. All others are ended by the
+        # decode thread only, which empties their slots first. So each ends once.
+        self._queue: deque[Submission] = deque()
         self._running: dict[int, _Running] = {}
         self._changed = threading.Condition()
         self._closing = False
@@ -85,21 +88,27 @@ class Scheduler:
 
     @property
     def queued(self) -> int:
-        """Requests that wait for a slot."""
+        """Requests that wait for a slot, for all of their samples or for the rest of them."""
         return len(self._queue)
 
     @property
     def active(self) -> int:
-        """Requests that hold a slot."""
+        """Slots that are taken, each by a sample of a request."""
         return len(self._running)
 
-    def submit(self, request: GenerationRequest, *, timeout: float | None = None) -> Handle:
+    def submit(
+        self, request: GenerationRequest, *, samples: int = 1, timeout: float | None = None
+    ) -> Handle:
         """Queues a request; after `timeout` seconds from now it ends with DeadlineExceededError.
 
-        Raises ValueError or UnsupportedTaskError (the engine's check), QueueFullError, and
-        ShuttingDownError after close().
+        samples: how many, with sample indices from request.sample_index on; their events carry the
+        index and come mixed, and Done after all of them. Raises ValueError or UnsupportedTaskError
+        (the engine's check), QueueFullError, and ShuttingDownError after close().
         """
-        self.engine.check(request)
+        if samples < 1:
+            raise ValueError(f"samples {samples} is not at least 1")
+        for index in {request.sample_index, request.sample_index + samples - 1}:
+            self.engine.check(replace(request, sample_index=index))
         now = time.perf_counter()
         deadline = None if timeout is None else now + timeout
         handle = Handle(request, submitted=now, deadline=deadline, on_cancel=self._cancel_queued)
@@ -108,7 +117,7 @@ class Scheduler:
                 raise ShuttingDownError("the server is shutting down")
             if len(self._queue) >= self.queue_size:
                 raise QueueFullError(f"the queue is full: {self.queue_size} requests are waiting")
-            self._queue.append(handle)
+            self._queue.append(Submission(handle, samples))
             self._changed.notify_all()
         return handle
 
@@ -160,15 +169,18 @@ class Scheduler:
             log.critical("the decode thread died; no more requests are taken", exc_info=True)
             with self._changed:
                 self._closing = self._aborting = True
-            for handle in [*self._queue, *(running.handle for running in self._running.values())]:
-                handle.fail(EngineError("the server's decode thread died"))
+                stranded = dict.fromkeys([*self._queue, *self._submissions(self._running)])
+            for submission in stranded:
+                submission.handle.fail(EngineError("the server's decode thread died"))
 
     def _cancel_queued(self, handle: Handle) -> None:
-        """Ends a cancelled handle at once if it waits; a running one ends at the next sweep."""
+        """Ends a cancelled handle at once if it only waits; others end at the next sweep."""
         with self._changed:
-            try:
-                self._queue.remove(handle)
-            except ValueError:
+            for submission in self._queue:
+                if submission.handle is handle and submission.started == 0:
+                    self._queue.remove(submission)
+                    break
+            else:
                 return
         handle.fail(CancelledError("the request was cancelled while it waited in the queue"))
 
@@ -176,15 +188,15 @@ class Scheduler:
         now = time.perf_counter()
         ended = []
         with self._changed:
-            for handle in list(self._queue):
-                if error := self._reason_to_stop(handle, now):
-                    self._queue.remove(handle)
-                    ended.append((handle, error))
-        for handle, error in ended:
-            handle.fail(error)
-        for slot, running in list(self._running.items()):
-            if error := self._reason_to_stop(running.handle, now):
-                self._end(slot, error)
+            for submission in list(self._queue):
+                if error := self._reason_to_stop(submission.handle, now):
+                    self._queue.remove(submission)
+                    ended.append((submission, error))
+        for submission, error in ended:
+            self._end(submission, error)
+        for submission in self._submissions(self._running):
+            if error := self._reason_to_stop(submission.handle, now):
+                self._end(submission, error)
 
     def _reason_to_stop(self, handle: Handle, now: float) -> Exception | None:
         if self._aborting:
@@ -202,36 +214,41 @@ class Scheduler:
                 with self._changed:
                     if not self._queue:
                         return
-                    handle = self._queue.popleft()
-                self._admit_one(handle, slot)
+                    submission = self._queue.popleft()
+                    request = submission.start_next()
+                    if not submission.all_started:
+                        self._queue.append(submission)
+                self._admit_one(submission, request, slot)
 
-    def _admit_one(self, handle: Handle, slot: int) -> None:
+    def _admit_one(self, submission: Submission, request: GenerationRequest, slot: int) -> None:
         started = time.perf_counter()
-        running = _Running(handle, queue=started - handle.submitted)
-        handle.emit(Accepted(running.queue))
-        self._running[slot] = running
+        waited = started - submission.handle.submitted
+        if submission.started == 1:
+            submission.queue = waited
+        submission.handle.emit(Accepted(waited, request.sample_index))
+        self._running[slot] = _Running(submission, request)
         try:
-            self.engine.admit(handle.request, slot)
+            self.engine.admit(request, slot)
         except Exception as error:
             log.exception("the engine could not admit a request")
-            self._end(slot, _engine_error("preparing the request", error))
+            self._end(submission, _engine_error("preparing the request", error))
             return
-        running.encode = time.perf_counter() - started
+        submission.encode += time.perf_counter() - started
 
     def _step(self) -> None:
         started = time.perf_counter()
         try:
             results = self.engine.step()
             elapsed = time.perf_counter() - started
-            for running in self._running.values():
-                running.decode += elapsed
-                running.steps += 1
+            for submission in self._submissions(self._running):
+                submission.decode += elapsed
+                submission.steps += 1
             for result in results:
                 self._report(self._running[result.slot], result)
         except Exception as error:
-            log.exception("a decode step failed; its %d requests end", len(self._running))
-            for slot in list(self._running):
-                self._end(slot, _engine_error("decoding", error))
+            log.exception("a decode step failed; the requests of %d slots end", len(self._running))
+            for submission in self._submissions(self._running):
+                self._end(submission, _engine_error("decoding", error))
             return
         self._paint([result for result in results if result.frames])
         for result in results:
@@ -248,7 +265,8 @@ class Scheduler:
                     result.positions_done,
                     result.positions_total,
                     running.frames_done,
-                    running.handle.request.frame_count,
+                    running.request.frame_count,
+                    running.request.sample_index,
                 )
             )
 
@@ -260,31 +278,50 @@ class Scheduler:
         frames = [(result.slot, *frame) for result in results for frame in result.frames]
         try:
             pixels = self.engine.pixels(np.stack([tokens for _, _, tokens in frames]))
-            painted = list(zip(frames, pixels, strict=True))
+            painted = [
+                (slot, self._frame(slot, index, tokens, picture))
+                for (slot, index, tokens), picture in zip(frames, pixels, strict=True)
+            ]
         except Exception as error:
             log.exception("tokens could not be turned into pixels")
             if len(results) == 1:
-                self._end(results[0].slot, _engine_error("making pixels", error))
+                submission = self._running[results[0].slot].submission
+                self._end(submission, _engine_error("making pixels", error))
             else:  # one request's frames may be at fault, or the size of the batch
                 for result in results:
-                    self._paint([result])
+                    if result.slot in self._running:  # its request may have ended with another slot
+                        self._paint([result])
             return
         elapsed = time.perf_counter() - started
-        for result in results:
-            self._running[result.slot].pixels += elapsed
-        for (slot, index, tokens), picture in painted:
-            handle = self._running[slot].handle
-            handle.emit(Frame(index, restore_given(handle.request, index, picture), tokens))
+        for submission in self._submissions(result.slot for result in results):
+            submission.pixels += elapsed
+        for slot, frame in painted:
+            self._running[slot].handle.emit(frame)
+
+    def _frame(self, slot: int, index: int, tokens: Int, picture: Pixels) -> Frame:
+        request = self._running[slot].request
+        return Frame(index, restore_given(request, index, picture), tokens, request.sample_index)
+
+    def _submissions(self, slots: Iterable[int]) -> list[Submission]:
+        """Whose samples hold `slots`, each once."""
+        return list(dict.fromkeys(self._running[slot].submission for slot in slots))
 
     def _finish(self, slot: int) -> None:
-        running = self._running[slot]
+        submission = self._running[slot].submission
         self._vacate(slot)
-        running.handle.emit(Done(running.timings(time.perf_counter())))
+        submission.finished += 1
+        if submission.all_finished:
+            submission.handle.emit(Done(submission.timings(time.perf_counter())))
 
-    def _end(self, slot: int, error: Exception) -> None:
-        handle = self._running[slot].handle
-        self._vacate(slot)
-        handle.fail(error)
+    def _end(self, submission: Submission, error: Exception) -> None:
+        """Ends a request: no sample of it waits or holds a slot any more."""
+        with self._changed:
+            if submission in self._queue:
+                self._queue.remove(submission)
+        for slot, running in list(self._running.items()):
+            if running.submission is submission:
+                self._vacate(slot)
+        submission.handle.fail(error)
 
     def _vacate(self, slot: int) -> None:
         """Frees a slot before its owner hears of the end: who is done may count on the room."""

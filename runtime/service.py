@@ -1,7 +1,7 @@
 """nuwa.v1.GenerationService: converts and delegates, in the threads of the gRPC server.
 
-Raises plain exceptions, which interceptor.py turns into statuses. Encoding pictures and writing to
-sockets happen here, never in the decode thread.
+Raises plain exceptions, which interceptor.py turns into statuses. Ranking samples, encoding
+pictures and writing to sockets happen here, never in the decode thread.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import grpc
 from nuwa.v1 import generation_pb2 as pb
 from nuwa.v1 import generation_pb2_grpc
 
-from . import convert, replies
+from . import convert, replies, selection
 from .convert import Job
 from .core import Done, Event, QueueFullError
 from .handle import Handle
@@ -47,16 +47,14 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> pb.GenerateImageResponse:
         with self._call():
             job = convert.read_image_request(request, self._scheduler.engine.info, self._limits)
-            handle = self._submit(job, context)
-            return replies.image_response(job, _logged(job, handle.events()))
+            return replies.image_response(job, self._events(job, context))
 
     def GenerateVideo(
         self, request: pb.GenerateVideoRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateVideoResponse]:
         with self._call():
             job = convert.read_video_request(request, self._scheduler.engine.info, self._limits)
-            handle = self._submit(job, context)
-            yield from replies.clip_responses(job, _logged(job, handle.events()))
+            yield from replies.clip_responses(job, self._events(job, context))
 
     def GetModel(
         self, request: pb.GetModelRequest, context: grpc.ServicerContext
@@ -74,10 +72,15 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         finally:
             self._calls.release()
 
+    def _events(self, job: Job, context: grpc.ServicerContext) -> Iterator[Event]:
+        handle = self._submit(job, context)
+        rankers = self._scheduler.engine.rankers
+        return _logged(job, selection.events_of(handle, job.samples, rankers))
+
     def _submit(self, job: Job, context: grpc.ServicerContext) -> Handle:
         remaining = context.time_remaining()  # centuries when the client set no deadline
         timeout = remaining if remaining is not None and remaining < YEAR_SECONDS else None
-        handle = self._scheduler.submit(job.generation, timeout=timeout)
+        handle = self._scheduler.submit(job.generation, samples=job.samples.count, timeout=timeout)
         if not context.add_callback(handle.cancel):
             handle.cancel()  # the client left before there was something to cancel
         return handle
@@ -89,15 +92,16 @@ def _logged(job: Job, events: Iterator[Event]) -> Iterator[Event]:
             times = event.timings
             log.info(
                 "%s %s: %d frames, %d steps, %.3f s (queue %.3f, encode %.3f, decode %.3f, "
-                "pixels %.3f)",
+                "pixels %.3f, ranking %.3f)",
                 job.request_id,
                 job.generation.task,
-                job.generation.frame_count,
+                job.generation.frame_count * job.samples.count,
                 times.steps,
                 times.total,
                 times.queue,
                 times.encode,
                 times.decode,
                 times.pixels,
+                times.ranking,
             )
         yield event

@@ -65,8 +65,11 @@ class Plan(Protocol):
 
     @property
     def held_frames(self) -> int:
-        """How many consecutive frames the calls fed and decoded since a frame began, and not yet
-        complete, lie within: the tokens that must be at hand at a time."""
+        """How many frames in a row must be at hand at a time.
+
+        Those from the oldest that is not complete before a call, or that the call is fed from, to
+        the newest that it decodes.
+        """
         ...
 
     def call(self, step: int) -> Call:
@@ -150,7 +153,7 @@ class RollingPlan:
     def __init__(
         self, decoder: DecoderConfig, frames: int, known_frames: int = 0, kind: str = "wave"
     ) -> None:
-        """ValueError for frames or known_frames out of range, and for a decoder of single images"""
+        """ValueError for frames or known_frames out of range, or a decoder of single images."""
         most = decoder.grid
         if most.frames < 2:
             raise ValueError("this model decodes single images; a clip cannot go on from one")
@@ -241,7 +244,7 @@ class RollingPlan:
         return [*starts, stop]
 
     def _held_frames(self) -> int:
-        """Any frame whose tokens a call draws or is fed, to the newest one that it decodes."""
+        """As Plan says, or more by a frame."""
         schedule, last = self._schedule, self.grid.frames - 1
         merged = itertools.pairwise(self._merged)
         most = schedule.last // schedule.period + 2  # in calls of one wave

@@ -1,7 +1,12 @@
-"""A tiny model with random weights, as a checkpoint and as a bundle, made once a session."""
+"""Two tiny models with random weights, as checkpoints and as bundles, made once a session.
+
+`tiny_*` does all eight tasks and has a ranker; `plain_*` has neither sketches nor a visual encoder
+nor a ranker.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -14,32 +19,36 @@ CAPTIONS = (
 )
 
 
-def make_tiny_checkpoint(folder: Path) -> Path:
+def make_tiny_checkpoint(folder: Path, *, visual: bool = True) -> Path:
     """Writes a checkpoint: 2 layers of width 32 on a grid 3x4x4, 16x16 pixels, 64 codes.
 
+    With `visual`, also sketches of 5 classes in 48 codes, a visual encoder of 1 layer and a ranker.
     Random weights, large enough that sampled tokens vary and every part shows in the logits.
     """
     torch = pytest.importorskip("torch")
-    from nuwa.spec.config import DecoderConfig, ModelConfig, TextConfig, VQGANConfig
+    from nuwa.spec.config import DecoderConfig, ModelConfig, TextConfig, VisualConfig, VQGANConfig
     from nuwa.spec.grid import Extent, Grid
+    from nuwa.spec.tasks import Task
     from nuwa.training.checkpoint import save_checkpoint
     from nuwa.training.nuwa import NUWA
+    from nuwa.training.ranker import Ranker, RankerConfig, save_ranker, tokenizer_digest
     from nuwa.training.text import train_text_tokenizer
     from nuwa.training.vqgan import VQGAN
 
     tokenizer = train_text_tokenizer(CAPTIONS, 270)
+    image = VQGANConfig(
+        resolution=16,
+        base_channels=32,
+        channel_multipliers=(1, 1, 1),
+        res_blocks=1,
+        attention_resolutions=(),
+        z_channels=16,
+        embedding_dim=16,
+        codebook_size=64,
+    )
     config = ModelConfig(
         name="tiny",
-        image=VQGANConfig(
-            resolution=16,
-            base_channels=32,
-            channel_multipliers=(1, 1, 1),
-            res_blocks=1,
-            attention_resolutions=(),
-            z_channels=16,
-            embedding_dim=16,
-            codebook_size=64,
-        ),
+        image=image,
         text=TextConfig(
             vocabulary_size=tokenizer.vocabulary_size,
             width=32,
@@ -57,6 +66,15 @@ def make_tiny_checkpoint(folder: Path) -> Path:
             relative_bias=True,
         ),
     )
+    if visual:
+        config = dataclasses.replace(
+            config,
+            tasks=tuple(Task),
+            sketch=dataclasses.replace(image, channels=5, embedding_dim=8, codebook_size=48),
+            visual=VisualConfig(
+                layers=1, heads=4, ff_multiplier=2, extent=Extent(3, 3, 3), relative_bias=True
+            ),
+        )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         nuwa, vqgan = NUWA(config), VQGAN(config.image)
@@ -66,15 +84,36 @@ def make_tiny_checkpoint(folder: Path) -> Path:
                     parameter.fill_(1.0)
                 elif parameter.dim() > 1:
                     parameter.normal_(std=parameter.shape[-1] ** -0.5)
-            for block in nuwa.blocks:
-                block.bias.normal_()
+            for name, parameter in nuwa.named_parameters():
+                if name.endswith(("cross_bias", "blocks.0.bias", "blocks.1.bias", "hidden")):
+                    parameter.normal_()
             nuwa.embedding.codes.weight.normal_()
             nuwa.embedding.bos.normal_()
             nuwa.text.embedding.weight.normal_()
             nuwa.head.weight.mul_(2.0)
             vqgan.quantize.embedding.weight.normal_(std=0.5)
+            if nuwa.visual is not None:
+                nuwa.visual.embedding.codes.weight.normal_()
+                nuwa.visual.embedding.sketches.weight.normal_()
+                nuwa.visual.project.weight.mul_(2.0)
+        sketch = None if config.sketch is None else VQGAN(config.sketch)
+        ranker = Ranker(
+            RankerConfig(
+                text=dataclasses.replace(config.text, layers=1),
+                resolution=16,
+                widths=(8, 16),
+                blocks=1,
+                width=16,
+                embedding=16,
+                tokenizer=tokenizer_digest(tokenizer),
+            )
+        )
+        if sketch is not None:
+            torch.nn.init.normal_(sketch.quantize.embedding.weight, std=0.5)
     provenance = {"data": "random weights, untrained", "licence": "CC0-1.0"}
-    save_checkpoint(folder, config, vqgan, nuwa, tokenizer, provenance)
+    save_checkpoint(folder, config, vqgan, nuwa, tokenizer, provenance, sketch_vqgan=sketch)
+    if visual:
+        save_ranker(ranker, folder)
     return folder
 
 
@@ -92,4 +131,21 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
     folder = tmp_path_factory.mktemp("bundle") / "tiny"
     export_bundle(tiny_checkpoint, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plain_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the plain tiny checkpoint; do not write into it."""
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "plain", visual=False)
+
+
+@pytest.fixture(scope="session")
+def plain_bundle(plain_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the plain checkpoint's fp32 bundle; do not write into it."""
+    pytest.importorskip("onnx")
+    from nuwa.export.bundle import export_bundle
+
+    folder = tmp_path_factory.mktemp("bundle") / "plain"
+    export_bundle(plain_checkpoint, folder)
     return folder

@@ -10,8 +10,10 @@ import grpc
 import numpy as np
 import pytest
 
+from nuwa.runtime import media
 from nuwa.runtime.client import Client, ClientError
 from nuwa.spec.grid import Grid
+from nuwa.spec.palette import voc_palette
 from nuwa.spec.plan import decode_plan
 
 PROMPT = "a red digit 3 moves left to right on black"
@@ -112,9 +114,55 @@ def test_prediction_keeps_what_is_given(client):
     assert (predicted.frames[:1] == first).all()
 
 
+@pytest.mark.parametrize("kind", ["ids", "colours", "file"])
+def test_a_sketch_in_any_form_gives_pytorchs_tokens(client, checkpoint, kind):
+    import torch
+
+    from nuwa.training.vqgan import one_hot
+
+    maps = np.random.default_rng(0).integers(0, 5, (3, 4, 4), np.uint8)
+    maps = maps.repeat(4, axis=1).repeat(4, axis=2)
+    colours = voc_palette(5)[maps]
+    given = {
+        "ids": (maps[0], maps),
+        "colours": (
+            media.encode_picture(colours[0], "png"),
+            media.encode_animation(colours, "gif"),
+        ),
+        "file": tuple(
+            media.encode_animation(np.repeat(m[..., None], 3, axis=-1), "webp")
+            for m in (maps[:1], maps)
+        ),
+    }[kind]
+    with torch.no_grad():
+        codes = checkpoint.sketch_vqgan.encode(one_hot(torch.from_numpy(maps), 5)).codes
+    visual = codes.reshape(1, -1) + checkpoint.config.image.codebook_size
+    options = {"seed": 3, "include_tokens": True, "guidance_scale": 2.0}
+    image = client.generate_image("s2i", PROMPT, sketch=given[0], **options)
+    expected = torch_tokens(checkpoint, 1, 3, guidance=2.0, visual_BN=visual[:, :16])
+    assert (image.tokens == expected[0]).all()
+    clip = client.generate_video("s2v", PROMPT, sketch=given[1], **options)
+    assert (clip.tokens == torch_tokens(checkpoint, 3, 3, guidance=2.0, visual_BN=visual)).all()
+
+
+def test_edits_return_what_lies_outside_the_box(client):
+    clip = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    outside = np.ones((16, 16), bool)
+    outside[4:16, 0:8] = False
+    options = {"mask": [(0, 4, 8, 12)], "seed": 2}
+    made = [
+        client.generate_image("i2i", image=clip[0], **options).pixels[None],
+        client.generate_image("ti2i", PROMPT, image=clip[0], **options).pixels[None],
+        client.generate_video("tv2v", PROMPT, video=clip, **options).frames,
+    ]
+    for frames in made:
+        same = frames == clip[: len(frames)]
+        assert same[:, outside].all() and not same[:, ~outside].all()
+
+
 def test_errors_are_clear_and_the_server_serves_on(client):
     attempts = [
-        (lambda: client.generate_image("s2i", sketch=np.zeros((16, 16), np.uint8)), "UNSUPPORTED"),
+        (lambda: client.generate_image("s2i", sketch=np.full((16, 16), 9, np.uint8)), "INVALID"),
         (lambda: client.generate_image("t2i", ""), "INVALID_REQUEST"),
         (lambda: client.generate_image("t2i", PROMPT, temperature=-1.0), "INVALID_REQUEST"),
         (lambda: client.generate_video("t2v", PROMPT, frame_count=99), "INVALID_REQUEST"),

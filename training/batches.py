@@ -110,12 +110,12 @@ class Batches:
         for row in range(total - rows.text, total):
             if video and none[row] and draw.random() < 0.5:
                 start = int(draw.integers(4 * frames))
-                pixels, _ = self.clips.pixels(int(index[row]), range(start, start + frames))
+                pixels, _ = self.clips.source.clip(int(index[row]), range(start, start + frames))
                 fed[row] = target[row] = encode_frames(self.vqgan, pixels)
                 weight[row, 0] = 0.0
                 time[row] = draw.integers(self.config.decoder.grid.frames)
         prompts = [
-            UNCONDITIONAL_PROMPT if n else self.clips.caption(int(i), video=video)
+            UNCONDITIONAL_PROMPT if n else self.clips.source.caption(int(i), video=video)
             for i, n in zip(index, none, strict=True)
         ]
         grid = self.config.decoder.grid
@@ -131,9 +131,9 @@ class Batches:
 
     def _hide(self, draw: Draw, index: int, span: range) -> tuple[Bool, np.ndarray]:
         """Which tokens of a clip stay known [F, C], and the tokens once the rest is blanked."""
-        pixels, inside = self.clips.pixels(index, span)
+        pixels, classes = self.clips.source.clip(index, span)
         grid = self.config.decoder.grid
-        mask = draw_mask(draw, inside.any(axis=0), pixels.shape[1] // grid.height)
+        mask = draw_mask(draw, classes.any(axis=0), pixels.shape[1] // grid.height)
         known_hw = known_cells(mask, grid.height, grid.width)
         known = np.broadcast_to(known_hw, (len(span), grid.height, grid.width))
         codes = encode_frames(self.vqgan, blank_hidden(pixels, known)).astype(np.int64)

@@ -1,6 +1,6 @@
-"""`nuwa train`: tokenizer (VQ-GAN), model (NÜWA) and judge, on the captioned moving sprites.
+"""`nuwa train`: tokenizers (VQ-GAN), model (NÜWA), ranker and judge.
 
-The tokenizers train on a picture folder too (openmoji/folder.py), which --data names.
+On the captioned moving sprites, or on the picture folder (openmoji/folder.py) that --data names.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from nuwa.spec.config import PRESETS, ModelConfig, VQGANConfig, preset
-from nuwa.spec.tasks import UNCONDITIONAL_PROMPT
+from nuwa.spec.text import TextTokenizer
 
-from .openmoji.dataset import PictureFolder
-from .sprites.world import COLOURS, FRAMES, LEVELS, MOTIONS, SpriteWorld
+from .sources import Pictures, Source, Sprites
+from .sprites.world import LEVELS, SpriteWorld
 
 EPILOG = """\
 examples:
@@ -125,6 +125,10 @@ def _sketch_arguments(parser: argparse.ArgumentParser) -> None:
     _option_arguments(parser, VQGANOptions)
 
 
+def _data_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, help="picture folder, instead of the sprites")
+
+
 def _vqgan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--start", type=Path, help="begin at this VQ-GAN's weights")
     parser.add_argument("--codebook-size", type=int, help="instead of the config's")
@@ -134,7 +138,7 @@ def _vqgan_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="extra weight of what is not background (%(default)s)",
     )
-    parser.add_argument("--data", type=Path, help="picture folder, instead of the sprites")
+    _data_argument(parser)
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -148,7 +152,10 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of a VQ-GAN of class maps; without, no S2I, S2V",
     )
     parser.add_argument("--start", type=Path, help="begin at this checkpoint's weights")
-    parser.add_argument("--dataset-clips", type=int, default=8000, help="(%(default)s)")
+    parser.add_argument(
+        "--dataset-clips", type=int, help="(8000 of the sprites, or the whole --data)"
+    )
+    _data_argument(parser)
     _option_arguments(parser, NUWAOptions)
 
 
@@ -157,6 +164,8 @@ def _prune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--level", choices=LEVELS, default="digits", help="(%(default)s)")
     parser.add_argument("--dataset-clips", type=int, default=400, help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of --data's order (%(default)s)")
+    _data_argument(parser)
     parser.add_argument("--threshold", type=float, default=0.9, help="(%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
 
@@ -178,57 +187,44 @@ def _judge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
 
 
+def _source(arguments: argparse.Namespace, resolution: int | None = None) -> Source:
+    """--data or --level. ValueError if its pictures are not of this resolution."""
+    if arguments.data is None:
+        return Sprites(arguments.level)
+    source = Pictures(arguments.data, arguments.seed)
+    if resolution not in (None, source.resolution):
+        raise ValueError(
+            f"{arguments.data} has pictures of {source.resolution} pixels, but the config's "
+            f"tokenizer is for {resolution}; render them anew or give another --config"
+        )
+    return source
+
+
 def _tokenizer(arguments: argparse.Namespace) -> int:
-    from .vqgan_content import Pictures
+    from . import vqgan_content
 
     content = {"emphasis": arguments.emphasis, "square": arguments.square}
     config = _config(arguments).image
-    if arguments.data is not None:
-        folder = _picture_folder(arguments, config)
-        source = folder.pictures(arguments.seed)
-        return _train_vqgan(arguments, config, Pictures(**content), source, content)
-    world = SpriteWorld(arguments.level, "train")
-
-    def pictures(first: int, count: int) -> np.ndarray:
-        return np.stack([world.frame(i, i % FRAMES)[0] for i in range(first, first + count)])
-
-    return _train_vqgan(arguments, config, Pictures(**content), pictures, content)
+    source = _source(arguments, config.resolution)
+    kind = vqgan_content.Pictures(**content)
+    return _train_vqgan(arguments, config, kind, source.pictures, content)
 
 
 def _sketch_tokenizer(arguments: argparse.Namespace) -> int:
-    from .vqgan_content import ClassMaps
+    from . import vqgan_content
 
     model = _config(arguments)
     if model.sketch is None:
         raise ValueError(f"model {model.name!r} has no sketch tokenizer; its config says null")
     content = {"emphasis": arguments.emphasis}
-    if arguments.data is not None:
-        folder = _picture_folder(arguments, model.sketch)
-        config = dataclasses.replace(model.sketch, channels=len(folder.classes))
-        kind, source = ClassMaps(config.channels, **content), folder.sketches(arguments.seed)
-        return _train_vqgan(arguments, config, kind, source, content)
-    world = SpriteWorld(arguments.level, "train")
-
-    def maps(first: int, count: int) -> np.ndarray:
-        return np.stack([world.frame(i, i % FRAMES)[1] for i in range(first, first + count)])
-
-    kind = ClassMaps(model.sketch.channels, **content)
-    return _train_vqgan(arguments, model.sketch, kind, maps, content)
-
-
-def _picture_folder(arguments: argparse.Namespace, config: VQGANConfig) -> PictureFolder:
-    """The training split of --data. ValueError if its pictures are not of the config's size."""
-    folder = PictureFolder(arguments.data)
-    if folder.resolution != config.resolution:
-        raise ValueError(
-            f"{arguments.data} has pictures of {folder.resolution} pixels, but the config's "
-            f"tokenizer is for {config.resolution}; render them anew or give another --config"
-        )
-    return folder
+    source = _source(arguments, model.sketch.resolution)
+    config = dataclasses.replace(model.sketch, channels=source.classes)
+    kind = vqgan_content.ClassMaps(config.channels, **content)
+    return _train_vqgan(arguments, config, kind, source.maps, content)
 
 
 def _train_vqgan(
-    arguments: argparse.Namespace, config: VQGANConfig, kind: Any, source: Any, content: dict
+    arguments: argparse.Namespace, config: VQGANConfig, kind: Any, samples: Any, content: dict
 ) -> int:
     from .checkpoint import load_tokenizer
     from .train_vqgan import VQGANOptions, VQGANRecipe
@@ -243,14 +239,14 @@ def _train_vqgan(
         "content": content,
         "start": None if arguments.start is None else str(arguments.start),
         "config": _plain(config),
-        "data": None if arguments.data is None else PictureFolder(arguments.data).data,
+        "data": None if arguments.data is None else Pictures(arguments.data).folder.data,
     }
     _remember(arguments, settings)
     recipe = VQGANRecipe(
         config,
         options,
         kind,
-        source,
+        samples,
         start=start,
         device=arguments.device,
         seed=arguments.seed,
@@ -266,10 +262,9 @@ def _prune(arguments: argparse.Namespace) -> int:
     from .checkpoint import load_tokenizer, save_tokenizer
     from .prune import prune_codebook
 
-    world = SpriteWorld(arguments.level, "train")
-    samples = (world.sample(i) for i in range(arguments.dataset_clips))
-    clips = ((sample.frames, sample.segmentation) for sample in samples)
     before = load_tokenizer(arguments.tokenizer)
+    source = _source(arguments, before.config.resolution)
+    clips = (source.clip(i, range(source.frames)) for i in range(arguments.dataset_clips))
     counted = track(clips, "counting codes", total=arguments.dataset_clips)
     after = prune_codebook(before, counted, threshold=arguments.threshold)
     save_tokenizer(after, arguments.out)
@@ -281,7 +276,6 @@ def _prune(arguments: argparse.Namespace) -> int:
 def _model(arguments: argparse.Namespace) -> int:
     from .checkpoint import load_checkpoint, load_tokenizer
     from .clips import token_clips
-    from .text import train_text_tokenizer
     from .train_nuwa import NUWAOptions, NUWARecipe
     from .trainer import train
 
@@ -290,9 +284,8 @@ def _model(arguments: argparse.Namespace) -> int:
     if arguments.sketch_tokenizer is not None:
         sketch_vqgan = load_tokenizer(arguments.sketch_tokenizer)
     start = None if arguments.start is None else load_checkpoint(arguments.start)
-    config = _config(arguments)
-    text = start.text_tokenizer if start else None
-    text = text or _text_tokenizer(arguments.run, config, train_text_tokenizer)
+    config, source = _config(arguments), _source(arguments, vqgan.config.resolution)
+    text = start.text_tokenizer if start else _text_tokenizer(arguments.run, config, source)
     config = dataclasses.replace(
         config,
         image=vqgan.config,
@@ -305,13 +298,13 @@ def _model(arguments: argparse.Namespace) -> int:
         "options": dataclasses.asdict(options),
         "start": None if arguments.start is None else str(arguments.start),
         "config": _plain(config),
+        "data": None if arguments.data is None else Pictures(arguments.data).folder.data,
     }
     _remember(arguments, settings)
-    world = SpriteWorld(arguments.level, "train")
     clips = token_clips(
         vqgan,
-        world,
-        arguments.dataset_clips,
+        source,
+        arguments.dataset_clips or len(source),
         arguments.run / "clips.npy",
         sketch_vqgan=sketch_vqgan,
     )
@@ -323,7 +316,7 @@ def _model(arguments: argparse.Namespace) -> int:
         clips,
         sketch_vqgan=sketch_vqgan,
         start=start,
-        provenance=_provenance(arguments, options),
+        provenance=_provenance(arguments, options, source),
         device=arguments.device,
         seed=arguments.seed,
     )
@@ -393,29 +386,15 @@ def _judge(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def captions() -> list[str]:
-    """Captions that hold every word of both levels, to train the text vocabulary on."""
-    from .sprites.world import BACKGROUNDS, CLASSES, Factors
-
-    rows = [
-        Factors(c, colour, background, motion)
-        for c in range(len(CLASSES))
-        for colour in COLOURS
-        for background in BACKGROUNDS
-        for motion in MOTIONS
-    ]
-    texts = [text for row in rows for text in (row.image_caption, row.video_caption)]
-    return [*texts, UNCONDITIONAL_PROMPT]
-
-
-def _text_tokenizer(run: Path, config: ModelConfig, trainer: Callable) -> Any:
+def _text_tokenizer(run: Path, config: ModelConfig, source: Source) -> TextTokenizer:
     """Trained once a run: the library may number merges differently the next time."""
-    from nuwa.spec.text import TextTokenizer
+    from .text import train_text_tokenizer
 
     path = run / "tokenizer.json"
     if not path.exists():
         run.mkdir(parents=True, exist_ok=True)
-        trainer(captions(), config.text.vocabulary_size, config.text.length).save(path)
+        words, text = source.captions(), config.text
+        train_text_tokenizer(words, text.vocabulary_size, text.length).save(path)
     return TextTokenizer.from_file(path)
 
 
@@ -463,15 +442,13 @@ def _remember(arguments: argparse.Namespace, settings: dict) -> None:
     path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _provenance(arguments: argparse.Namespace, options: Any) -> dict:
+def _provenance(arguments: argparse.Namespace, options: Any, source: Source) -> dict:
     import platform
 
     import torch
 
     return {
-        "data": f"captioned moving sprites, level {arguments.level}, split train: MNIST digits "
-        "(CC BY-SA 3.0) and, at level full, animal-mnist silhouettes (MIT)",
-        "licence": "Apache-2.0",
+        **source.provenance,
         "steps": arguments.steps,
         "seed": arguments.seed,
         "dataset_clips": arguments.dataset_clips,

@@ -1,4 +1,4 @@
-"""Clips of the sprite world as tokens: encoded once by the VQ-GANs, kept in files.
+"""Clips as tokens: encoded once by the VQ-GANs, kept in files.
 
 Captions are not stored: they follow from the clip's number.
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from rich.progress import track
 
-from .sprites.world import FRAMES, SpriteWorld
+from .sources import Source
 from .vqgan import VQGAN, one_hot, to_signed
 
 Codes = npt.NDArray[np.int16]
@@ -26,24 +26,11 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class TokenClips:
-    """tokens int16 [count, F, C]: clip i is sample i of `world`; sketches: its class maps'."""
+    """tokens int16 [count, F, C]: clip i is that of `source`; sketches: those of its class maps."""
 
     tokens: Codes
-    world: SpriteWorld
+    source: Source
     sketches: Codes | None = None
-
-    def caption(self, index: int, *, video: bool) -> str:
-        """The clip's video caption, or that of any of its frames."""
-        factors = self.world.factors(index)
-        return factors.video_caption if video else factors.image_caption
-
-    def pixels(self, index: int, frames: range) -> tuple[Pixels, npt.NDArray[np.bool_]]:
-        """Frames u8 [F, H, W, 3] of a clip, also beyond its end, and where its object is [F, H, W].
-
-        Beyond its end a clip goes on as its world says.
-        """
-        pixels, classes = self.world.long_clip(index, frames)
-        return pixels, classes > 0
 
 
 @torch.no_grad()
@@ -67,49 +54,44 @@ def _encode(vqgan: VQGAN, inputs: torch.Tensor) -> Codes:
 
 def token_clips(
     vqgan: VQGAN,
-    world: SpriteWorld,
+    source: Source,
     count: int,
     cache: Path,
     *,
     sketch_vqgan: VQGAN | None = None,
     batch: int = 16,
 ) -> TokenClips:
-    """The first `count` clips of `world` as tokens, read from `cache` if it holds just those.
+    """The first `count` clips of `source` as tokens, read from `cache` if it holds just those.
 
     cache: a .npy file; a .json beside it says which VQ-GAN and clips it is of. Sketches go to a
     second pair of files, `cache` with `.sketches` before its suffix.
     """
-    tokens = _cached(vqgan, world, count, cache, batch, sketch=False)
+    tokens = _cached(vqgan, source, count, cache, batch, sketch=False)
     sketches = None
     if sketch_vqgan is not None:
         beside = cache.with_suffix(f".sketches{cache.suffix}")
-        sketches = _cached(sketch_vqgan, world, count, beside, batch, sketch=True)
-    return TokenClips(tokens, world, sketches)
+        sketches = _cached(sketch_vqgan, source, count, beside, batch, sketch=True)
+    return TokenClips(tokens, source, sketches)
 
 
 def _cached(
-    vqgan: VQGAN, world: SpriteWorld, count: int, cache: Path, batch: int, *, sketch: bool
+    vqgan: VQGAN, source: Source, count: int, cache: Path, batch: int, *, sketch: bool
 ) -> Codes:
-    identity = {
-        "vqgan": _fingerprint(vqgan),
-        "level": world.level,
-        "split": world.split,
-        "seed": world.seed,
-        "count": count,
-    }
+    identity = {"vqgan": _fingerprint(vqgan), **source.identity, "count": count}
     label = cache.with_suffix(".json")
     if cache.exists() and label.exists() and json.loads(label.read_text()) == identity:
         return np.load(cache, mmap_mode="r")
     cells = vqgan.config.grid_size**2
-    tokens = np.empty((count, FRAMES, cells), np.int16)
+    tokens = np.empty((count, source.frames, cells), np.int16)
     kind = "sketches" if sketch else "clips"
     for first in track(range(0, count, batch), description=f"encoding {count} {kind}"):
-        samples = [world.sample(i) for i in range(first, min(first + batch, count))]
+        indices, span = range(first, min(first + batch, count)), range(source.frames)
+        pixels, maps = zip(*(source.clip(i, span) for i in indices), strict=True)
         if sketch:
-            encoded = encode_maps(vqgan, np.concatenate([s.segmentation for s in samples]))
+            encoded = encode_maps(vqgan, np.concatenate(maps))
         else:
-            encoded = encode_frames(vqgan, np.concatenate([s.frames for s in samples]))
-        tokens[first : first + len(samples)] = encoded.reshape(-1, FRAMES, cells)
+            encoded = encode_frames(vqgan, np.concatenate(pixels))
+        tokens[first : first + len(indices)] = encoded.reshape(-1, source.frames, cells)
     cache.parent.mkdir(parents=True, exist_ok=True)
     np.save(cache, tokens)
     label.write_text(json.dumps(identity))

@@ -34,7 +34,7 @@ CONFIG = "ranker.json"
 WEIGHTS = "ranker.safetensors"
 TEXT_TOKENIZER = "tokenizer.json"  # as checkpoint.py names it
 FORMAT = "nuwa-ranker/1"
-LARGEST_SCALE = 100.0  # CLIP's bound of the learned inverse temperature
+FIRST_SCALE, LARGEST_SCALE = 14.0, 100.0  # CLIP's learned inverse temperature: start and bound
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,11 @@ class Ranker(nn.Module):
         self.text = TextEncoder(config.text, config.embedding)
         self.frames = FrameEncoder(config)
         self.clip = ClipEncoder(config)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE)))
+        # Captions that differ in one word have to begin apart, or training first learns to ignore
+        # what pictures do not tell yet. So words start large, and a text is the sum of all of them.
+        nn.init.normal_(self.text.embedding.weight)
+        nn.init.normal_(self.text.position, std=0.1)
 
     def forward(self, tokens_M: Tensor, frames_FSS3: Tensor) -> Tensor:
         """Token ids int [M], pixels uint8 [F, S, S, 3] -> fp32 scalar in [-1, 1], higher better."""
@@ -166,8 +170,8 @@ class Ranker(nn.Module):
 
     def embed_texts(self, tokens_BM: Tensor) -> Tensor:
         """Token ids int [B, M], M at least the longest text -> unit vectors fp32 [B, E]."""
-        # The first id is <bos>, which attends to the whole text.
-        return F.normalize(self.text(tokens_BM)[:, 0].float(), dim=-1)
+        said_BM1 = (tokens_BM != self.text.pad)[..., None]
+        return F.normalize((self.text(tokens_BM) * said_BM1).sum(1).float(), dim=-1)
 
     def embed_pictures(self, frames_BFSS3: Tensor) -> Tensor:
         """Pixels uint8 [B, F, S, S, 3] -> unit vectors fp32 [B, E]."""

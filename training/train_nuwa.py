@@ -196,12 +196,13 @@ class NUWARecipe:
             optimizer.load_state_dict(saved)
 
     def sample(self, path: Path) -> None:
-        """Sixteen captioned images above four clips, guided."""
-        grid = self.config.decoder.grid
+        """Captioned images, two rows, above four clips if there are any; guided."""
+        grid, length = self.config.decoder.grid, self.clips.tokens.shape[1]
+        columns = length if length > 1 else 8
         sheets = []
-        for count, frames in ((2 * self.clips.tokens.shape[1], 1), (4, self.clips.tokens.shape[1])):
+        for count, frames in ((2 * columns, 1), *([(4, length)] if length > 1 else [])):
             volume = Grid(frames, grid.height, grid.width)
-            captions = [self.clips.caption(i, video=frames > 1) for i in range(count)]
+            captions = [self.clips.source.caption(i, video=frames > 1) for i in range(count)]
             tokens = generate(
                 self.average.model,
                 self.encode(captions),
@@ -214,7 +215,7 @@ class NUWARecipe:
             with torch.no_grad():
                 sheets.append(to_bytes(self.vqgan.decode(codes)).numpy())
         pictures = np.concatenate(sheets)
-        save_png(path, contact_sheet(pictures, self.clips.tokens.shape[1], scale=2))
+        save_png(path, contact_sheet(pictures, columns, scale=2))
 
     def export(self, folder: Path) -> None:
         save_checkpoint(
@@ -251,4 +252,4 @@ def _optimizers(model: NUWA, options: NUWAOptions) -> list[torch.optim.Optimizer
 def _some_captions(clips: TokenClips) -> list[str]:
     """Enough captions to meet the longest of a templated world."""
     count = min(len(clips.tokens), 2000)
-    return [clips.caption(i, video=True) for i in range(count)] + [UNCONDITIONAL_PROMPT]
+    return [clips.source.caption(i, video=True) for i in range(count)] + [UNCONDITIONAL_PROMPT]

@@ -46,13 +46,16 @@ class RankerOptions:
 
     reconstructed: clips of the training split that are also seen as the VQ-GAN gives them back
     (half of the batch is drawn from them), 0 for none; damage: share of frames with a misplaced
-    square; average: decay of the weight average that is shipped; validate_every: steps.
+    square; text_lr: of the text tower, which is slower so that pictures learn to meet the captions
+    and captions do not lose what pictures cannot tell yet; average: decay of the weight average
+    that is shipped; validate_every: steps.
     """
 
     images: int = 96
     clips: int = 24
     negatives: int = 2
     lr: float = 2e-3
+    text_lr: float = 2e-4
     weight_decay: float = 0.05
     reconstructed: int = 600
     damage: float = 0.15
@@ -107,7 +110,7 @@ class RankerRecipe:
     def step(self, step: int, lr_factor: float) -> dict[str, float]:
         options = self.options
         for group in self.optimizer.param_groups:
-            group["lr"] = options.lr * lr_factor
+            group["lr"] = group["peak"] * lr_factor
         draw = np.random.default_rng((self.seed, step))
         images, of_images = self._batch(step * options.images, options.images, draw, video=False)
         clips, of_clips = self._batch(step * options.clips, options.clips, draw, video=True)
@@ -399,13 +402,11 @@ def _digest(vqgan: VQGAN) -> str:
 
 
 def _optimizer(model: Ranker, options: RankerOptions) -> torch.optim.Optimizer:
-    """AdamW that decays matrices and kernels alone."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups, lr=options.lr, betas=(0.9, 0.98), weight_decay=options.weight_decay
-    )
+    """AdamW that decays matrices and kernels alone, with a learning rate for each tower."""
+    groups: list[dict[str, Any]] = []
+    for text, peak in ((True, options.text_lr), (False, options.lr)):
+        tower = [p for name, p in model.named_parameters() if name.startswith("text.") == text]
+        for matrices, decay in ((True, options.weight_decay), (False, 0.0)):
+            chosen = [p for p in tower if (p.dim() >= 2) == matrices]
+            groups.append({"params": chosen, "weight_decay": decay, "peak": peak})
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98))

@@ -10,21 +10,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from nuwa.spec.conditions import ConditionLayout
 from nuwa.spec.grid import Int
 from nuwa.spec.manifest import (
     DECODER_STEP,
     IMAGE_DETOKENIZER,
     IMAGE_TOKENIZER,
-    STEP_ROW_INPUTS,
+    SKETCH_TOKENIZER,
     TEXT_ENCODER,
+    VISUAL_ENCODER,
+    condition_outputs,
     layer_names,
-    text_encoder_outputs,
+    step_call_inputs,
 )
 
 from ..bundle import Bundle
@@ -32,7 +35,6 @@ from ..core import Pixels
 from .base import Float, StepBatch
 
 _STORAGE = {"fp32": np.float32, "fp16": np.float16}
-_SMALL_INPUTS = (*STEP_ROW_INPUTS, "ranks")
 
 
 class OnnxRuntimeCpu:
@@ -56,11 +58,11 @@ class OnnxRuntimeCpu:
         logits: bool = False,
     ) -> None:
         config, manifest = bundle.manifest.config, bundle.manifest
-        options = _options(threads, spinning)
-        self._text = _session(bundle.graph(TEXT_ENCODER), options)
-        self._tokenizer = _session(bundle.graph(IMAGE_TOKENIZER), options)
-        self._detokenizer = _session(bundle.graph(IMAGE_DETOKENIZER), options)
-        self._decoder = _session(bundle.graph(DECODER_STEP), options)
+        self._bundle, self._options = bundle, _options(threads, spinning)
+        self._text = self._session(TEXT_ENCODER)
+        self._tokenizer = self._session(IMAGE_TOKENIZER)
+        self._detokenizer = self._session(IMAGE_DETOKENIZER)
+        self._decoder = self._session(DECODER_STEP)
         self._codebook_size = config.image.codebook_size
         self.logits: Float | None = None
         self._keep_logits = logits
@@ -72,12 +74,14 @@ class OnnxRuntimeCpu:
             shape = (slots, rows, width)
             return {name: np.zeros(shape, dtype) for name in layer_names(kind, layers)}
 
-        entries, length = manifest.cache_entries, config.text.length
+        self._layout = ConditionLayout.of(config)
+        entries, conditions = manifest.cache_entries, self._layout.entries
         self.caches = allocate("key_cache", cache_slots, entries)
         self.caches |= allocate("value_cache", cache_slots, entries)
-        self.conditions = allocate("cross_key", condition_slots, length)
-        self.conditions |= allocate("cross_value", condition_slots, length)
-        self._condition_names = text_encoder_outputs(layers)
+        self.conditions = allocate("cross_key", condition_slots, conditions)
+        self.conditions |= allocate("cross_value", condition_slots, conditions)
+        self._condition_names = condition_outputs(layers)
+        self._call_inputs = step_call_inputs(config)
         self._binding = self._decoder.io_binding()
         for name, array in (self.caches | self.conditions).items():
             value = ort.OrtValue.ortvalue_from_numpy(array)  # shares the array's memory
@@ -85,13 +89,22 @@ class OnnxRuntimeCpu:
             if name in self.caches:
                 self._binding.bind_ortvalue_output(f"{name}_out", value)
 
-    def encode_text(self, ids: Int, condition_slots: Sequence[int]) -> None:
+    def encode_text(self, ids: Int, condition_slots: Sequence[int], first: int) -> None:
         encoded = self._text.run(self._condition_names, {"tokens": ids})
         for name, rows in zip(self._condition_names, encoded, strict=True):
-            self.conditions[name][list(condition_slots)] = rows
+            self.conditions[name][list(condition_slots), first : first + rows.shape[1]] = rows
+
+    def encode_visual(
+        self, tokens: Int, coordinates: Int, neighbours: Int, condition_slot: int
+    ) -> None:
+        inputs = {"tokens": tokens, "coordinates": coordinates, "neighbours": neighbours}
+        encoded = self._visual.run(self._condition_names, inputs)
+        first = self._layout.visual
+        for name, rows in zip(self._condition_names, encoded, strict=True):
+            self.conditions[name][condition_slot, first : first + len(rows)] = rows
 
     def step(self, batch: StepBatch) -> Int:
-        for name in _SMALL_INPUTS:
+        for name in self._call_inputs:
             self._binding.bind_cpu_input(name, getattr(batch, name))
         tokens = np.empty(len(batch.tokens), np.int32)
         self._bind_output("next_tokens", tokens)
@@ -104,8 +117,23 @@ class OnnxRuntimeCpu:
     def tokenize(self, pixels: Pixels) -> Int:
         return self._tokenizer.run(["codes"], {"pixels": pixels})[0]
 
+    def tokenize_sketch(self, class_maps: npt.NDArray[np.uint8]) -> Int:
+        return self._sketches.run(["codes"], {"class_maps": class_maps})[0]
+
     def detokenize(self, codes: Int) -> Pixels:
         return self._detokenizer.run(["pixels"], {"codes": codes})[0]
+
+    @cached_property
+    def _visual(self) -> ort.InferenceSession:
+        return self._session(VISUAL_ENCODER)
+
+    @cached_property
+    def _sketches(self) -> ort.InferenceSession:
+        return self._session(SKETCH_TOKENIZER)
+
+    def _session(self, graph: str) -> ort.InferenceSession:
+        path = self._bundle.graph(graph)
+        return ort.InferenceSession(path, self._options, providers=["CPUExecutionProvider"])
 
     def _bind_output(self, name: str, array: npt.NDArray) -> None:
         self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
@@ -126,7 +154,3 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _session(graph: Path, options: ort.SessionOptions) -> ort.InferenceSession:
-    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

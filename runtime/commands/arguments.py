@@ -31,7 +31,7 @@ def add_engine(parser: argparse.ArgumentParser, *, slots: bool) -> None:
             type=positive,
             default=1,
             metavar="N",
-            help="requests that are decoded at a time; others wait (default: %(default)s)",
+            help="samples that are decoded at a time; others wait (default: %(default)s)",
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,32 +13,44 @@ from nuwa.spec.tasks import Task, parse_task
 
 from .. import media
 from ..client import BaseClient, Client, LocalClient
-from ..core import Pixels, Progress, Timings
-from ..results import ClipEvent
+from ..core import Pixels, Progress
+from ..results import ClipEvent, ClipResult, ClipSample, ImageResult, ImageSample
 from . import arguments
 
 DESCRIPTION = """\
-Generate one image or clip and write it to a file.
+Generate one image or clip, or several samples of it, and write each to a file.
 
 Name either a bundle, which is loaded for this one request, or a running server (--server)."""
 
 EXAMPLES = """\
 tasks, and what each needs:
   t2i, t2v     --prompt
-  s2i, s2v     --sketch FILE, a palette or grey picture of class ids; --prompt if you like
+  s2i, s2v     --sketch FILE, class ids as palette indices or grey values, or their colours in the
+               palette of PASCAL VOC; one picture, or for s2v a clip of them; --prompt if you like
   i2i          --image FILE and --mask FILE or --box: fill in the masked part
   ti2i         the same and --prompt: change the masked part as the text says
-  v2v          --video FILE, the first frames: go on from there
+  v2v          --video FILE, the first frames: go on from there; --prompt if you like
   tv2v         --video FILE, --mask or --box, --prompt: change the masked part of every frame
 
 examples:
-  nuwa generate demo/bundle --task t2v --prompt "a red 3 moves left" --out clip.webp
   nuwa generate demo/bundle --task t2i --prompt "a red 3" --seed 7 --scale 4 --out three.png
-  nuwa generate demo/bundle --task v2v --video clip.webp --keep 4 --out next.gif
+  nuwa generate demo/bundle --task s2i --sketch classes.png --prompt "a red 3" --out drawn.png
   nuwa generate demo/bundle --task i2i --image three.png --box 0,0,32,64 --out filled.png
+  nuwa generate demo/bundle --task ti2i --image three.png --mask mask.png --prompt "a blue 3" \\
+      --out blue.png
+  nuwa generate demo/bundle --task t2v --prompt "a red 3 moves left" --out clip.webp
+  nuwa generate demo/bundle --task s2v --sketch classes.webp --out drawn.webp
+  nuwa generate demo/bundle --task v2v --video clip.webp --keep 4 --frames 100 --out long.webp
+  nuwa generate demo/bundle --task tv2v --video clip.webp --box 0,0,64,32 --box 16,32,8,8 \\
+      --prompt "a blue 3 moves left" --out edited.gif
+
+the best of many, and a server:
+  nuwa generate demo/bundle --task t2v --prompt "a red 3 moves left" --samples 16 --rank-by clip \\
+      --return 2 --out best.webp
   nuwa generate --server 127.0.0.1:50051 --task t2v --prompt "a red 3" --out clip.webp
 """
 
+LOCAL_SLOTS = 4  # samples that a bundle loaded here decodes side by side
 IMAGE_SUFFIXES = {f".{kind}": kind for kind in ("png", "webp", "gif")}
 CLIP_SUFFIXES = {f".{kind}": kind for kind in media.ANIMATION_FORMATS}
 
@@ -56,7 +68,8 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
         type=Path,
         required=True,
         metavar="FILE",
-        help="image: .png .webp .gif; clip: .webp .gif",
+        help="image: .png .webp .gif; clip: .webp .gif; x.png is followed by x-2.png, x-3.png, ... "
+        "where several samples are returned",
     )
     given = parser.add_argument_group("what is given besides text (files of the model's size)")
     given.add_argument("--image", type=Path, metavar="FILE", help="PNG, WebP, GIF or JPEG")
@@ -64,7 +77,7 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
     given.add_argument(
         "--keep", type=arguments.positive, metavar="N", help="take the first N frames of --video"
     )
-    given.add_argument("--sketch", type=Path, metavar="FILE", help="class ids; picture or clip")
+    given.add_argument("--sketch", type=Path, metavar="FILE", help="classes; picture or clip")
     given.add_argument("--mask", type=Path, metavar="FILE", help="bright where to generate")
     given.add_argument(
         "--box",
@@ -74,13 +87,31 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
         help="a rectangle to generate, in pixels, instead of --mask; may be repeated",
     )
     parser.add_argument(
-        "--frames", type=int, metavar="N", help="length of a clip (default: all that the model can)"
+        "--frames",
+        type=int,
+        metavar="N",
+        help="length of a clip; only v2v can go beyond the model's (default: as the sketch, or the "
+        "video of tv2v, else the model's)",
     )
     parser.add_argument(
         "--seed", type=int, help="the same seed gives the same result (default: random, printed)"
     )
     parser.add_argument(
         "--sample-index", type=int, metavar="I", help="another sample of the same seed (default: 0)"
+    )
+    many = parser.add_argument_group("several samples")
+    many.add_argument("--samples", type=int, metavar="N", help="how many to make (default: 1)")
+    many.add_argument(
+        "--rank-by",
+        metavar="NAME",
+        help="score them against the prompt, best first; `nuwa inspect` lists a bundle's rankers",
+    )
+    many.add_argument(
+        "--return",
+        dest="return_count",
+        type=int,
+        metavar="N",
+        help="how many of the best to write (default: 1 if ranked, else all)",
     )
     arguments.add_sampling(parser)
     shape = parser.add_argument_group("output")
@@ -113,16 +144,16 @@ def run(args: argparse.Namespace) -> int:
     options = _options(args, task)
     with _client(args) as client:
         if task.is_video:
-            with _progress_bar() as show:
+            with _progress_bar(args.samples or 1) as show:
                 clip = client.generate_video(
                     task, args.prompt, deadline=args.deadline, on_event=show, **options
                 )
-            frames, seed, timings = clip.frames, clip.seed, clip.timings
+            _write(args, [each.frames for each in clip.samples], task)
+            print(_summary(args, clip))
         else:
             image = client.generate_image(task, args.prompt, deadline=args.deadline, **options)
-            frames, seed, timings = image.pixels[None], image.seed, image.timings
-    _write(args, frames, task)
-    print(_summary(args.out, frames, args.scale, seed, timings))
+            _write(args, [each.pixels[None] for each in image.samples], task)
+            print(_summary(args, image))
     return 0
 
 
@@ -146,6 +177,9 @@ def _options(args: argparse.Namespace, task: Task) -> dict[str, Any]:
     options = arguments.sampling(args) | {
         "seed": args.seed,
         "sample_index": args.sample_index,
+        "samples": args.samples,
+        "rank_by": args.rank_by,
+        "return_count": args.return_count,
         "sketch": args.sketch,
         "mask": args.box or args.mask,
         "schedule": args.schedule,
@@ -178,11 +212,12 @@ def _client(args: argparse.Namespace) -> BaseClient:
         return Client(args.server)
     from ..engine import load_engine
 
-    return LocalClient(load_engine(args.bundle, slots=1, threads=args.threads))
+    slots = max(1, min(args.samples or 1, LOCAL_SLOTS))
+    return LocalClient(load_engine(args.bundle, slots=slots, threads=args.threads))
 
 
 @contextmanager
-def _progress_bar() -> Iterator[Callable[[ClipEvent], None]]:
+def _progress_bar(samples: int) -> Iterator[Callable[[ClipEvent], None]]:
     """Shows Progress events on stderr, if a person is there to look at it."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
@@ -195,36 +230,60 @@ def _progress_bar() -> Iterator[Callable[[ClipEvent], None]]:
         TimeElapsedColumn(),
     )
     console = Console(stderr=True)
+    latest: dict[int, Progress] = {}
     with Bar(*columns, console=console, disable=not sys.stderr.isatty(), transient=True) as bar:
         shown = bar.add_task("decoding", total=None, frames="waiting")
 
         def show(event: ClipEvent) -> None:
             if isinstance(event, Progress):
-                frames = f"{event.frames_done} of {event.frames_total} frames"
-                done, total = event.positions_done, event.positions_total
-                bar.update(shown, completed=done, total=total, frames=frames)
+                latest[event.sample_index] = event
+                done = sum(each.positions_done for each in latest.values())
+                frames = sum(each.frames_done for each in latest.values())
+                bar.update(
+                    shown,
+                    completed=done,
+                    total=event.positions_total * samples,
+                    frames=f"{frames} of {event.frames_total * samples} frames",
+                )
 
         yield show
 
 
-def _write(args: argparse.Namespace, frames: Pixels, task: Task) -> None:
+def _write(args: argparse.Namespace, samples: list[Pixels], task: Task) -> None:
+    """Each sample, u8 [F, H, W, 3], into its file."""
     suffix = args.out.suffix.lower()
-    pixels = media.upscale(frames, args.scale)
-    if task.is_video:
-        data = media.encode_animation(pixels, CLIP_SUFFIXES[suffix], args.fps)
-    else:
-        data = media.encode_picture(pixels[0], IMAGE_SUFFIXES[suffix])
-    args.out.write_bytes(data)
+    for path, frames in zip(_paths(args.out, len(samples)), samples, strict=True):
+        pixels = media.upscale(frames, args.scale)
+        if task.is_video:
+            data = media.encode_animation(pixels, CLIP_SUFFIXES[suffix], args.fps)
+        else:
+            data = media.encode_picture(pixels[0], IMAGE_SUFFIXES[suffix])
+        path.write_bytes(data)
 
 
-def _summary(out: Path, frames: Pixels, scale: int, seed: int, timings: Timings) -> str:
+def _paths(out: Path, count: int) -> list[Path]:
+    """`out`, then out-2, out-3, ... of the same suffix."""
+    others = (out.with_stem(f"{out.stem}-{number}") for number in range(2, count + 1))
+    return [out, *others]
+
+
+def _summary(args: argparse.Namespace, result: ImageResult | ClipResult) -> str:
+    frames = result.frames if isinstance(result, ClipResult) else result.pixels[None]
     count, height, width, _ = frames.shape
     what = f"{count} frames" if count > 1 else "1 frame"
-    return (
-        f"{out}: {what} of {width * scale} x {height * scale}, seed {seed}, "
-        f"{timings.total:.2f} s ({timings.steps} steps in {timings.decode:.2f} s, "
-        f"waited {timings.queue:.2f} s)"
-    )
+    times = result.timings
+    ranked = f", ranked in {times.ranking:.2f} s" if result.scores else ""
+    lines = [
+        f"{args.out}: {what} of {width * args.scale} x {height * args.scale}, seed {result.seed}, "
+        f"{times.total:.2f} s ({times.steps} steps in {times.decode:.2f} s, "
+        f"waited {times.queue:.2f} s{ranked})"
+    ]
+    samples: Sequence[ImageSample | ClipSample] = result.samples
+    if len(samples) > 1 or result.scores:
+        for path, sample in zip(_paths(args.out, len(samples)), samples, strict=True):
+            score = "" if sample.score is None else f", score {sample.score:.4f}"
+            lines.append(f"{path}: sample {sample.sample_index}{score}")
+    return "\n".join(lines)
 
 
 def _box(text: str) -> tuple[int, int, int, int]:

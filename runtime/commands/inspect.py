@@ -8,6 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from nuwa.spec.manifest import Manifest
+from nuwa.spec.plan import longest_clip
+from nuwa.spec.tasks import Task
+
+from ..ranking import ranker_names
+
 DESCRIPTION = """\
 Show what a bundle holds: the model, the tasks it can do, the precision, its licence and files.
 
@@ -37,11 +43,23 @@ def run(args: argparse.Namespace) -> int:
         return 0
     manifest = json.loads(text)
     files = manifest.pop("files")
+    manifest |= abilities(bundle.manifest)
     rows = [*flatten(manifest), ("bundle hash", bundle.hash)]
     rows += [(f"file {name}", _file(args.bundle / name, files[name])) for name in sorted(files)]
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
     return 0
+
+
+def abilities(manifest: Manifest) -> dict[str, Any]:
+    """What requests may ask of this bundle, here; the manifest says it in other words or not."""
+    sketch = manifest.config.sketch
+    predicts = Task.V2V in manifest.tasks
+    return {
+        "max_predicted_frames": longest_clip(manifest.config.decoder) if predicts else None,
+        "sketch_classes": None if sketch is None else sketch.channels,
+        "rankers": list(ranker_names(manifest)),  # those of installed packages too
+    }
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

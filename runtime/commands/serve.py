@@ -22,7 +22,7 @@ EXAMPLES = """\
 examples:
   nuwa serve demo/bundle
   nuwa serve demo/bundle --port 0                  any free port; the ready line says which
-  nuwa serve demo/bundle --slots 8 --queue-size 32 more at a time, less waiting
+  nuwa serve demo/bundle --slots 8 --queue-size 32 more samples at a time, less waiting
 
 and then, in another terminal:
   nuwa generate --server 127.0.0.1:50051 --task t2v --prompt "a red 3 moves left" --out clip.webp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import stat
@@ -21,9 +22,16 @@ from nuwa.export import graphs  # noqa: E402
 from nuwa.export.bundle import export_bundle  # noqa: E402
 from nuwa.export.parity import LIMITS, ExportError  # noqa: E402
 from nuwa.runtime.bundle import open_bundle  # noqa: E402
-from nuwa.spec.manifest import GRAPHS, MANIFEST, BundleError, graph_file  # noqa: E402
+from nuwa.spec.manifest import (  # noqa: E402
+    GRAPHS,
+    MANIFEST,
+    BundleError,
+    graph_file,
+    graph_names,
+)
 from nuwa.spec.plan import cache_entries  # noqa: E402
 from nuwa.training.checkpoint import load_checkpoint  # noqa: E402
+from nuwa.training.ranker import Ranker, save_ranker  # noqa: E402
 
 
 def reusing(monkeypatch, bundle: Path, special: str, write: Callable) -> None:
@@ -67,17 +75,26 @@ def test_manifest_says_what_was_exported(tiny_bundle, tiny_checkpoint):
     assert (manifest.name, manifest.precision, manifest.opset) == ("tiny", "fp32", graphs.OPSET)
     assert manifest.config == checkpoint.config and manifest.tasks == checkpoint.config.tasks
     assert manifest.cache_entries == cache_entries(checkpoint.config.decoder)
-    assert set(manifest.files) == {*map(graph_file, GRAPHS), "tokenizer.json"}
+    names = graph_names(checkpoint.config, ranker=True)
+    assert set(names) > set(GRAPHS) and manifest.graphs == names
+    assert set(manifest.files) == {*map(graph_file, names), "tokenizer.json"}
+    assert manifest.rankers == ("clip",)
     assert (manifest.licence, manifest.training_data) == ("CC0-1.0", "random weights, untrained")
-    models = (checkpoint.nuwa, checkpoint.vqgan)
-    count = sum(value.numel() for model in models for value in model.state_dict().values())
+    models = (checkpoint.nuwa, checkpoint.vqgan, checkpoint.sketch_vqgan, checkpoint.ranker)
+    count = sum(value.numel() for model in models for value in model.parameters())
     assert manifest.parameter_count == count
-    assert set(manifest.parity) == {*GRAPHS, "versions"}
+    assert set(manifest.parity) == {*names, "versions"}
     assert manifest.parity["versions"]["onnxruntime"] == onnxruntime.__version__
     step = manifest.parity["decoder_step"]
     assert 0 < step["logits_relative"] < LIMITS["fp32"]["relative"] / 10
     assert step["token_mismatches"] == step["overwritten_entries"] == 0
     assert set(tree(tiny_bundle)) == {MANIFEST, *manifest.files}
+
+
+def test_model_without_visual_encoder_has_four_graphs(plain_bundle):
+    manifest = open_bundle(plain_bundle).manifest
+    assert (manifest.graphs, manifest.rankers) == (GRAPHS, ())
+    assert set(tree(plain_bundle)) == {MANIFEST, *map(graph_file, GRAPHS), "tokenizer.json"}
 
 
 def test_folder_has_the_usual_permissions(tiny_bundle, tmp_path):
@@ -87,7 +104,7 @@ def test_folder_has_the_usual_permissions(tiny_bundle, tmp_path):
     )
 
 
-@pytest.mark.parametrize("graph", ["decoder_step", "text_encoder"])
+@pytest.mark.parametrize("graph", ["decoder_step", "text_encoder", "visual_encoder"])
 def test_wrong_numbers_are_refused_and_nothing_is_left(
     tiny_checkpoint, tiny_bundle, tmp_path, monkeypatch, graph
 ):
@@ -165,19 +182,32 @@ def test_incomplete_checkpoint_is_named(tiny_checkpoint, tmp_path):
     assert list(tmp_path.iterdir()) == [broken]
 
 
-def test_tokenizer_that_does_not_fit_the_config_is_refused(tiny_checkpoint, tmp_path):
+def test_tokenizer_that_does_not_fit_the_config_is_refused(plain_checkpoint, tmp_path):
     broken = tmp_path / "checkpoint"
-    shutil.copytree(tiny_checkpoint, broken)
+    shutil.copytree(plain_checkpoint, broken)
     path = broken / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"length": 50}))
     with pytest.raises(ValueError, match="texts of 50, its config says 270 and 77"):
         export_bundle(broken, tmp_path / "bundle")
 
 
+def test_ranker_that_does_not_fit_the_model_is_refused(tiny_checkpoint, tmp_path):
+    broken = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, broken)
+    ranker = load_checkpoint(tiny_checkpoint).ranker
+    save_ranker(Ranker(dataclasses.replace(ranker.config, resolution=32)), broken)
+    with pytest.raises(ValueError, match="pictures of 32 pixels, its config says 270, 77 and 16"):
+        export_bundle(broken, tmp_path / "bundle")
+
+
 def test_progress_names_every_step_in_order(tiny_checkpoint, tmp_path, monkeypatch):
     skip_verification(monkeypatch)
     monkeypatch.setattr(
-        export, "verify", lambda *a: {name: {} for name in GRAPHS if not a[3](name)}
+        export,
+        "verify",
+        lambda checkpoint, folder, precision, progress: {
+            name: {} for name in graph_names(checkpoint.config, ranker=True) if not progress(name)
+        },
     )
     seen = []
     export_bundle(tiny_checkpoint, tmp_path / "b", progress=lambda *step: seen.append(step))

@@ -26,7 +26,7 @@ def test_exports_and_prints_sizes_and_figures(tiny_checkpoint, tmp_path, capsys)
     printed = capsys.readouterr().out
     assert open_bundle(out).manifest.precision == "fp16"
     assert "decoder_step.onnx" in printed and "token mismatches:" in printed
-    assert "tiny, 0.36 M parameters, fp16, licence of the weights: CC0-1.0" in printed
+    assert "tiny, 0.71 M parameters, fp16, licence of the weights: CC0-1.0" in printed
 
 
 def test_folder_that_is_not_there_is_named(tmp_path):

@@ -18,30 +18,48 @@ from nuwa.export import operators  # noqa: E402
 from nuwa.export.graphs import OPSET, graphs, write_graph  # noqa: E402
 from nuwa.export.parity import ExportError  # noqa: E402
 from nuwa.export.verify import verify_graph  # noqa: E402
+from nuwa.runtime.bundle import open_bundle  # noqa: E402
+from nuwa.spec.config import VisualConfig  # noqa: E402
 from nuwa.spec.grid import Extent  # noqa: E402
 from nuwa.spec.manifest import (  # noqa: E402
     DECODER_STEP,
     GRAPHS,
     IMAGE_DETOKENIZER,
     IMAGE_TOKENIZER,
+    RANKER,
+    SKETCH_TOKENIZER,
+    STEP_ROW_INPUTS,
     TEXT_ENCODER,
-    decoder_step_inputs,
+    VISUAL_ENCODER,
+    condition_outputs,
     decoder_step_outputs,
     graph_file,
-    text_encoder_outputs,
+    layer_names,
 )
 from nuwa.training.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
 from nuwa.training.nuwa import NUWA  # noqa: E402
 from nuwa.training.vqgan import VQGAN  # noqa: E402
 
 LAYERS = 2
+CACHES = [
+    name
+    for kind in ("key_cache", "value_cache", "cross_key", "cross_value")
+    for name in layer_names(kind, LAYERS)
+]
 NAMES = {
-    DECODER_STEP: (decoder_step_inputs(LAYERS), decoder_step_outputs(LAYERS)),
-    TEXT_ENCODER: (["tokens"], text_encoder_outputs(LAYERS)),
+    DECODER_STEP: (
+        [*STEP_ROW_INPUTS, "ranks", "cross_columns", *CACHES],
+        decoder_step_outputs(LAYERS),
+    ),
+    TEXT_ENCODER: (["tokens"], condition_outputs(LAYERS)),
     IMAGE_TOKENIZER: (["pixels"], ["codes"]),
     IMAGE_DETOKENIZER: (["codes"], ["pixels"]),
+    VISUAL_ENCODER: (["tokens", "coordinates", "neighbours"], condition_outputs(LAYERS)),
+    SKETCH_TOKENIZER: (["class_maps"], ["codes"]),
+    RANKER: (["tokens", "frames"], ["score"]),
 }
-ENTRIES, WIDTH, NEIGHBOURS, LENGTH, CODES = 33, 32, 14, 77, 64
+WIDTH, NEIGHBOURS, LENGTH, CODES = 32, 14, 77, 64
+VOLUME, VISUAL_NEIGHBOURS = 48, 27
 
 
 def load(bundle: Path, name: str):
@@ -52,7 +70,7 @@ def axes(value) -> list:
     return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", NAMES)
 def test_names_and_opset(tiny_bundle, name):
     model = load(tiny_bundle, name)
     onnx.checker.check_model(model, full_check=True)
@@ -62,6 +80,18 @@ def test_names_and_opset(tiny_bundle, name):
 
 
 @pytest.mark.parametrize("name", GRAPHS)
+def test_model_without_visual_encoder_has_the_same_graphs_but_for_columns(plain_bundle, name):
+    model = load(plain_bundle, name)
+    onnx.checker.check_model(model, full_check=True)
+    wanted = [name for name in NAMES[name][0] if name != "cross_columns"]
+    assert [value.name for value in model.graph.input] == wanted
+    assert [value.name for value in model.graph.output] == NAMES[name][1]
+    if name == DECODER_STEP:
+        found = {value.name: axes(value) for value in model.graph.input}
+        assert found["cross_key_0"] == ["C", 2 * LENGTH, WIDTH]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_input_is_used(tiny_bundle, name):
     """The exporter merges inputs whose examples are one object, and leaves some without a use."""
     model = load(tiny_bundle, name)
@@ -94,14 +124,23 @@ def test_axes_that_change_are_dynamic_and_only_those(tiny_bundle):
     assert found["neighbours"] == ["T", NEIGHBOURS]
     assert found["cross_neighbours"] == ["T", "m"]
     assert found["ranks"] == ["W"]
-    assert found["key_cache_1"] == found["value_cache_0_out"] == ["S", ENTRIES, WIDTH]
-    assert found["cross_key_0"] == found["cross_value_1"] == ["C", LENGTH, WIDTH]
+    assert found["cross_columns"] == ["m"]
+    entries = open_bundle(tiny_bundle).manifest.cache_entries
+    assert found["key_cache_1"] == found["value_cache_0_out"] == ["S", entries, WIDTH]
+    assert found["cross_key_0"] == found["cross_value_1"] == ["C", 2 * LENGTH + VOLUME, WIDTH]
     assert (found["next_tokens"], found["logits"]) == (["T"], ["T", CODES])
-    for name in (TEXT_ENCODER, IMAGE_TOKENIZER, IMAGE_DETOKENIZER):
+    for name in (TEXT_ENCODER, IMAGE_TOKENIZER, IMAGE_DETOKENIZER, SKETCH_TOKENIZER):
         graph = load(tiny_bundle, name).graph
         for value in (*graph.input, *graph.output):
             first, *others = axes(value)
             assert first == "B" and all(isinstance(size, int) for size in others)
+    graph = load(tiny_bundle, VISUAL_ENCODER).graph
+    found = [axes(value) for value in (*graph.input, *graph.output)]
+    assert found[:3] == [["N"], ["N", 3], ["N", VISUAL_NEIGHBOURS]]
+    assert found[3:] == [["N", WIDTH]] * 2 * LAYERS
+    graph = load(tiny_bundle, RANKER).graph
+    found = [axes(value) for value in (*graph.input, *graph.output)]
+    assert found == [[LENGTH], ["F", 16, 16, 3], []]
 
 
 def test_types_of_the_border(tiny_bundle):
@@ -117,15 +156,22 @@ def test_types_of_the_border(tiny_bundle):
     for name, given, made in (
         (IMAGE_TOKENIZER, onnx.TensorProto.UINT8, onnx.TensorProto.INT32),
         (IMAGE_DETOKENIZER, onnx.TensorProto.INT32, onnx.TensorProto.UINT8),
+        (SKETCH_TOKENIZER, onnx.TensorProto.UINT8, onnx.TensorProto.INT32),
     ):
         graph = load(tiny_bundle, name).graph
         assert [*kinds(graph.input).values(), *kinds(graph.output).values()] == [given, made]
+    graph = load(tiny_bundle, RANKER).graph
+    integers = {"tokens": onnx.TensorProto.INT32, "frames": onnx.TensorProto.UINT8}
+    assert kinds(graph.input) == integers
+    assert kinds(graph.output) == {"score": onnx.TensorProto.FLOAT}
 
 
 def test_pixels_are_bytes_at_the_border_only(tiny_bundle):
     """TensorRT has uint8 at the border only: the first node casts from it, the last one to it."""
-    nodes = load(tiny_bundle, IMAGE_TOKENIZER).graph.node
-    assert [node.op_type for node in nodes if "pixels" in node.input] == ["Cast"]
+    borders = ((IMAGE_TOKENIZER, "pixels"), (SKETCH_TOKENIZER, "class_maps"), (RANKER, "frames"))
+    for name, given in borders:
+        nodes = load(tiny_bundle, name).graph.node
+        assert [node.op_type for node in nodes if given in node.input] == ["Cast"]
     assert load(tiny_bundle, IMAGE_DETOKENIZER).graph.node[-1].op_type == "Cast"
 
 
@@ -187,7 +233,10 @@ def test_weights_beyond_the_limit_go_to_a_second_file(tiny_checkpoint, tmp_path)
 
 @pytest.mark.slow
 def test_other_kinds_of_model_export_and_agree(tiny_checkpoint, tmp_path):
-    """Two windows, no relative bias, raster shift, unmasked padding, attention in the VQ-GAN."""
+    """Two windows, no relative bias, raster shift, unmasked padding, attention in the VQ-GAN.
+
+    The visual encoder sees known tokens only (there are no sketches), through other windows.
+    """
     tiny = load_checkpoint(tiny_checkpoint)
     config = dataclasses.replace(
         tiny.config,
@@ -201,11 +250,14 @@ def test_other_kinds_of_model_export_and_agree(tiny_checkpoint, tmp_path):
             shift="raster",
             relative_bias=False,
         ),
+        sketch=None,
+        visual=VisualConfig(layers=2, heads=2, extent=Extent(None, 3, 1), cross=Extent(1, 3, 5)),
     )
     torch.manual_seed(0)
     checkpoint = Checkpoint(
         config, VQGAN(config.image).eval(), NUWA(config).eval(), tiny.text_tokenizer, {}
     )
+    assert [graph.name for graph in graphs(checkpoint, "fp32")] == [*GRAPHS, VISUAL_ENCODER]
     for graph in graphs(checkpoint, "fp32"):
         path = tmp_path / graph_file(graph.name)
         write_graph(graph, path)

@@ -8,10 +8,16 @@ import pytest
 
 trt = pytest.importorskip("tensorrt_rtx")
 
-from nuwa.spec.manifest import GRAPHS, graph_file  # noqa: E402
+from nuwa.spec.manifest import (  # noqa: E402
+    GRAPHS,
+    RANKER,
+    SKETCH_TOKENIZER,
+    VISUAL_ENCODER,
+    graph_file,
+)
 
-_MOST = {"m": 77, "W": 64, "T": 32, "S": 4, "C": 4, "B": 4}
-_FEW = {"m": 14, "W": 1, "T": 8, "S": 1, "C": 1, "B": 1}
+_MOST = {"m": 104, "W": 64, "T": 32, "S": 4, "C": 4, "B": 4, "N": 96, "F": 10}
+_FEW = {"m": 14, "W": 1, "T": 8, "S": 1, "C": 1, "B": 1, "N": 48, "F": 1}
 
 
 def build(path: Path):
@@ -39,7 +45,7 @@ def build(path: Path):
     return builder.build_serialized_network(network, config)
 
 
-@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("graph", [*GRAPHS, VISUAL_ENCODER, SKETCH_TOKENIZER, RANKER])
 def test_graph_builds(tiny_bundle, graph):
     engine = build(tiny_bundle / graph_file(graph))
     assert engine is not None and engine.nbytes > 10_000

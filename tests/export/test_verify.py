@@ -19,7 +19,10 @@ from nuwa.spec.manifest import (  # noqa: E402
     GRAPHS,
     IMAGE_DETOKENIZER,
     IMAGE_TOKENIZER,
+    RANKER,
+    SKETCH_TOKENIZER,
     TEXT_ENCODER,
+    VISUAL_ENCODER,
     graph_file,
 )
 from nuwa.training.checkpoint import load_checkpoint  # noqa: E402
@@ -70,7 +73,7 @@ def edit_function(name: str, old: str, new: str) -> Callable:
     return change
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", [*GRAPHS, VISUAL_ENCODER, SKETCH_TOKENIZER, RANKER])
 def test_untouched_graphs_agree(tamper, name):
     figures = tamper(name, lambda model: None)
     relative = [value for figure, value in figures.items() if figure.endswith("_relative")]
@@ -79,6 +82,8 @@ def test_untouched_graphs_agree(tamper, name):
     assert sum(mismatches) == 0
     if name == DECODER_STEP:
         assert figures["overwritten_entries"] == 0 and figures["token_mismatches_of"] > 200
+    if name == RANKER:
+        assert figures["score_error"] < LIMITS["fp32"]["score_error"] / 10
 
 
 @pytest.mark.parametrize(
@@ -90,7 +95,17 @@ def test_untouched_graphs_agree(tamper, name):
         (DECODER_STEP, "blocks.0 bias", 1.05),
         (DECODER_STEP, "embedding positions", 1.05),
         (DECODER_STEP, "head weight", float("nan")),
+        (DECODER_STEP, "blocks.1 cross_bias", 1.05),
         (TEXT_ENCODER, "text embedding", 1.1),
+        (VISUAL_ENCODER, "visual embedding ids", 1.01),
+        (VISUAL_ENCODER, "visual embedding positions", 1.05),
+        (VISUAL_ENCODER, "visual blocks.0 bias", 1.05),
+        (VISUAL_ENCODER, "visual blocks.0 ff_out weight", 1.01),
+        (SKETCH_TOKENIZER, "quant_conv weight", 1.2),
+        (SKETCH_TOKENIZER, "encoder conv_in weight", 0.5),
+        (RANKER, "clip project weight", 1.1),
+        (RANKER, "text embedding", 1.1),
+        (RANKER, "frames project weight", float("nan")),
         (IMAGE_TOKENIZER, "conv_out", 0.8),
         (IMAGE_TOKENIZER, "quant_conv weight", 1.2),
         (IMAGE_DETOKENIZER, "conv_out weight", 1.1),
@@ -117,6 +132,23 @@ def test_changed_weight_is_refused(tamper, name, words, factor):
 def test_changed_operator_is_refused(tamper, function, old, new):
     with pytest.raises(ExportError, match=DECODER_STEP):
         tamper(DECODER_STEP, edit_function(function, old, new))
+
+
+def test_columns_taken_for_others_are_refused(tamper):
+    """As if the bias of one visual column were another's."""
+
+    def shift_columns(model) -> None:
+        for node in model.graph.node:
+            node.input[:] = ["shifted" if name == "cross_columns" else name for name in node.input]
+        one = onnx.helper.make_tensor("one", onnx.TensorProto.INT32, [], [1])
+        none = onnx.helper.make_tensor("none", onnx.TensorProto.INT32, [], [0])
+        model.graph.initializer.extend([one, none])
+        before = onnx.helper.make_node("Sub", ["cross_columns", "one"], ["before"])
+        model.graph.node.insert(0, onnx.helper.make_node("Max", ["before", "none"], ["shifted"]))
+        model.graph.node.insert(0, before)
+
+    with pytest.raises(ExportError, match="logits_relative"):
+        tamper(DECODER_STEP, shift_columns)
 
 
 def test_changed_sampler_is_refused(tamper):

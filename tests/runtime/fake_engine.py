@@ -9,6 +9,8 @@ finished by step 4 (f + 1). The token of frame f, row i, column j is
 and a token t is the colour (t % 256, t // 256, 7). It can do every task but s2i; known frames and
 masks are accepted and otherwise ignored. The prompt "refused" fails `check`.
 
+Its ranker "first" scores a sample by the first token of its first frame; its ranker "broken" fails.
+
 To misbehave on purpose: put an error into `admit_error`, `step_error` (used once) or give a seed in
 `bad_pixel_seeds`; clear `gate` to hold every step until it is set again.
 """
@@ -26,6 +28,8 @@ GRID = 4
 SIZE = 8
 CODEBOOK = 512
 MAX_FRAMES = 10
+MAX_PREDICTED_FRAMES = 1000
+CLASSES = 5
 TASKS = tuple(task for task in Task if task is not Task.S2I)
 
 
@@ -41,6 +45,17 @@ def expected_pixels(tokens: np.ndarray) -> np.ndarray:
     return colours.astype(np.uint8).repeat(2, axis=-3).repeat(2, axis=-2)
 
 
+def first_token(prompt: str, frames: np.ndarray) -> float:
+    """The ranker "first"."""
+    red, green, _ = frames[0, 0, 0].astype(int)
+    return float(red + 256 * green)
+
+
+def broken(prompt: str, frames: np.ndarray) -> float:
+    """The ranker "broken"."""
+    raise ValueError("secret of the ranker")
+
+
 class FakeEngine:
     def __init__(self, slots: int = 1) -> None:
         self.slots = slots
@@ -51,12 +66,16 @@ class FakeEngine:
             height=SIZE,
             width=SIZE,
             max_frames=MAX_FRAMES,
+            max_predicted_frames=MAX_PREDICTED_FRAMES,
             codebook_size=CODEBOOK,
+            sketch_classes=CLASSES,
             parameter_count=3_000_000_000,
             precision="fp32",
             licence="CC0-1.0",
             backend="fake",
+            rankers=("first", "broken"),
         )
+        self.rankers = {"first": first_token, "broken": broken}
         self.allocated: dict[int, GenerationRequest] = {}
         self.admitted: list[GenerationRequest] = []
         self.rows_done: dict[int, int] = {}

@@ -1,24 +1,27 @@
-"""The ONNX Runtime CPU backend: caches in place, and rows that do not depend on their company."""
+"""The ONNX Runtime CPU backend and the batches it is fed: caches in place, rows by themselves."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
 
 from nuwa.runtime.backends.base import StepBatch
 from nuwa.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from nuwa.runtime.batch import TEXT_COLUMNS, assemble
+from nuwa.runtime.batch import CrossColumns, assemble
 from nuwa.runtime.bundle import open_bundle
 from nuwa.runtime.core import Sampling
 from nuwa.runtime.sequence import Lane, Sequence
-from nuwa.spec.grid import MASKED
-from nuwa.spec.manifest import STEP_ROW_INPUTS
+from nuwa.spec.conditions import ConditionLayout, visual_neighbours, visual_window
+from nuwa.spec.grid import MASKED, Grid
+from nuwa.spec.manifest import STEP_ROW_INPUTS, step_call_inputs
 from nuwa.spec.philox import uniforms
 from nuwa.spec.plan import decode_plan
 
 SLOTS, CONDITIONS = 6, 4
+PROMPTS = ("none", "a red digit 3 moves left to right on black", "word " * 30, "no " * 99)
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +29,18 @@ def bundle(tiny_bundle):
     return open_bundle(tiny_bundle)
 
 
+@pytest.fixture(scope="module")
+def plain(plain_bundle):
+    return open_bundle(plain_bundle)
+
+
 @pytest.fixture
 def backend(bundle):
+    return loaded(bundle)
+
+
+def loaded(bundle) -> OnnxRuntimeCpu:
+    """A backend whose condition slots hold PROMPTS, and volumes of random ids if it sees any."""
     made = OnnxRuntimeCpu(
         bundle,
         cache_slots=SLOTS,
@@ -36,16 +49,27 @@ def backend(bundle):
         spinning=False,
         logits=True,
     )
-    prompts = ("none", "a red digit 3 moves left to right on black", "word " * 30, "no " * 99)
-    ids = np.stack([bundle.text_tokenizer.encode(prompt) for prompt in prompts])
-    made.encode_text(ids, range(CONDITIONS))
+    ids = np.stack([bundle.text_tokenizer.encode(prompt) for prompt in PROMPTS])
+    layout = ConditionLayout.of(bundle.manifest.config)
+    made.encode_text(ids, range(CONDITIONS), layout.text)
+    made.encode_text(ids[:1].repeat(CONDITIONS, axis=0), range(CONDITIONS), layout.none)
     made.text_lengths = [bundle.text_tokenizer.used(row) for row in ids]
+    if bundle.manifest.config.visual is not None:
+        for slot in range(CONDITIONS):
+            made.encode_visual(*volume(bundle.manifest.config, slot), slot)
     return made
+
+
+def volume(config, seed: int) -> tuple[np.ndarray, ...]:
+    """A clip of random visual ids, as encode_visual takes it."""
+    grid = config.decoder.grid
+    ids = np.random.default_rng(seed).integers(0, config.hidden + 1, grid.size, np.int32)
+    return ids, grid.coordinates(), visual_neighbours(config, grid)
 
 
 def batch_of(bundle, sequences) -> StepBatch:
     config = bundle.manifest.config
-    return assemble(sequences, config.image.codebook_size, config.text.length)
+    return assemble(sequences, config.image.codebook_size, CrossColumns(config))
 
 
 def sequence(bundle, *lanes: Lane, seed: int = 0, calls: int = 0, **sampling) -> Sequence:
@@ -54,17 +78,21 @@ def sequence(bundle, *lanes: Lane, seed: int = 0, calls: int = 0, **sampling) ->
     plan = decode_plan(config.decoder, config.decoder.grid)
     tokens = np.random.default_rng(seed).integers(0, 64, plan.grid.size + 1, np.int32)
     tokens[-1] = config.bos
-    draws = uniforms(seed, 0, plan.position)
+    draw = functools.partial(uniforms, seed, 0)
     known = np.ones(plan.grid.size, bool)
-    made = Sequence(plan, lanes, Sampling(**sampling), draws, tokens, known)
+    made = Sequence(plan, lanes, Sampling(**sampling), draw, tokens, known)
     for _ in range(calls):
         made.accept(np.zeros(made.width, np.int32))
     return made
 
 
-def test_a_batch_has_the_inputs_of_the_graph():
+def test_a_batch_has_the_inputs_of_the_graph(bundle, plain):
     fields = [field.name for field in dataclasses.fields(StepBatch)]
-    assert fields == [*STEP_ROW_INPUTS, "ranks"]
+    assert fields == [*STEP_ROW_INPUTS, "ranks", "cross_columns"]
+    for each in (bundle, plain):
+        batch = batch_of(each, [sequence(each, Lane(0, 0, 3))])
+        given = [name for name in fields if getattr(batch, name) is not None]
+        assert given == step_call_inputs(each.manifest.config)
 
 
 def test_caches_are_written_in_place(bundle, backend):
@@ -108,35 +136,92 @@ def test_conditions_are_kept_apart(bundle, backend):
 
     first = [logits(condition) for condition in range(CONDITIONS)]
     assert len({each.tobytes() for each in first}) == CONDITIONS
-    backend.encode_text(bundle.text_tokenizer.encode("a blue cat stands still")[None], [1])
+    backend.encode_text(bundle.text_tokenizer.encode("a blue cat stands still")[None], [1], 0)
     second = [logits(condition) for condition in range(CONDITIONS)]
     same = [(a == b).all() for a, b in zip(first, second, strict=True)]
     assert same == [True, False, True, True]
 
 
-def test_logits_have_the_same_bits_in_any_company(bundle, backend):
-    """What co-batching rests on: not close, equal. With other calls, prompts, caches beside."""
+def test_each_part_of_a_condition_slot_is_written_alone(bundle, backend):
+    config = bundle.manifest.config
+    layout, frame = ConditionLayout.of(config), Grid(1, 4, 4)
+    ids = bundle.text_tokenizer.encode("a blue cat stands still")[None]
+    picture = np.arange(16, dtype=np.int32), frame.coordinates(), visual_neighbours(config, frame)
+    writes = [
+        (0, 77, lambda: backend.encode_text(ids, [2], layout.text)),
+        (77, 154, lambda: backend.encode_text(ids, [2], layout.none)),
+        (154, 202, lambda: backend.encode_visual(*volume(config, 9), 2)),
+        (154, 170, lambda: backend.encode_visual(*picture, 2)),
+    ]
+    for first, stop, write in writes:
+        where = slice(first, stop)
+        before = {name: array.copy() for name, array in backend.conditions.items()}
+        write()
+        for name, array in backend.conditions.items():
+            assert array.shape == (CONDITIONS, 202, 32)
+            assert (array[2, where] != before[name][2, where]).any(axis=-1).all()
+            array[2, where] = before[name][2, where] = 0
+            assert (array == before[name]).all()
+
+
+def test_a_position_sees_only_what_is_near_it(bundle, backend):
+    """One visual id changed: the logits of its window change, all others keep their bits."""
+    config = bundle.manifest.config
+    grid, text = config.decoder.grid, backend.text_lengths[1]
+    window = visual_window(config, grid)
+    waves = [
+        sequence(bundle, Lane(0, 1, text, visual=window), calls=calls)
+        for calls in range(decode_plan(config.decoder, grid).steps)
+    ]
+
+    def logits() -> dict[int, bytes]:
+        seen = {}
+        for each in waves:
+            backend.step(without_writes(batch_of(bundle, [each])))
+            rows = zip(each.call.position.tolist(), backend.logits, strict=True)
+            seen |= {position: row.tobytes() for position, row in rows}
+        return seen
+
+    before = logits()
+    layout, place = ConditionLayout.of(config), 21  # frame 1, row 1, column 1
+    for array in backend.conditions.values():
+        array[1, layout.visual + place] += 1.0
+    after = logits()
+    f, i, j = (np.abs(grid.coordinates() - grid.coordinates()[place])).T
+    near = {
+        position for position in range(grid.size) if max(f[position], i[position], j[position]) < 2
+    }
+    assert {position for position in before if before[position] != after[position]} == near
+
+
+@pytest.mark.parametrize("kind", ["text", "visual", "mixed", "plain"])
+def test_logits_have_the_same_bits_in_any_company(bundle, plain, kind):
+    """What co-batching rests on: not close, equal. With other calls, prompts, caches beside.
+
+    Some rows see text alone and some a sketch too, beside text of every length.
+    """
+    bundle = plain if kind == "plain" else bundle
+    backend, config = loaded(bundle), bundle.manifest.config
     rng = np.random.default_rng(1)
     for array in backend.caches.values():
         array[:] = rng.standard_normal(array.shape)
+    window = None if kind in ("plain", "text") else visual_window(config, config.decoder.grid)
 
     def lane(slot: int) -> Lane:
         condition = slot % CONDITIONS
-        return Lane(slot, condition, backend.text_lengths[condition])
-
-    def frozen(sequences) -> StepBatch:
-        """Without writes, so that every call meets the same caches."""
-        batch = batch_of(bundle, sequences)
-        return dataclasses.replace(batch, write_index=np.full_like(batch.write_index, MASKED))
+        sees = kind == "visual" or slot in (1, 2, 5)
+        return Lane(
+            slot, condition, backend.text_lengths[condition], visual=window if sees else None
+        )
 
     crowd = [sequence(bundle, lane(s), seed=s, calls=2 * s, top_p=0.9) for s in range(SLOTS)]
-    drawn = backend.step(frozen(crowd))
+    drawn = backend.step(without_writes(batch_of(bundle, crowd)))
     together, start = backend.logits, 0
     assert len(together) > 16
     for each in crowd:
         rows = slice(start, start + each.width)
         start += each.width
-        tokens = backend.step(frozen([each]))
+        tokens = backend.step(without_writes(batch_of(bundle, [each])))
         assert (backend.logits == together[rows]).all()
         assert (tokens == drawn[rows]).all()
         whole = batch_of(bundle, [each])
@@ -144,21 +229,54 @@ def test_logits_have_the_same_bits_in_any_company(bundle, backend):
             part = {
                 name: getattr(whole, name)[row : row + 1].copy() for name in STEP_ROW_INPUTS
             } | {"write_index": np.int32([MASKED]), "unconditional_row": np.int32([0])}
-            backend.step(StepBatch(**part, ranks=whole.ranks))
+            rest = {"ranks": whole.ranks, "cross_columns": whole.cross_columns}
+            backend.step(StepBatch(**part, **rest))
             assert (backend.logits[0] == together[rows][row]).all()
+        for other in crowd:  # and beside one other
+            backend.step(without_writes(batch_of(bundle, [other, each])))
+            assert (backend.logits[other.width :] == together[rows]).all()
 
 
-def test_text_columns_are_rounded_up(bundle):
-    for length, columns in ((1, 16), (16, 16), (17, 32), (65, 77), (77, 77)):
-        batch = batch_of(bundle, [sequence(bundle, Lane(0, 0, length), calls=3)])
-        assert batch.cross_neighbours.shape == (len(batch.tokens), columns)
-        expected = [*range(length), *[MASKED] * (columns - length)]
-        assert (batch.cross_neighbours == expected).all()
-    assert TEXT_COLUMNS == 16
+def without_writes(batch: StepBatch) -> StepBatch:
+    """So that every call meets the same caches."""
+    return dataclasses.replace(batch, write_index=np.full_like(batch.write_index, MASKED))
+
+
+@pytest.mark.parametrize(("length", "columns"), [(1, 16), (16, 16), (17, 32), (65, 77), (77, 77)])
+def test_text_columns_are_rounded_up(plain, length, columns):
+    batch = batch_of(plain, [sequence(plain, Lane(0, 0, length), calls=3)])
+    expected = [*range(length), *[MASKED] * (columns - length)]
+    assert batch.cross_neighbours.shape == (len(batch.tokens), columns)
+    assert (batch.cross_neighbours == expected).all()
+    assert batch.cross_columns is None
+
+
+@pytest.mark.parametrize(
+    ("length", "sees", "columns"),
+    [(1, 0, 16), (17, 0, 32), (32, 0, 32), (33, 0, 80), (77, 0, 112)]
+    + [(1, 1, 64), (32, 1, 64), (33, 1, 80), (49, 1, 96), (77, 1, 112)],
+)
+def test_columns_keep_their_place_whatever_a_call_needs(bundle, length, sees, columns):
+    """32 text columns, 27 of the window and 5 empty ones, the other text columns."""
+    config = bundle.manifest.config
+    window = visual_window(config, config.decoder.grid)
+    lane = Lane(0, 0, length, text_first=77, visual=window if sees else None)
+    wave = sequence(bundle, lane, calls=3)
+    batch = batch_of(bundle, [wave])
+    for row, position in zip(batch.cross_neighbours, wave.call.position, strict=True):
+        text = [77 + place if place < length else MASKED for place in range(80)]
+        near = window[position].tolist() if sees else [MASKED] * 27
+        whole = [*text[:32], *near, *[MASKED] * 5, *text[32:]]
+        assert row.tolist() == whole[:columns]
+        assert all(entry == MASKED for entry in whole[columns:])
+    bias = [*[27] * 32, *range(27), *[27] * 53]
+    assert batch.cross_columns.tolist() == bias[:columns]
 
 
 def test_guided_rows_are_moved_away_from_their_partners(bundle, backend):
-    conditional, unconditional = Lane(0, 1, backend.text_lengths[1]), Lane(1, 0, 3)
+    window = visual_window(bundle.manifest.config, bundle.manifest.config.decoder.grid)
+    conditional = Lane(0, 1, backend.text_lengths[1], visual=window)
+    unconditional = Lane(1, 1, 3, text_first=77, visual=window)
 
     def logits(*lanes: Lane, scale: float) -> np.ndarray:
         backend.step(batch_of(bundle, [sequence(bundle, *lanes, guidance_scale=scale)]))
@@ -202,6 +320,21 @@ def test_codes_and_pixels_go_both_ways(bundle, backend):
     back = backend.tokenize(pixels)
     assert back.shape == codes.shape and back.dtype == np.int32
     assert ((back >= 0) & (back < 64)).all()
+
+
+def test_class_maps_become_sketch_codes(bundle, backend):
+    maps = np.random.default_rng(3).integers(0, 5, (3, 16, 16), np.uint8)
+    codes = backend.tokenize_sketch(maps)
+    assert codes.shape == (3, 4, 4) and codes.dtype == np.int32
+    assert ((codes >= 0) & (codes < 48)).all() and len(np.unique(codes)) > 1
+    assert (backend.tokenize_sketch(maps[1:2])[0] == codes[1]).all()
+
+
+def test_graphs_that_a_bundle_lacks_are_named(plain):
+    backend = loaded(plain)
+    with pytest.raises(ValueError, match="no graph 'sketch_tokenizer'; it has decoder_step, text"):
+        backend.tokenize_sketch(np.zeros((1, 16, 16), np.uint8))
+    assert {array.shape[1] for array in backend.conditions.values()} == {154}
 
 
 def test_threads_are_at_least_one(bundle):

@@ -78,11 +78,56 @@ def test_generate_asks_a_server(tmp_path, capsys):
     assert "nuwa generate: error: top_p 3.0 is not in (0, 1]" in capsys.readouterr().err
 
 
+def test_generate_writes_every_sample(engine, tmp_path, capsys):
+    out = tmp_path / "three.png"
+    words = ["generate", "b", "--task", "t2i", "--prompt", "a 3", "--seed", 7, "--samples", 3]
+    assert run(*words, "--out", out) == 0
+    paths = [out, tmp_path / "three-2.png", tmp_path / "three-3.png"]
+    for index, path in enumerate(paths):
+        np.testing.assert_array_equal(media.decode_clip(path.read_bytes()), clip(7 + index, 1))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == [f"{path}: sample {index}" for index, path in enumerate(paths)]
+    assert engine.loaded == [("b", 3, None)], "samples are decoded side by side"
+
+
+def test_generate_writes_the_best_first(engine, tmp_path, capsys):
+    # The first tokens are 510, 511, 0, 1.
+    words = ["generate", "b", "--task", "t2v", "--prompt", "a 3", "--seed", 510, "--frames", 2]
+    ranked = ["--samples", 4, "--rank-by", "first"]
+    assert run(*words, *ranked, "--out", tmp_path / "best.webp") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["best.webp"]
+    assert run(*words, *ranked, "--return", 2, "--out", tmp_path / "best.webp") == 0
+    for name, seed in (("best.webp", 511), ("best-2.webp", 510)):
+        written = media.decode_clip((tmp_path / name).read_bytes())
+        np.testing.assert_array_equal(written, clip(seed, 2))
+    lines = capsys.readouterr().out.splitlines()
+    assert "ranked in" in lines[2]
+    assert lines[3] == f"{tmp_path / 'best.webp'}: sample 1, score 511.0000"
+    assert lines[4] == f"{tmp_path / 'best-2.webp'}: sample 0, score 510.0000"
+
+
+def test_generate_predicts_beyond_the_models_length(engine, tmp_path):
+    given, out = tmp_path / "given.webp", tmp_path / "long.webp"
+    given.write_bytes(media.encode_animation(clip(3, 2), "webp"))
+    words = ["--task", "v2v", "--video", given, "--frames", 30, "--seed", 3, "--out", out]
+    assert run("generate", "b", *words) == 0
+    np.testing.assert_array_equal(media.decode_clip(out.read_bytes()), clip(3, 30))
+
+
+def test_help_shows_every_task(capsys):
+    assert run("generate", "--help") == 0
+    examples = capsys.readouterr().out.split("examples:")[1]
+    for task in Task:
+        assert f"--task {task} " in examples
+
+
 def test_generate_takes_files_and_boxes(engine, tmp_path):
     picture = np.full((8, 8, 3), 200, np.uint8)
     still, moving = tmp_path / "still.png", tmp_path / "moving.webp"
     still.write_bytes(media.encode_picture(picture, "png"))
     moving.write_bytes(media.encode_animation(np.stack([picture] * 6), "webp"))
+    drawing = tmp_path / "drawing.webp"
+    drawing.write_bytes(media.encode_animation(np.full((6, 8, 8, 3), 4, np.uint8), "webp"))
     image, video = tmp_path / "out.png", tmp_path / "out.webp"
     assert (
         run("generate", "b", "--task", "i2i", "--image", still, "--mask", still, "--out", image)
@@ -91,12 +136,12 @@ def test_generate_takes_files_and_boxes(engine, tmp_path):
     boxes = ["--box", "0,0,2,2", "--box", "7,7,1,1"]
     words = ["--task", "tv2v", "--prompt", "a 3", "--video", moving, "--out", video]
     assert run("generate", "b", *words, *boxes) == 0
-    assert run("generate", "b", "--task", "s2v", "--sketch", moving, "--out", video) == 0
+    assert run("generate", "b", "--task", "s2v", "--sketch", drawing, "--out", video) == 0
     words = ["--task", "v2v", "--video", moving, "--keep", 4, "--frames", 7, "--out", video]
     assert run("generate", "b", *words, "--schedule", "raster", "--sample-index", 3) == 0
     completion, edit, drawn, predicted = engine.admitted
     assert completion.mask.all() and edit.mask.sum() == 5
-    assert len(edit.frames) == 6 and drawn.sketch.shape == (6, 8, 8)
+    assert len(edit.frames) == 6 and drawn.sketch.shape == (6, 8, 8) and (drawn.sketch == 4).all()
     assert len(predicted.frames) == 4 and predicted.frame_count == 7
     assert (predicted.schedule, predicted.sample_index) == ("raster", 3)
 
@@ -123,6 +168,11 @@ def test_generate_takes_files_and_boxes(engine, tmp_path):
         ("b --task t2i --prompt a --seed -1 --out x.png", "seed -1 is not in"),
         ("b --task t2i --prompt a --top-k 99999999999 --out x.png", "top_k 99999999999"),
         ("b --task t2i --prompt a --threads 0 --out x.png", "0 is not at least 1"),
+        ("b --task t2i --prompt a --samples 65 --out x.png", "sample_count 65 is not in [1, 64]"),
+        ("b --task t2i --prompt a --samples 0 --out x.png", "sample_count 0 is not in [1, 64]"),
+        ("b --task t2i --prompt a --rank-by best --out x.png", "'best'; choose one of first"),
+        ("b --task t2i --prompt a --return 2 --out x.png", "return_count 2 is not in [1, 1]"),
+        ("b --task t2i --prompt a --samples 2 --return 1 --out x.png", "needs rank_by to choose"),
         ("--task t2i --prompt a --out x.png", "name either a bundle or --server"),
         ("b --server h:1 --task t2i --prompt a --out x.png", "name either a bundle or --server"),
         ("b --task t2i", "the following arguments are required: --out"),
@@ -167,7 +217,7 @@ def bundle(monkeypatch, tmp_path):
     manifest = Manifest(
         name="sprites",
         config=preset("sprites"),
-        tasks=(Task.T2I, Task.T2V),
+        tasks=(Task.T2I, Task.T2V, Task.V2V),
         precision="fp32",
         opset=18,
         cache_entries=640,
@@ -177,6 +227,7 @@ def bundle(monkeypatch, tmp_path):
         licence="CC0-1.0",
         training_data="sprites",
         created="2026-01-01T00:00:00Z",
+        rankers=("clip",),
     )
     opened = types.SimpleNamespace(path=tmp_path, manifest=manifest, hash="cd" * 32)
     monkeypatch.setattr("nuwa.runtime.bundle.open_bundle", lambda path: opened)
@@ -186,13 +237,15 @@ def bundle(monkeypatch, tmp_path):
 def test_inspect_is_readable(bundle, tmp_path, capsys):
     assert run("inspect", tmp_path) == 0
     lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
-    assert lines["name"] == "sprites" and lines["tasks"] == "t2i, t2v"
+    assert lines["name"] == "sprites" and lines["tasks"] == "t2i, t2v, v2v"
     assert (
         lines["parameter_count"] == "5 000 000" and lines["parity.decoder_step.max_abs"] == "1e-06"
     )
     assert lines["bundle"].endswith("cd" * 32)
     assert "2.50 MB  sha256 abababababababab" in lines["file"]
     assert any(name.startswith("config.") for name in lines)
+    assert lines["sketch_classes"] == "21" and lines["max_predicted_frames"] == "1 000"
+    assert lines["rankers"] == "clip"
 
 
 def test_inspect_json_is_the_manifest(bundle, tmp_path, capsys):
@@ -220,20 +273,30 @@ class Evaluator:
         out=None,
         progress=None,
         reconstruct=None,
+        concurrency=1,
+        about=None,
+        long=0,
     ):
         self.options = (split, samples, seed, level, out)
+        self.concurrency, self.about, self.long = concurrency, about, long
         self.reconstructed = reconstruct(clip(5, 2))
         self.results = {}
-        for index, task in enumerate(tasks):
-            given = clip(0, 4) if task == "v2v" else None
-            prompt = "" if task == "v2v" else "a 3"
-            count = 10 if Task(task).is_video else 1
-            self.results[task] = generate(
-                task=task, prompt=prompt, frame_count=count, seed=seed, frames=given
+        for index, name in enumerate(tasks):
+            task = Task(name)
+            count = 10 if task.is_video else 1
+            self.results[name] = generate(
+                task=name,
+                prompt="" if task in (Task.V2V, Task.I2I) else "a 3",
+                frame_count=count,
+                seed=seed,
+                frames=clip(0, 4 if task is Task.V2V else count) if task.needs_frames else None,
+                mask=np.eye(8, dtype=bool) if task.needs_mask else None,
+                sketch=np.full((count, 8, 8), 2, np.uint8) if task.needs_sketch else None,
             )
             progress(index + 1, len(tasks))
         return {
-            "tasks": {task: {"scores": {"class": {"model": 0.5, "low": None}}} for task in tasks}
+            "tasks": {task: {"scores": {"class": {"model": 0.5, "low": None}}} for task in tasks},
+            "bars": [{"part": "t2v", "bar": "class >= 0.9", "value": 0.5, "holds": False}],
         }
 
 
@@ -254,13 +317,38 @@ def test_evaluate_hands_the_engine_to_the_evaluator(engine, evaluator, tmp_path,
     np.testing.assert_array_equal(evaluator.results["v2v"][4:], clip(3, 10)[4:])
     np.testing.assert_array_equal(evaluator.reconstructed, clip(5, 2))
     assert all(request.sampling.top_k == 2 for request in engine.admitted)
-    assert "t2v   class            model 0.500  low -" in capsys.readouterr().out
+    assert evaluator.concurrency == 16 and engine.loaded == [("b", 8, None)]
+    printed = capsys.readouterr().out
+    assert "t2v   class            model 0.500  low -" in printed
+    assert "t2v   class >= 0.9: 0.500 DOES NOT HOLD" in printed
+
+
+def test_evaluate_gives_every_task_what_it_takes(engine, evaluator, tmp_path):
+    assert run("evaluate", "b", "--seed", 4, "--long", 2) == 0
+    assert [str(each.task) for each in engine.admitted] == list(evaluator.results)
+    assert set(evaluator.results) == {str(task) for task in engine.info.tasks}, "all by default"
+    requests = {each.task: each for each in engine.admitted}
+    assert requests[Task.TV2V].mask.sum() == 8 and len(requests[Task.TV2V].frames) == 10
+    assert requests[Task.S2V].sketch.shape == (10, 8, 8) and requests[Task.S2V].prompt == "a 3"
+    completed = evaluator.results["i2i"]
+    known = ~np.eye(8, dtype=bool)
+    np.testing.assert_array_equal(completed[0][known], clip(0, 1)[0][known])
+    assert evaluator.long == 2 and evaluator.about["bundle_hash"] == "0" * 64
+
+
+def test_evaluate_scores_the_best_of_several(engine, evaluator, capsys):
+    # The first tokens of the four samples are 510, 511, 0, 1.
+    words = ["--tasks", "t2i,i2i", "--seed", 510]
+    assert run("evaluate", "b", *words, "--samples-per-prompt", 4, "--rank-by", "first") == 0
+    np.testing.assert_array_equal(evaluator.results["t2i"], clip(511, 1))
+    assert [each.task for each in engine.admitted].count(Task.I2I) == 1, "no prompt, no ranking"
+    assert (evaluator.about["samples_per_prompt"], evaluator.about["rank_by"]) == (4, "first")
 
 
 def test_evaluate_prints_json(engine, evaluator, capsys):
-    assert run("evaluate", "b", "--json") == 0
+    assert run("evaluate", "b", "--json", "--tasks", "t2i,t2v") == 0
     assert set(json.loads(capsys.readouterr().out)["tasks"]) == {"t2i", "t2v"}
-    assert evaluator.options == ("test", 512, 0, "digits", None)
+    assert evaluator.options == ("test", 1024, 0, "digits", None)
 
 
 @pytest.mark.parametrize(
@@ -270,6 +358,10 @@ def test_evaluate_prints_json(engine, evaluator, capsys):
         ("b --set colour", "is not NAME=VALUE"),
         ("b --tasks t2i,t2w", "unknown task 't2w'"),
         ("b --samples 0", "0 is not at least 1"),
+        ("b --samples-per-prompt 4", "--samples-per-prompt (above 1) and --rank-by go together"),
+        ("b --rank-by first", "--samples-per-prompt (above 1) and --rank-by go together"),
+        ("b --samples-per-prompt 4 --rank-by best", "'best' is not one of the bundle's rankers"),
+        ("b --i3d-weights i3d.pt", "has no option 'weights'; it has"),
         ("b --samples many", "invalid whole number value: 'many'"),
     ],
 )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nuwa.runtime.core import GenerationRequest, Sampling
-from nuwa.runtime.engine import cache_slots, condition_slots
+from nuwa.runtime.engine import cache_slots
 from nuwa.spec.grid import Grid
 from nuwa.spec.manifest import Manifest
 from nuwa.spec.plan import decode_plan
@@ -238,6 +238,8 @@ def test_info_describes_the_bundle(engine, tiny_bundle):
     assert (info.name, info.licence, info.precision) == ("tiny", "CC0-1.0", "fp32")
     assert info.tasks == manifest.tasks
     assert (info.height, info.width, info.max_frames, info.codebook_size) == (16, 16, 3, 64)
+    assert (info.max_predicted_frames, info.sketch_classes) == (1000, 5)
+    assert "clip" in info.rankers
     assert info.parameter_count == manifest.parameter_count
     assert info.backend == "onnxruntime-cpu"
     assert len(info.bundle_hash) == 64
@@ -249,7 +251,7 @@ def test_slots(tiny_bundle):
     engine = tiny_engine(tiny_bundle, slots=3)
     assert engine.slots == 3
     assert len(engine._backend.caches["key_cache_0"]) == cache_slots(3) == 6
-    assert len(engine._backend.conditions["cross_key_0"]) == condition_slots(3) == 4
+    assert len(engine._backend.conditions["cross_key_0"]) == 3
 
 
 def test_a_bundle_with_other_cache_sizes_is_refused(tiny_bundle, tmp_path):

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from nuwa.runtime.core import GenerationRequest, Sampling
-from nuwa.runtime.given import known_positions, restore_given
+from nuwa.runtime.given import SEAM, known_positions, restore_given
 from nuwa.spec.grid import Grid
+from nuwa.spec.known import blank_hidden
 from nuwa.spec.tasks import Task
 
-from .engine_run import PROMPT, admit, alone, bundle_for, finish, step, tiny_engine
+from .engine_run import PROMPT, admit, alone, finish, step, tiny_engine
 
 SIZE, CELLS = 16, 4  # pixels and tokens of a side; a patch is 4 x 4 pixels
 EDITS = (Task.I2I, Task.TI2I, Task.TV2V)
@@ -20,9 +21,8 @@ SEEDS = range(5)
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_bundle, tmp_path_factory):
-    folder = bundle_for(tiny_bundle, tuple(Task), tmp_path_factory.mktemp("given") / "all")
-    return tiny_engine(folder, slots=2)
+def engine(tiny_bundle):
+    return tiny_engine(tiny_bundle, slots=2)
 
 
 @pytest.fixture(scope="module")
@@ -99,21 +99,25 @@ def test_a_caption_leads_the_prediction(engine, clip):
 @pytest.mark.parametrize("task", EDITS)
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_edits_keep_all_that_lies_outside_the_mask(engine, clip, task, guidance):
-    mask = box(5, 0, 12, 9)  # rows 1 to 2 and columns 0 to 2 of the token grid
+    mask = box(5, 0, 14, 9)  # rows 1 to 3 and columns 0 to 2 of the token grid
     touched = np.zeros((CELLS, CELLS), bool)
-    touched[1:3, 0:3] = True
-    codes = engine._backend.tokenize(clip)
+    touched[1:4, 0:3] = True
+    frames = edit(task, clip, mask).frames
+    known = np.broadcast_to(~touched, (len(frames), CELLS, CELLS))
+    codes = engine._backend.tokenize(blank_hidden(frames, known))
+    deep = np.zeros_like(mask)
+    deep[5 + SEAM : 14 - SEAM, : 9 - SEAM] = True  # the mask lies at the left edge
     changed = False
     for seed in SEEDS:
         sampling = Sampling(guidance_scale=guidance)
         request = edit(task, clip, mask, seed=seed, sampling=sampling)
         run = alone(engine, request)
-        kept = run.tokens == codes[: len(run.tokens)]
+        kept = run.tokens == codes
         assert kept[:, ~touched].all()
         changed |= not kept[:, touched].all()
         pixels = picture(engine, request, run.tokens)
         assert (pixels[:, ~mask] == request.frames[:, ~mask]).all()
-        assert (pixels[:, mask] == engine.pixels(run.tokens)[:, mask]).all()
+        assert (pixels[:, deep] == engine.pixels(run.tokens)[:, deep]).all()
         raster = alone(engine, dataclasses.replace(request, schedule="raster"))
         assert (raster.tokens == run.tokens).all()
         assert run.steps < raster.steps == run.tokens.size
@@ -154,6 +158,55 @@ def test_a_token_is_known_if_its_whole_patch_is_outside(mask, rows, columns):
     expected = np.ones((2, CELLS, CELLS), bool)
     expected[:, rows, columns] = False
     assert (known == expected).all()
+
+
+def test_a_constant_step_at_the_border_is_spread_over_the_seam():
+    """Given pixels are 50 brighter than decoded ones: 40, 30, 20, 10 of it are left inside."""
+    given = np.random.default_rng(1).integers(50, 256, (1, SIZE, SIZE, 3), np.uint8)
+    mask = box(2, 3, SIZE, SIZE - 1)
+    mask[8, 3] = False  # an uneven border
+    request = edit(Task.I2I, given, mask)
+    restored = restore_given(request, 0, given[0] - np.uint8(50))
+    assert (restored[~mask] == given[0][~mask]).all()
+    missing = given[0].astype(int) - restored
+    rows, columns = np.indices(mask.shape)
+    outside = np.argwhere(~mask)
+    depth = np.maximum(*(abs(np.stack([rows, columns])[..., None] - outside.T[:, None, None])))
+    depth = depth.min(axis=-1)  # of every pixel in the mask, 1 at its border
+    expected = 50 * np.minimum(depth, SEAM + 1) // (SEAM + 1)
+    assert depth.max() > SEAM + 1 and (missing == expected[..., None]).all()
+
+
+def test_the_seam_follows_what_surrounds_it():
+    """Left of the mask given pixels are brighter, right of it darker; each side gets its own."""
+    given = np.full((1, SIZE, SIZE, 3), 100, np.uint8)
+    decoded = given[0].copy()
+    decoded[:, :3], decoded[:, 13:] = 80, 110
+    restored = restore_given(edit(Task.I2I, given, box(0, 3, SIZE, 13)), 0, decoded)
+    assert (restored[:, 3:7] == np.array([116, 112, 108, 104])[:, None]).all()
+    assert (restored[:, 7:9] == 100).all()
+    assert (restored[:, 9:13] == np.array([98, 96, 94, 92])[:, None]).all()
+
+
+@pytest.mark.parametrize("pixel", [0, 255])
+def test_seams_stay_in_range(pixel):
+    given = np.full((1, SIZE, SIZE, 3), pixel, np.uint8)
+    decoded = np.full((SIZE, SIZE, 3), pixel, np.uint8)
+    decoded[:4] = 255 - pixel
+    restored = restore_given(edit(Task.I2I, given, box(4, 0, SIZE, SIZE)), 0, decoded)
+    assert (restored == pixel).all(), "the correction points beyond the range"
+
+
+def test_only_the_frames_own_pixels_are_blended(clip):
+    """Whatever is decoded outside the mask further than a pixel from it changes nothing."""
+    mask = box(4, 4, 12, 12)
+    request = edit(Task.TV2V, clip, mask)
+    decoded = 255 - clip[1]
+    other = decoded.copy()
+    other[:3], other[:, 13:] = 0, 0
+    assert (restore_given(request, 1, decoded) == restore_given(request, 1, other)).all()
+    whole = edit(Task.TV2V, clip, np.ones((SIZE, SIZE), bool))
+    assert (restore_given(whole, 1, decoded) == decoded).all()
 
 
 def test_nothing_given_is_nothing_restored():

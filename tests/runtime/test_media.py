@@ -12,6 +12,7 @@ from PIL import Image
 
 from nuwa.runtime import media
 from nuwa.runtime.media import Limits, MediaError
+from nuwa.spec.palette import voc_palette
 
 RANDOM = np.random.default_rng(0)
 CLIP = RANDOM.integers(0, 256, (4, 8, 12, 3), dtype=np.uint8)
@@ -192,38 +193,111 @@ def test_photographs_are_turned_upright():
     assert media.decode_clip(file_of(photo, "JPEG", exif=exif)).shape == (1, 8, 4, 3)
 
 
-CLASSES = np.arange(12, dtype=np.uint8).reshape(3, 4) + 9
+CLASSES = 21
+IDS = np.arange(12, dtype=np.uint8).reshape(3, 4) + 9
+MAPS = np.stack([IDS, IDS[::-1], IDS[::-1], 0 * IDS])
+COLOURS = voc_palette(CLASSES)[MAPS]
 
 
-def test_class_ids_are_the_indices_of_a_palette_png():
-    image = Image.fromarray(CLASSES, "L").convert("P")
-    image.putpalette([value for _ in range(256) for value in (255, 0, 17)])
-    image.putdata(CLASSES.flatten().tolist())
-    data = file_of(image, "PNG", optimize=False)
-    np.testing.assert_array_equal(media.decode_class_map(data), CLASSES[None])
+def palette_image(ids: np.ndarray, palette: np.ndarray) -> Image.Image:
+    image = Image.fromarray(ids, "L").convert("P")
+    image.putpalette(palette.flatten().tolist())
+    image.putdata(ids.flatten().tolist())
+    return image
+
+
+def palette_clip(kind: str, palette: np.ndarray) -> bytes:
+    first, *others = (palette_image(ids, palette) for ids in MAPS[[0, 1, 3]])
+    options = {"optimize": False} | ({"disposal": 1} if kind == "GIF" else {})
+    return file_of(first, kind, save_all=True, append_images=others, **options)
+
+
+@pytest.mark.parametrize("transparent", [None, 9])
+def test_class_ids_are_the_indices_of_a_palette_png(transparent):
+    image = palette_image(IDS, np.full((256, 3), (255, 0, 17)))
+    options = {} if transparent is None else {"transparency": transparent}
+    data = file_of(image, "PNG", optimize=False, **options)
+    np.testing.assert_array_equal(media.decode_class_map(data, CLASSES), IDS[None])
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP"])
 def test_class_ids_are_the_greys_of_other_pictures(kind):
-    grey = Image.fromarray(CLASSES)
+    grey = Image.fromarray(IDS)
     options = {"lossless": True} if kind == "WEBP" else {}
     data = file_of(grey.convert("RGB") if kind == "WEBP" else grey, kind, **options)
-    np.testing.assert_array_equal(media.decode_class_map(data), CLASSES[None])
+    np.testing.assert_array_equal(media.decode_class_map(data, CLASSES), IDS[None])
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "gif"])
+def test_colours_of_the_palette_are_classes(kind):
+    data = media.encode_picture(COLOURS[0], kind)
+    np.testing.assert_array_equal(media.decode_class_map(data, CLASSES), IDS[None])
+    every = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    data = media.encode_picture(voc_palette(256)[every], kind)
+    np.testing.assert_array_equal(media.decode_class_map(data, 256), every[None])
 
 
 @pytest.mark.parametrize("kind", media.ANIMATION_FORMATS)
-def test_class_ids_of_a_clip(kind):
-    frames = np.stack([CLASSES, CLASSES + 1, CLASSES + 1])
-    data = media.encode_animation(np.repeat(frames[..., None], 3, axis=-1), kind)
-    np.testing.assert_array_equal(media.decode_class_map(data), frames)
+@pytest.mark.parametrize("frames", [COLOURS, np.repeat(MAPS[..., None], 3, axis=-1)])
+def test_class_maps_of_a_clip_are_colours_or_greys(kind, frames):
+    """Every frame is there, equal neighbours and an empty one too."""
+    data = media.encode_animation(frames, kind)
+    np.testing.assert_array_equal(media.decode_class_map(data, CLASSES), MAPS)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"), [("png", "has colours"), ("jpeg", "is a JPEG"), ("webp", "has colours")]
-)
-def test_class_maps_without_classes_are_refused(name, message):
+@pytest.mark.parametrize("kind", ["PNG", "GIF"])
+def test_class_maps_of_other_writers(kind):
+    """A PNG's palette indices are the ids; of a GIF's palette, the colours name the classes."""
+    data = palette_clip(kind, voc_palette(256))
+    np.testing.assert_array_equal(media.decode_class_map(data, CLASSES), MAPS[[0, 1, 3]])
+
+
+def test_the_grey_of_a_class_is_no_id_where_ids_are_small():
+    grey = np.full((2, 2, 3), 128, np.uint8)  # class 7
+    data = media.encode_picture(grey, "webp")
+    assert (media.decode_class_map(data, CLASSES) == 7).all()
+    assert (media.decode_class_map(data, 256) == 128).all()
+
+
+def changed(colour: tuple[int, int, int]) -> np.ndarray:
+    frames = COLOURS.copy()
+    frames[2, 1, 3] = colour
+    return frames
+
+
+BAD_MAPS = {
+    "colour": (
+        media.encode_picture(changed((1, 2, 3))[2], "png"),
+        r"has the colour \(1, 2, 3\) at column 3, row 1 of frame 0, which no class from 0 to 20",
+    ),
+    "class beyond": (
+        media.encode_animation(changed(tuple(voc_palette(256)[21])), "webp"),
+        r"has the colour \(128, 64, 128\) at column 3, row 1 of frame 2",
+    ),
+    "palette of a gif": (palette_clip("GIF", np.full((256, 3), (255, 0, 17))), "has the colour"),
+    "index": (
+        file_of(palette_image(IDS + 2, voc_palette(256)), "PNG", optimize=False),
+        "has class id 21 at column 2, row 2 of frame 0; this model's class ids are 0 to 20",
+    ),
+    "grey png": (
+        file_of(Image.fromarray(np.full((2, 2), 128, np.uint8)), "PNG"),
+        "has class id 128 at column 0, row 0",
+    ),
+    "grey webp": (
+        media.encode_picture(np.full((2, 2, 3), 30, np.uint8), "webp"),
+        "has class id 30 at column 0, row 0",
+    ),
+    "jpeg": (FILES["jpeg"], "is a JPEG, which changes class ids"),
+    "photograph": (FILES["webp"], "has the colour"),
+    "nothing": (b"", "is empty"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MAPS)
+def test_class_maps_without_classes_are_refused(name):
+    data, message = BAD_MAPS[name]
     with pytest.raises(MediaError, match=message):
-        media.decode_class_map(FILES[name])
+        media.decode_class_map(data, CLASSES)
 
 
 def test_a_mask_is_what_is_bright():

@@ -227,7 +227,15 @@ BAD_CLIPS = {
             ),
         ),
         "sketch.encoded",
-        "has colours",
+        "has the colour (1, 2, 3) at column 0, row 0 of frame 0",
+    ),
+    "sketch of unknown classes": (
+        clip_task(
+            "S2V",
+            sketch=pb.Media(encoded=media.encode_picture(np.full((8, 8, 3), 9, np.uint8), "png")),
+        ),
+        "sketch.encoded",
+        "sketch has class id 9 at column 0, row 0 of frame 0; this model's class ids are 0 to 4",
     ),
     "sketch too long": (
         clip_task(

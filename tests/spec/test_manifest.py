@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from nuwa.spec.config import PRESETS
+from nuwa.spec.config import PRESETS, VisualConfig
 from nuwa.spec.manifest import (
     FORMAT_VERSION,
     GRAPHS,
@@ -18,12 +18,14 @@ from nuwa.spec.manifest import (
     decoder_step_outputs,
     file_hash,
     graph_file,
+    graph_names,
 )
 from nuwa.spec.tasks import Task
 
 
 def example() -> Manifest:
-    files = dict.fromkeys((*map(graph_file, GRAPHS), "tokenizer.json"), "0" * 64)
+    names = graph_names(PRESETS["sprites"], ranker=True)
+    files = dict.fromkeys((*map(graph_file, names), "tokenizer.json"), "0" * 64)
     return Manifest(
         name="sprites",
         config=PRESETS["sprites"],
@@ -37,6 +39,7 @@ def example() -> Manifest:
         licence="Apache-2.0",
         training_data="captioned moving sprites; Nünchen, 猫",
         created="2026-01-02T03:04:05+00:00",
+        rankers=("clip",),
     )
 
 
@@ -63,8 +66,9 @@ def test_round_trip(preset):
         ("{", "is not JSON"),
         ("[]", "names no format_version"),
         ('{"name": "x"}', "names no format_version"),
-        (changed(format_version=FORMAT_VERSION + 1), "format version 2, this nuwa-runtime reads 1"),
-        (changed(format_version="1"), "format version '1'"),
+        (changed(format_version=FORMAT_VERSION + 1), "format version 3, this nuwa-runtime reads 2"),
+        (changed(format_version=1), "format version 1, .* export the checkpoint again"),
+        (changed(format_version="2"), "format version '2'"),
         (changed(licence=None), r"lacks \['licence'\]"),
         (changed(surprise=1), r"unknown fields \['surprise'\]"),
         (changed(name=3), "name is 3, not a string"),
@@ -80,6 +84,9 @@ def test_round_trip(preset):
         (changed(tasks=5), "no usable model config"),
         (changed(files=["decoder_step.onnx"]), "files is"),
         (changed(files={}), "complete: .*decoder_step.onnx.* missing"),
+        (changed(rankers=["best"]), r"rankers is \['best'\], not \[\] or \['clip'\]"),
+        (changed(rankers="clip"), "rankers is 'clip'"),
+        (changed(rankers=None), r"lacks \['rankers'\]"),
     ],
 )
 def test_refusals_say_what_is_wrong(text, message):
@@ -103,11 +110,32 @@ def test_hashes_look_like_hashes(digest):
         Manifest.from_json(changed(files=example().files | {"tokenizer.json": digest}))
 
 
+def test_graphs_follow_the_model():
+    visual, plain = PRESETS["sprites"], PRESETS["base"]
+    blind = dataclasses.replace(visual, sketch=None)
+    assert graph_names(plain) == GRAPHS
+    assert graph_names(plain, ranker=True) == (*GRAPHS, "ranker")
+    assert graph_names(blind) == (*GRAPHS, "visual_encoder")
+    assert graph_names(visual) == (*GRAPHS, "visual_encoder", "sketch_tokenizer")
+    assert example().graphs == (*graph_names(visual), "ranker")
+
+
+@pytest.mark.parametrize("graph", ["visual_encoder", "sketch_tokenizer", "ranker"])
+def test_every_graph_of_the_model_has_its_file(graph):
+    files = {name: digest for name, digest in example().files.items() if graph not in name}
+    with pytest.raises(BundleError, match=rf"complete: \['{graph}.onnx'\] missing"):
+        Manifest.from_json(changed(files=files))
+
+
 def test_names_of_the_decoder_steps_border():
-    inputs, outputs = decoder_step_inputs(2), decoder_step_outputs(2)
+    decoder = dataclasses.replace(PRESETS["base"].decoder, layers=2)
+    config = dataclasses.replace(PRESETS["base"], decoder=decoder)
+    inputs, outputs = decoder_step_inputs(config), decoder_step_outputs(2)
     assert inputs[:2] == ["tokens", "coordinates"] and inputs[13] == "ranks"
     assert inputs[14:17] == ["key_cache_0", "key_cache_1", "value_cache_0"]
     assert inputs[-1] == "cross_value_1" and len(inputs) == len(set(inputs)) == 22
+    seeing = decoder_step_inputs(dataclasses.replace(config, visual=VisualConfig()))
+    assert seeing == [*inputs[:14], "cross_columns", *inputs[14:]]
     assert outputs[:3] == ["next_tokens", "logits", "key_cache_0_out"]
     caches = {name.removesuffix("_out") for name in outputs[2:]}
     assert caches == {name for name in inputs if "_cache_" in name}

@@ -11,7 +11,7 @@ from nuwa.spec.known import blank_hidden, known_cells
 from nuwa.spec.tasks import UNCONDITIONAL_PROMPT
 from nuwa.training.batches import Batches, Rows, draw_mask
 from nuwa.training.clips import encode_frames, token_clips
-from nuwa.training.sprites.world import SpriteWorld
+from nuwa.training.sources import Sprites
 from nuwa.training.vqgan import VQGAN
 
 IMAGE = VQGANConfig(
@@ -41,8 +41,7 @@ def batches(tmp_path_factory) -> Batches:
     for model in (pictures, sketches):
         torch.nn.init.normal_(model.quantize.embedding.weight, std=0.3)
     cache = tmp_path_factory.mktemp("clips") / "clips.npy"
-    world = SpriteWorld("digits", "train")
-    clips = token_clips(pictures, world, CLIPS, cache, sketch_vqgan=sketches)
+    clips = token_clips(pictures, Sprites("digits"), CLIPS, cache, sketch_vqgan=sketches)
     return Batches(CONFIG, clips, pictures)
 
 
@@ -64,7 +63,7 @@ def test_each_kind_of_row_is_fed_and_shown_what_its_task_says(batches):
     assert torch.equal(shown[known], batch.fed_BN[hidden][known])
     assert (shown[~known] == unknown).all()
     assert torch.equal(batch.fed_BN[hidden][~known], batch.target_BN[hidden][~known])
-    captions = {batches.clips.caption(i, video=False) for i in range(CLIPS)}
+    captions = {batches.clips.source.caption(i, video=False) for i in range(CLIPS)}
     assert set(batch.prompts[10:]) <= captions
     assert set(batch.prompts[4:10]) <= captions | {UNCONDITIONAL_PROMPT}
 
@@ -91,7 +90,7 @@ def test_unconditional_clips_come_from_any_time(batches):
 
 def test_nothing_hidden_shows_in_the_known_tokens(batches):
     """Two pictures that differ in the hidden part alone give the same known tokens."""
-    frames, _ = batches.clips.world.long_clip(0, range(1))
+    frames, _ = batches.clips.source.clip(0, range(1))
     mask = np.zeros((64, 64), bool)
     mask[17:40, 10:50] = True
     known = known_cells(mask, 8, 8)[None]

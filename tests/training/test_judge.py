@@ -39,6 +39,29 @@ def test_class_does_not_depend_on_colour_or_place(stored):
         assert moved.features == pytest.approx(stored.read(frames[:1]).features, abs=1e-4)
 
 
+def test_many_clips_are_read_as_one_by_one(stored):
+    samples = [SpriteWorld("digits", "test").sample(index) for index in range(4)]
+    clips = [samples[0].frames, samples[1].frames[:1], np.zeros((3, 64, 64, 3), np.uint8)]
+    clips += [samples[2].frames[2:], samples[3].frames]
+    for clip, verdict in zip(clips, stored.read_many(clips), strict=True):
+        alone = stored.read(clip)
+        assert verdict.class_index == alone.class_index and verdict.motion == alone.motion
+        np.testing.assert_allclose(verdict.features_FD, alone.features_FD, atol=1e-4)
+
+
+def test_clip_features_see_shape_change_and_steps(stored):
+    world = SpriteWorld("digits", "test")
+    one_way = next(i for i in range(99) if " then " not in world.factors(i).motion)
+    frames = world.sample(one_way).frames
+    moving, still = stored.read(frames).clip_features, stored.read(frames[[0] * 10]).clip_features
+    assert moving.shape == (64 + 64 + 18,)
+    assert np.abs(moving[-18:]).sum() == pytest.approx(9 * 4, abs=1)  # 4 pixels a frame
+    assert not still[64:].any()
+    backwards = stored.read(frames[::-1]).clip_features
+    np.testing.assert_allclose(backwards[:64], moving[:64], atol=1e-4)
+    assert np.abs(backwards[-18:] - moving[-18:]).sum() > 20
+
+
 def test_an_empty_clip_has_no_class(stored):
     verdict = stored.read(np.zeros((10, 64, 64, 3), np.uint8))
     assert verdict.class_index == NO_CLASS

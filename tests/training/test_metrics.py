@@ -7,7 +7,13 @@ import math
 import numpy as np
 import pytest
 
-from nuwa.training.metrics import bootstrap_interval, frechet_distance, mean_iou, psnr
+from nuwa.training.metrics import (
+    bootstrap_interval,
+    frechet_distance,
+    mean_iou,
+    psnr,
+    ssim,
+)
 
 
 def _whitened(count, size, seed):
@@ -55,6 +61,29 @@ def test_psnr():
     assert psnr(black, black) == math.inf
     with pytest.raises(ValueError, match="differ"):
         psnr(black, black[:2])
+
+
+def test_ssim_of_known_pictures():
+    """Values of scikit-image 0.26: gaussian_weights, sigma 1.5, no sample covariance."""
+    numbers = np.arange(24 * 32 * 3).reshape(24, 32, 3)
+    noise = (numbers * 37 % 256).astype(np.uint8)
+    moved = ((numbers * 37 + numbers // 5 % 60) % 256).astype(np.uint8)
+    brighter = np.clip(noise.astype(int) + 20, 0, 255).astype(np.uint8)
+    columns = np.mgrid[:24, :32][1][..., None]
+    slope = (columns * 8 + np.array([0, 3, 5])).clip(0, 255).astype(np.uint8)
+    flatter = (slope // 2 + 30).astype(np.uint8)
+    assert ssim(noise, moved) == pytest.approx(0.4234754620231039, rel=1e-9)
+    assert ssim(noise, brighter) == pytest.approx(0.989232785054972, rel=1e-9)
+    assert ssim(slope, flatter) == pytest.approx(0.8112291605039103, rel=1e-9)
+    assert ssim(noise, slope) == pytest.approx(0.009968938294006616, rel=1e-9)
+    assert ssim(noise, noise) == 1.0
+    clip = np.stack([noise, slope])
+    mean = (ssim(noise, moved) + ssim(slope, flatter)) / 2
+    assert ssim(clip, np.stack([moved, flatter])) == pytest.approx(mean)
+    with pytest.raises(ValueError, match="differ"):
+        ssim(noise, noise[:20])
+    with pytest.raises(ValueError, match="smaller than the window"):
+        ssim(noise[:10], noise[:10])
 
 
 def test_mean_iou_by_hand():

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from nuwa.training.readers import NONE, locate, read_background, read_colour, read_motion
+from nuwa.training.readers import (
+    NONE,
+    locate,
+    median_colour,
+    read_background,
+    read_colour,
+    read_motion,
+)
 from nuwa.training.sprites.world import LEVELS, SPLITS, SpriteWorld
 
 
@@ -88,3 +95,9 @@ def test_a_swapped_colour_is_read_as_the_new_colour():
         sample = world.sample(index)
         if sample.factors.colour == "red":
             assert _read(sample.frames[..., [1, 0, 2]])[0] == "green"
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 3), (2, 3, 5, 3), (10, 64, 64, 3)])
+def test_the_median_colour_is_that_of_numpy(shape):
+    frames = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    np.testing.assert_array_equal(median_colour(frames), np.median(frames.reshape(-1, 3), axis=0))

@@ -9,6 +9,7 @@ import torch
 from nuwa.spec.config import VQGANConfig
 from nuwa.training.clips import token_clips
 from nuwa.training.prune import prune_codebook
+from nuwa.training.sources import Sprites
 from nuwa.training.sprites.world import SpriteWorld
 from nuwa.training.vqgan import VQGAN, to_signed
 
@@ -33,18 +34,18 @@ def vqgan() -> VQGAN:
 
 
 def test_clips_are_encoded_once_and_belong_to_their_tokenizer(vqgan, tmp_path):
-    world, cache = SpriteWorld("digits", "train"), tmp_path / "clips.npy"
-    clips = token_clips(vqgan, world, 3, cache, batch=2)
+    source, cache = Sprites("digits"), tmp_path / "clips.npy"
+    clips = token_clips(vqgan, source, 3, cache, batch=2)
     assert clips.tokens.shape == (3, 10, 64)
-    assert clips.caption(2, video=True) == world.sample(2).video_caption
-    assert clips.caption(2, video=False) == world.sample(2).image_caption
+    assert source.caption(2, video=True) == source.world.sample(2).video_caption
+    assert source.caption(2, video=False) == source.world.sample(2).image_caption
     written = cache.stat().st_mtime_ns
-    again = token_clips(vqgan, world, 3, cache)
+    again = token_clips(vqgan, source, 3, cache)
     assert (again.tokens == clips.tokens).all()
     assert cache.stat().st_mtime_ns == written
     torch.nn.init.normal_(vqgan.quantize.embedding.weight, std=0.3)
     before = json.loads(cache.with_suffix(".json").read_text())
-    token_clips(vqgan, world, 3, cache)
+    token_clips(vqgan, source, 3, cache)
     assert json.loads(cache.with_suffix(".json").read_text()) != before
 
 

@@ -50,7 +50,7 @@ def long_clips(
     right: dict[str, list[np.ndarray]] = {"model": [], "real": []}
     if reconstruct is not None:
         right["reconstructed"] = []
-    shown = []
+    shown: list[tuple[np.ndarray, np.ndarray]] = []
     for first in range(0, samples, CHUNK):
         indices = range(first, min(first + CHUNK, samples))
         questions = [_question(world, index) for index in indices]

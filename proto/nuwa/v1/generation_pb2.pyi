@@ -161,23 +161,43 @@ class Frame(_message.Message):
     def __init__(self, index: _Optional[int] = ..., data: _Optional[bytes] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., token_grid: _Optional[_Union[TokenGrid, _Mapping]] = ...) -> None: ...
 
 class Timings(_message.Message):
-    __slots__ = ("queue_duration", "encode_duration", "decode_duration", "pixel_duration", "total_duration", "step_count")
+    __slots__ = ("queue_duration", "encode_duration", "decode_duration", "pixel_duration", "total_duration", "step_count", "ranking_duration")
     QUEUE_DURATION_FIELD_NUMBER: _ClassVar[int]
     ENCODE_DURATION_FIELD_NUMBER: _ClassVar[int]
     DECODE_DURATION_FIELD_NUMBER: _ClassVar[int]
     PIXEL_DURATION_FIELD_NUMBER: _ClassVar[int]
     TOTAL_DURATION_FIELD_NUMBER: _ClassVar[int]
     STEP_COUNT_FIELD_NUMBER: _ClassVar[int]
+    RANKING_DURATION_FIELD_NUMBER: _ClassVar[int]
     queue_duration: _duration_pb2.Duration
     encode_duration: _duration_pb2.Duration
     decode_duration: _duration_pb2.Duration
     pixel_duration: _duration_pb2.Duration
     total_duration: _duration_pb2.Duration
     step_count: int
-    def __init__(self, queue_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., encode_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., decode_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., pixel_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., total_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., step_count: _Optional[int] = ...) -> None: ...
+    ranking_duration: _duration_pb2.Duration
+    def __init__(self, queue_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., encode_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., decode_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., pixel_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., total_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., step_count: _Optional[int] = ..., ranking_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class Sample(_message.Message):
+    __slots__ = ("sample_index", "score", "frame")
+    SAMPLE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    FRAME_FIELD_NUMBER: _ClassVar[int]
+    sample_index: int
+    score: float
+    frame: Frame
+    def __init__(self, sample_index: _Optional[int] = ..., score: _Optional[float] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
+
+class SampleScore(_message.Message):
+    __slots__ = ("sample_index", "score")
+    SAMPLE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    sample_index: int
+    score: float
+    def __init__(self, sample_index: _Optional[int] = ..., score: _Optional[float] = ...) -> None: ...
 
 class GenerateImageRequest(_message.Message):
-    __slots__ = ("request_id", "task", "prompt", "sketch", "image", "mask", "sampling", "output", "schedule")
+    __slots__ = ("request_id", "task", "prompt", "sketch", "image", "mask", "sampling", "output", "schedule", "sample_count", "rank_by", "return_count")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -187,6 +207,9 @@ class GenerateImageRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     SCHEDULE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    RANK_BY_FIELD_NUMBER: _ClassVar[int]
+    RETURN_COUNT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     task: Task
     prompt: str
@@ -196,22 +219,29 @@ class GenerateImageRequest(_message.Message):
     sampling: Sampling
     output: Output
     schedule: Schedule
-    def __init__(self, request_id: _Optional[str] = ..., task: _Optional[_Union[Task, str]] = ..., prompt: _Optional[str] = ..., sketch: _Optional[_Union[Media, _Mapping]] = ..., image: _Optional[_Union[Media, _Mapping]] = ..., mask: _Optional[_Union[Mask, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., schedule: _Optional[_Union[Schedule, str]] = ...) -> None: ...
+    sample_count: int
+    rank_by: str
+    return_count: int
+    def __init__(self, request_id: _Optional[str] = ..., task: _Optional[_Union[Task, str]] = ..., prompt: _Optional[str] = ..., sketch: _Optional[_Union[Media, _Mapping]] = ..., image: _Optional[_Union[Media, _Mapping]] = ..., mask: _Optional[_Union[Mask, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., sample_count: _Optional[int] = ..., rank_by: _Optional[str] = ..., return_count: _Optional[int] = ...) -> None: ...
 
 class GenerateImageResponse(_message.Message):
-    __slots__ = ("request_id", "frame", "seed", "timings")
+    __slots__ = ("request_id", "frame", "seed", "timings", "samples", "scores")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     frame: Frame
     seed: int
     timings: Timings
-    def __init__(self, request_id: _Optional[str] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., seed: _Optional[int] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
+    samples: _containers.RepeatedCompositeFieldContainer[Sample]
+    scores: _containers.RepeatedCompositeFieldContainer[SampleScore]
+    def __init__(self, request_id: _Optional[str] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., seed: _Optional[int] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., samples: _Optional[_Iterable[_Union[Sample, _Mapping]]] = ..., scores: _Optional[_Iterable[_Union[SampleScore, _Mapping]]] = ...) -> None: ...
 
 class GenerateVideoRequest(_message.Message):
-    __slots__ = ("request_id", "task", "prompt", "sketch", "video", "mask", "frame_count", "sampling", "output", "schedule", "animation_format", "frames_per_second")
+    __slots__ = ("request_id", "task", "prompt", "sketch", "video", "mask", "frame_count", "sampling", "output", "schedule", "animation_format", "frames_per_second", "sample_count", "rank_by", "return_count")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -224,6 +254,9 @@ class GenerateVideoRequest(_message.Message):
     SCHEDULE_FIELD_NUMBER: _ClassVar[int]
     ANIMATION_FORMAT_FIELD_NUMBER: _ClassVar[int]
     FRAMES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    RANK_BY_FIELD_NUMBER: _ClassVar[int]
+    RETURN_COUNT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     task: Task
     prompt: str
@@ -236,7 +269,10 @@ class GenerateVideoRequest(_message.Message):
     schedule: Schedule
     animation_format: AnimationFormat
     frames_per_second: int
-    def __init__(self, request_id: _Optional[str] = ..., task: _Optional[_Union[Task, str]] = ..., prompt: _Optional[str] = ..., sketch: _Optional[_Union[Media, _Mapping]] = ..., video: _Optional[_Union[Media, _Mapping]] = ..., mask: _Optional[_Union[Mask, _Mapping]] = ..., frame_count: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., animation_format: _Optional[_Union[AnimationFormat, str]] = ..., frames_per_second: _Optional[int] = ...) -> None: ...
+    sample_count: int
+    rank_by: str
+    return_count: int
+    def __init__(self, request_id: _Optional[str] = ..., task: _Optional[_Union[Task, str]] = ..., prompt: _Optional[str] = ..., sketch: _Optional[_Union[Media, _Mapping]] = ..., video: _Optional[_Union[Media, _Mapping]] = ..., mask: _Optional[_Union[Mask, _Mapping]] = ..., frame_count: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., animation_format: _Optional[_Union[AnimationFormat, str]] = ..., frames_per_second: _Optional[int] = ..., sample_count: _Optional[int] = ..., rank_by: _Optional[str] = ..., return_count: _Optional[int] = ...) -> None: ...
 
 class GenerateVideoResponse(_message.Message):
     __slots__ = ("accepted", "progress", "frame", "done")
@@ -251,48 +287,58 @@ class GenerateVideoResponse(_message.Message):
     def __init__(self, accepted: _Optional[_Union[AcceptedEvent, _Mapping]] = ..., progress: _Optional[_Union[ProgressEvent, _Mapping]] = ..., frame: _Optional[_Union[FrameEvent, _Mapping]] = ..., done: _Optional[_Union[DoneEvent, _Mapping]] = ...) -> None: ...
 
 class AcceptedEvent(_message.Message):
-    __slots__ = ("request_id", "seed", "frame_count", "queue_duration")
+    __slots__ = ("request_id", "seed", "frame_count", "queue_duration", "sample_index")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     FRAME_COUNT_FIELD_NUMBER: _ClassVar[int]
     QUEUE_DURATION_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_INDEX_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     seed: int
     frame_count: int
     queue_duration: _duration_pb2.Duration
-    def __init__(self, request_id: _Optional[str] = ..., seed: _Optional[int] = ..., frame_count: _Optional[int] = ..., queue_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    sample_index: int
+    def __init__(self, request_id: _Optional[str] = ..., seed: _Optional[int] = ..., frame_count: _Optional[int] = ..., queue_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., sample_index: _Optional[int] = ...) -> None: ...
 
 class ProgressEvent(_message.Message):
-    __slots__ = ("decoded_position_count", "total_position_count", "decoded_frame_count", "total_frame_count")
+    __slots__ = ("decoded_position_count", "total_position_count", "decoded_frame_count", "total_frame_count", "sample_index")
     DECODED_POSITION_COUNT_FIELD_NUMBER: _ClassVar[int]
     TOTAL_POSITION_COUNT_FIELD_NUMBER: _ClassVar[int]
     DECODED_FRAME_COUNT_FIELD_NUMBER: _ClassVar[int]
     TOTAL_FRAME_COUNT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_INDEX_FIELD_NUMBER: _ClassVar[int]
     decoded_position_count: int
     total_position_count: int
     decoded_frame_count: int
     total_frame_count: int
-    def __init__(self, decoded_position_count: _Optional[int] = ..., total_position_count: _Optional[int] = ..., decoded_frame_count: _Optional[int] = ..., total_frame_count: _Optional[int] = ...) -> None: ...
+    sample_index: int
+    def __init__(self, decoded_position_count: _Optional[int] = ..., total_position_count: _Optional[int] = ..., decoded_frame_count: _Optional[int] = ..., total_frame_count: _Optional[int] = ..., sample_index: _Optional[int] = ...) -> None: ...
 
 class FrameEvent(_message.Message):
-    __slots__ = ("frame",)
+    __slots__ = ("frame", "sample_index")
     FRAME_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_INDEX_FIELD_NUMBER: _ClassVar[int]
     frame: Frame
-    def __init__(self, frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
+    sample_index: int
+    def __init__(self, frame: _Optional[_Union[Frame, _Mapping]] = ..., sample_index: _Optional[int] = ...) -> None: ...
 
 class DoneEvent(_message.Message):
-    __slots__ = ("request_id", "seed", "timings", "animation", "animation_format")
+    __slots__ = ("request_id", "seed", "timings", "animation", "animation_format", "sample_index", "scores")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     ANIMATION_FIELD_NUMBER: _ClassVar[int]
     ANIMATION_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     seed: int
     timings: Timings
     animation: bytes
     animation_format: AnimationFormat
-    def __init__(self, request_id: _Optional[str] = ..., seed: _Optional[int] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., animation: _Optional[bytes] = ..., animation_format: _Optional[_Union[AnimationFormat, str]] = ...) -> None: ...
+    sample_index: int
+    scores: _containers.RepeatedCompositeFieldContainer[SampleScore]
+    def __init__(self, request_id: _Optional[str] = ..., seed: _Optional[int] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., animation: _Optional[bytes] = ..., animation_format: _Optional[_Union[AnimationFormat, str]] = ..., sample_index: _Optional[int] = ..., scores: _Optional[_Iterable[_Union[SampleScore, _Mapping]]] = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
     __slots__ = ()
@@ -305,7 +351,7 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "bundle_hash", "tasks", "height", "width", "max_frame_count", "codebook_size", "parameter_count", "precision", "license", "backend", "slot_count")
+    __slots__ = ("name", "bundle_hash", "tasks", "height", "width", "max_frame_count", "codebook_size", "parameter_count", "precision", "license", "backend", "slot_count", "max_prediction_frame_count", "sketch_class_count", "sketch_palette", "rankers", "max_sample_count")
     NAME_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_HASH_FIELD_NUMBER: _ClassVar[int]
     TASKS_FIELD_NUMBER: _ClassVar[int]
@@ -318,6 +364,11 @@ class Model(_message.Message):
     LICENSE_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     SLOT_COUNT_FIELD_NUMBER: _ClassVar[int]
+    MAX_PREDICTION_FRAME_COUNT_FIELD_NUMBER: _ClassVar[int]
+    SKETCH_CLASS_COUNT_FIELD_NUMBER: _ClassVar[int]
+    SKETCH_PALETTE_FIELD_NUMBER: _ClassVar[int]
+    RANKERS_FIELD_NUMBER: _ClassVar[int]
+    MAX_SAMPLE_COUNT_FIELD_NUMBER: _ClassVar[int]
     name: str
     bundle_hash: str
     tasks: _containers.RepeatedScalarFieldContainer[Task]
@@ -330,4 +381,9 @@ class Model(_message.Message):
     license: str
     backend: str
     slot_count: int
-    def __init__(self, name: _Optional[str] = ..., bundle_hash: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[Task, str]]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., max_frame_count: _Optional[int] = ..., codebook_size: _Optional[int] = ..., parameter_count: _Optional[int] = ..., precision: _Optional[str] = ..., license: _Optional[str] = ..., backend: _Optional[str] = ..., slot_count: _Optional[int] = ...) -> None: ...
+    max_prediction_frame_count: int
+    sketch_class_count: int
+    sketch_palette: bytes
+    rankers: _containers.RepeatedScalarFieldContainer[str]
+    max_sample_count: int
+    def __init__(self, name: _Optional[str] = ..., bundle_hash: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[Task, str]]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., max_frame_count: _Optional[int] = ..., codebook_size: _Optional[int] = ..., parameter_count: _Optional[int] = ..., precision: _Optional[str] = ..., license: _Optional[str] = ..., backend: _Optional[str] = ..., slot_count: _Optional[int] = ..., max_prediction_frame_count: _Optional[int] = ..., sketch_class_count: _Optional[int] = ..., sketch_palette: _Optional[bytes] = ..., rankers: _Optional[_Iterable[str]] = ..., max_sample_count: _Optional[int] = ...) -> None: ...

@@ -57,16 +57,18 @@ class GenerationServiceServicer:
     """
 
     def GenerateImage(self, request, context):
-        """Generates one image (tasks T2I, S2I, I2I, TI2I).
+        """Generates an image, or several samples of it (tasks T2I, S2I, I2I, TI2I).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GenerateVideo(self, request, context):
-        """Generates one clip (tasks T2V, S2V, V2V, TV2V). Events come in this order: one `accepted`,
-        then `progress` and `frame` events mixed, frames in index order, each as soon as its last token
-        is decoded, then one `done`.
+        """Generates a clip, or several samples of it (tasks T2V, S2V, V2V, TV2V). Events of a sample come
+        in this order: one `accepted`, then `progress` and `frame` events mixed, frames in index order,
+        each as soon as its last token is decoded. Events of several samples are mixed. With rank_by,
+        frames come after all samples are scored, sample after sample, the best one first. After all
+        samples there is one `done`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,50 @@
+"""One request in the scheduler: its handle, its samples, and where its time went.
+
+No lock and no queue of its own: see Scheduler for which thread may change what.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .core import GenerationRequest, Timings
+from .handle import Handle
+
+
+@dataclass(eq=False)
+class Submission:
+    """`samples` sequences that share one handle.
+
+    started: samples that got a slot; finished: samples that are done. encode, decode and pixels are
+    the seconds in which the engine worked for at least one of them; steps are counted likewise.
+    """
+
+    handle: Handle
+    samples: int
+    started: int = 0
+    finished: int = 0
+    queue: float = 0.0
+    encode: float = 0.0
+    decode: float = 0.0
+    pixels: float = 0.0
+    steps: int = 0
+
+    def start_next(self) -> GenerationRequest:
+        """The engine's request for the next sample."""
+        request = self.handle.request
+        index = request.sample_index + self.started
+        self.started += 1
+        return replace(request, sample_index=index)
+
+    @property
+    def all_started(self) -> bool:
+        return self.started == self.samples
+
+    @property
+    def all_finished(self) -> bool:
+        return self.finished == self.samples
+
+    def timings(self, now: float) -> Timings:
+        """What Done tells; `now` is of time.perf_counter."""
+        total = now - self.handle.submitted
+        return Timings(self.queue, self.encode, self.decode, self.pixels, total, self.steps)

@@ -1,0 +1,143 @@
+"""What there is to train on, behind one interface: the captioned moving sprites, a picture folder.
+
+Recipes and token caches know a Source; the command line makes one.
+
+Legend: F frames, H, W pixels, B samples.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from nuwa.spec.tasks import UNCONDITIONAL_PROMPT
+
+from .openmoji.dataset import PictureFolder
+from .sprites.world import (
+    BACKGROUNDS,
+    CLASSES,
+    COLOURS,
+    FRAMES,
+    MOTIONS,
+    SIDE,
+    Factors,
+    SpriteWorld,
+)
+
+U8 = npt.NDArray[np.uint8]
+
+
+class Source(Protocol):
+    """Captioned clips by number, with class maps.
+
+    frames: of a clip, 1 where there are only pictures; classes: of the class maps, background
+    included; identity: says which source this is; provenance: data and licence, for a checkpoint.
+    """
+
+    frames: int
+    resolution: int
+    classes: int
+    identity: dict[str, Any]
+    provenance: dict[str, str]
+
+    def __len__(self) -> int:
+        """How many clips there are; the sprites have no end, theirs is what is used by default."""
+
+    def pictures(self, first: int, count: int) -> U8:
+        """u8 [B, H, W, 3]: samples without end, for a tokenizer."""
+
+    def maps(self, first: int, count: int) -> U8:
+        """u8 [B, H, W]: class maps without end, for a tokenizer."""
+
+    def clip(self, index: int, frames: range) -> tuple[U8, U8]:
+        """(u8 [F, H, W, 3], u8 [F, H, W]): these frames of a clip and their class maps."""
+
+    def caption(self, index: int, *, video: bool) -> str:
+        """The clip's caption, or that of any of its frames."""
+
+    def captions(self) -> list[str]:
+        """Texts that hold every word, to train the text vocabulary on."""
+
+
+class Sprites:
+    """The training split of one level; clips go on beyond their end as the world says."""
+
+    frames, resolution, classes = FRAMES, SIDE, len(CLASSES) + 1
+
+    def __init__(self, level: str) -> None:
+        self.world = SpriteWorld(level, "train")
+        self.identity = {"level": level, "split": "train", "seed": self.world.seed}
+        self.provenance = {
+            "data": f"captioned moving sprites, level {level}, split train: MNIST digits "
+            "(CC BY-SA 3.0) and, at level full, animal-mnist silhouettes (MIT)",
+            "licence": "Apache-2.0",
+        }
+
+    def __len__(self) -> int:
+        return 8000
+
+    def pictures(self, first: int, count: int) -> U8:
+        return np.stack([self.world.frame(i, i % FRAMES)[0] for i in range(first, first + count)])
+
+    def maps(self, first: int, count: int) -> U8:
+        return np.stack([self.world.frame(i, i % FRAMES)[1] for i in range(first, first + count)])
+
+    def clip(self, index: int, frames: range) -> tuple[U8, U8]:
+        return self.world.long_clip(index, frames)
+
+    def caption(self, index: int, *, video: bool) -> str:
+        factors = self.world.factors(index)
+        return factors.video_caption if video else factors.image_caption
+
+    def captions(self) -> list[str]:
+        """Those of both levels."""
+        rows = [
+            Factors(c, colour, background, motion)
+            for c in range(len(CLASSES))
+            for colour in COLOURS
+            for background in BACKGROUNDS
+            for motion in MOTIONS
+        ]
+        texts = [text for row in rows for text in (row.image_caption, row.video_caption)]
+        return [*texts, UNCONDITIONAL_PROMPT]
+
+
+class Pictures:
+    """The training split of a picture folder (openmoji/folder.py); seed: of its shuffling."""
+
+    frames = 1
+
+    def __init__(self, folder: Path, seed: int = 0) -> None:
+        self.folder = PictureFolder(folder)
+        self.resolution, self.classes = self.folder.resolution, len(self.folder.classes)
+        self.identity = {"data": self.folder.data}
+        self.provenance = {
+            "data": f"{self.folder.data['source']}, {self.folder.data['attribution']}",
+            "licence": self.folder.data["licence"],
+        }
+        self._pictures, self._maps = self.folder.pictures(seed), self.folder.sketches(seed)
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def pictures(self, first: int, count: int) -> U8:
+        return self._pictures(first, count)
+
+    def maps(self, first: int, count: int) -> U8:
+        return self._maps(first, count)
+
+    def clip(self, index: int, frames: range) -> tuple[U8, U8]:
+        """The one picture, whatever frame is asked for."""
+        count = len(frames)
+        picture, sketch = self.folder.picture(index), self.folder.sketch(index)
+        return picture[None].repeat(count, axis=0), sketch[None].repeat(count, axis=0)
+
+    def caption(self, index: int, *, video: bool) -> str:
+        return self.folder.caption(index)
+
+    def captions(self) -> list[str]:
+        texts = [self.folder.caption(index) for index in range(len(self.folder))]
+        return [*texts, UNCONDITIONAL_PROMPT]
