@@ -18,7 +18,7 @@ def known_cells(mask_HW: Bool, height: int, width: int) -> Bool:
     """bool [h, w]: the token's whole patch lies outside the mask (True = hidden)."""
     rows, columns = mask_HW.shape
     patches = mask_HW.reshape(height, rows // height, width, columns // width)
-    return ~patches.any(axis=(1, 3))
+    return np.asarray(~patches.any(axis=(1, 3)))
 
 
 def blank_hidden(frames_FHW3: Pixels, known_Fhw: Bool) -> Pixels:

@@ -1,11 +1,11 @@
 """The ranker: how well a caption fits an image or a clip, as the cosine of two embeddings (CLIP).
 
-It chooses the best of N samples. A frame goes through a small CNN that attends to a few places and
-keeps what it sees there and where; convolutions over time compare the frames. Knows nothing of the
+It chooses the best of N samples. A frame goes through a small CNN that keeps what it sees at a few
+places and where things are; convolutions over time compare the frames. Knows nothing of the
 sprites, nor how it is trained.
 
-Legend: B batch, F frames, M text length, S canvas side, h, w cells of the feature map, C channels,
-A places attended to, d width over time, E embedding width.
+Legend: B batch, F frames, M text length, S canvas side, h, w cells of the feature map (P in all), C
+channels, A places attended to, d width over time, E embedding width.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ class RankerConfig:
     """Sizes of a ranker.
 
     resolution: side of a frame in pixels; widths: channels after each of the CNN's halvings;
-    blocks: residual blocks behind them; places: where the CNN attends to; width, dilations: of the
-    convolutions over time; tokenizer: `tokenizer_digest` of the text tokenizer, "" if unknown.
+    blocks: residual blocks behind them; places: how many it attends to; located: channels that tell
+    where things are; width, dilations: of the convolutions over time; tokenizer:
+    `tokenizer_digest` of the text tokenizer, "" if unknown.
     """
 
     text: TextConfig = field(
@@ -55,6 +56,7 @@ class RankerConfig:
     widths: tuple[int, ...] = (24, 48, 96)
     blocks: int = 2
     places: int = 4
+    located: int = 8
     width: int = 128
     dilations: tuple[int, ...] = (1, 2, 4)
     embedding: int = 128
@@ -68,7 +70,7 @@ class RankerConfig:
                 f"resolution {self.resolution} is not a multiple of {1 << len(self.widths)}, the "
                 f"down-sampling of {len(self.widths)} widths"
             )
-        for name in ("places", "width", "embedding"):
+        for name in ("places", "located", "width", "embedding"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is not at least 1")
         if not self.text.mask_padding:
@@ -90,13 +92,16 @@ class _Block(nn.Module):
 
 def _convolution(channels: int, out_channels: int, stride: int) -> nn.Sequential:
     convolution = nn.Conv2d(channels, out_channels, 3, stride, 1, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
+    # No momentum: statistics are plain means, for training measures them when it is done.
+    return nn.Sequential(convolution, nn.BatchNorm2d(out_channels, momentum=None))
 
 
 class FrameEncoder(nn.Module):
-    """Pixels [N, 3, S, S] in [-1, 1] -> [N, d]: what is seen at A places, and where they are."""
+    """Pixels [N, 3, S, S] in [-1, 1] -> [N, d].
 
-    position: Tensor
+    What is seen is pooled at A places that the network attends to, so that it counts alike
+    everywhere; where it is comes from a few channels of the map, cell by cell.
+    """
 
     def __init__(self, config: RankerConfig) -> None:
         super().__init__()
@@ -108,25 +113,25 @@ class FrameEncoder(nn.Module):
         layers += [_Block(before) for _ in range(config.blocks)]
         self.trunk = nn.Sequential(*layers)
         self.attend = nn.Conv2d(before, config.places, 1)
+        self.what = nn.Linear(config.places * before, config.width)
+        self.locate = nn.Conv2d(before, config.located, 1)
         cells = config.resolution >> len(config.widths)
-        axis = (torch.arange(cells) + 0.5) / cells * 2 - 1
-        position_hw2 = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1)
-        self.register_buffer("position", position_hw2.flatten(0, 1), persistent=False)
-        self.project = nn.Linear(config.places * (before + 2), config.width)
+        self.where = nn.Linear(config.located * cells * cells, config.width)
 
     def forward(self, pixels_N3SS: Tensor) -> Tensor:
         map_NChw = self.trunk(pixels_N3SS)
         weights_NAP = self.attend(map_NChw).flatten(2).float().softmax(-1)
-        what_NAC = weights_NAP @ map_NChw.flatten(2).transpose(1, 2).float()
-        where_NA2 = weights_NAP @ self.position
-        return self.project(torch.cat([what_NAC, where_NA2], dim=-1).flatten(1))
+        seen_NAC = weights_NAP @ map_NChw.flatten(2).transpose(1, 2).float()
+        located = F.relu(self.locate(map_NChw)).flatten(1)
+        return self.what(seen_NAC.flatten(1)) + self.where(located)
 
 
 class ClipEncoder(nn.Module):
     """Frames over time [B, d, F] -> [B, E], for any F.
 
-    Residual convolutions that see a whole clip of 15 frames; beyond both ends are zeros. The mean
-    over time tells what is in a clip, the largest value that something happened once in it.
+    Residual convolutions compare frames at most 7 apart; beyond both ends are zeros. The mean over
+    time tells what is in a clip, the largest value that something happened once in it, the trend
+    (late minus early) in which order: "left then right" from "right then left".
     """
 
     def __init__(self, config: RankerConfig) -> None:
@@ -135,12 +140,15 @@ class ClipEncoder(nn.Module):
             nn.Conv1d(config.width, config.width, 3, padding=n, dilation=n)
             for n in config.dilations
         )
-        self.project = nn.Linear(2 * config.width, config.embedding)
+        self.project = nn.Linear(3 * config.width, config.embedding)
 
     def forward(self, x_BdF: Tensor) -> Tensor:
         for layer in self.layers:
             x_BdF = x_BdF + F.relu(layer(x_BdF))
-        return self.project(torch.cat([x_BdF.mean(-1), x_BdF.amax(-1)], dim=-1))
+        frames = x_BdF.shape[-1]
+        time_F = (2 * torch.arange(frames, device=x_BdF.device) + 1 - frames) / frames  # in (-1, 1)
+        pooled = [x_BdF.mean(-1), (x_BdF * time_F).mean(-1), x_BdF.amax(-1)]
+        return self.project(torch.cat(pooled, dim=-1))
 
 
 class Ranker(nn.Module):

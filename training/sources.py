@@ -114,9 +114,12 @@ class Pictures:
         self.folder = PictureFolder(folder)
         self.resolution, self.classes = self.folder.resolution, len(self.folder.classes)
         self.identity = {"data": self.folder.data}
+        told = [
+            self.folder.data[key] for key in ("source", "attribution") if key in self.folder.data
+        ]
         self.provenance = {
-            "data": f"{self.folder.data['source']}, {self.folder.data['attribution']}",
-            "licence": self.folder.data["licence"],
+            "data": ", ".join(told) or "not stated",
+            "licence": self.folder.data.get("licence", "not stated"),
         }
         self._pictures, self._maps = self.folder.pictures(seed), self.folder.sketches(seed)
 

@@ -38,6 +38,7 @@ IMAGE_FACTORS = ("class", "colour", "background")
 CLIP_FACTORS = (*IMAGE_FACTORS, "motion")
 PIECE = 8  # side of a misplaced square
 VALIDATED = 128  # clips a validation
+CALIBRATED = 6  # batches of images that batch normalisation is measured on
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,22 @@ class RankerRecipe:
             own_B.to(self.device),
         )
 
+    @torch.no_grad()
+    def shipped(self) -> Ranker:
+        """The averaged weights, batch normalisation measured anew on training pictures.
+
+        What the layers measured during training belongs to other weights, and misleads them.
+        """
+        ranker, draw = self.average.model, np.random.default_rng(self.seed)
+        for module in ranker.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_running_stats()
+        ranker.train()
+        for first in range(0, CALIBRATED * self.options.images, self.options.images):
+            images, _ = self._batch(first, self.options.images, draw, video=False)
+            ranker.embed_frames(images.flatten(0, 1))
+        return ranker.eval()
+
     def accuracy(self, world: SpriteWorld, seen: Pixels | None = None) -> dict[str, float]:
         """`retrieval` of the first clips of a split and of one frame of each.
 
@@ -191,7 +208,7 @@ class RankerRecipe:
             seen if seen is not None else np.stack([world.sample(i).frames for i in range(count)])
         )
         images = clips[np.arange(count), np.arange(count) % FRAMES][:, None]
-        ranker = self.average.model
+        ranker = self.shipped()
         found: dict[str, float] = {}
         for kind, pictures in (("image", images), ("clip", clips)):
             rates = retrieval(ranker, self.captions, pictures, factors, world, video=kind == "clip")
@@ -215,7 +232,7 @@ class RankerRecipe:
         """A row for each of eight captions: the ten val images it fits best, best first."""
         images = np.stack([self.validation.frame(i, i % FRAMES)[0] for i in range(64)])
         captions = [caption(self.validation.factors(i), video=False) for i in range(8)]
-        ranker = self.average.model
+        ranker = self.shipped()
         text_TE = ranker.embed_texts(self.captions.ids(captions))
         picture_BE = embed(ranker, images[:, None], self.device)
         best = (text_TE @ picture_BE.t()).topk(10, dim=1).indices.cpu().numpy()
@@ -227,7 +244,7 @@ class RankerRecipe:
         accuracy = {"val": self.accuracy(self.validation), "novel": self.accuracy(novel)}
         if self.val_seen is not None:
             accuracy["val, through the VQ-GAN"] = self.accuracy(self.validation, self.val_seen)
-        ranker = self.average.model
+        ranker = self.shipped()
         ranker.training_record = {
             **self.record,
             "level": self.world.level,
@@ -388,7 +405,10 @@ def reconstructions(vqgan: VQGAN, world: SpriteWorld, count: int, cache: Path) -
         clips.append(to_bytes(pixels).numpy())
     cache.parent.mkdir(parents=True, exist_ok=True)
     label.unlink(missing_ok=True)
-    np.save(cache, np.stack(clips))
+    partial = cache.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        np.save(file, np.stack(clips))
+    partial.replace(cache)  # whoever maps the old file keeps it
     label.write_text(json.dumps(identity) + "\n")
     return np.load(cache, mmap_mode="r")
 

@@ -218,7 +218,9 @@ def test_ceilings_keep_known_pixels_and_scale_the_bars():
     assert scores["known_identical"]["reconstructed"] == 1.0
     assert scores["class"]["reconstructed"] == scores["class"]["visible"]
     bars = {(bar["part"], bar["score"]): bar for bar in report["bars"]}
-    assert bars["t2i", "joint"]["threshold"] == 0.0
+    assert bars["t2i", "joint"]["threshold"] == 0.0 and bars["t2i", "joint"]["holds"]
+    nothing = _evaluate(Spoiled(np.zeros_like), tasks=["t2i"], reconstruct=np.zeros_like)
+    assert _missed(nothing) == {("t2i", "joint")}, "a share of nothing is nothing"
     assert bars["i2i", "class"]["threshold"] == 0.9 * scores["class"]["visible"]
 
 

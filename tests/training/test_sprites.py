@@ -15,6 +15,7 @@ from nuwa.training.sprites.world import (
     DIRECTIONS,
     LEVELS,
     MOTIONS,
+    REACH,
     SPLITS,
     SpriteWorld,
     novel_pairs,
@@ -129,11 +130,27 @@ def _top_left_corners(sample):
 
 def test_digits_level_keeps_to_the_lattice():
     world = SpriteWorld("digits", "train")
-    corners = {corner for i in range(500) for corner in world._plan(i).corners}
+    corners = {world.plan(i).track.corner(f) for i in range(500) for f in range(10)}
     assert all(row % 4 == 0 and column % 4 == 0 for row, column in corners)
     assert {row for row, _ in corners} == {column for _, column in corners} == set(range(0, 41, 4))
     assert {world.factors(i).background for i in range(100)} == {"black"}
     assert {world.factors(i).colour for i in range(100)} == {"red", "green", "blue", "yellow"}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_long_clips_begin_as_the_clip_does_and_go_on_inside_the_canvas(level):
+    world = SpriteWorld(level, "train")
+    for index in range(40):
+        sample = world.sample(index)
+        frames, classes = world.long_clip(index, range(10))
+        assert (frames == sample.frames).all() and (classes == sample.segmentation).all()
+        track = world.plan(index).track
+        corners = np.array([track.corner(f) for f in range(200)])
+        assert corners.min() >= 0 and corners.max() <= REACH
+        steps = np.diff(corners, axis=0)
+        assert (np.abs(steps).sum(1) == track.speed).all(), "it never stands still"
+        assert (steps.any(0)).sum() == 1, "it stays on its axis"
+        assert len(np.unique(steps, axis=0)) == 2, "it turns"
 
 
 @pytest.mark.parametrize("level", LEVELS)

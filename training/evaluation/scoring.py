@@ -93,6 +93,7 @@ def judge_bars(part: str, bars: Iterable[Bar], scores: dict[str, dict]) -> list[
         score = scores[bar.score]
         value, real, ceiling = score[MODEL], score[REAL], _ceiling(score)
         needs_ceiling = bar.kind != "value"
+        worthless = bar.kind == "ceiling" and value <= 0  # a share of nothing is nothing
         if needs_ceiling and ceiling is None:
             continue
         rows.append(
@@ -104,10 +105,10 @@ def judge_bars(part: str, bars: Iterable[Bar], scores: dict[str, dict]) -> list[
                 "ceiling": ceiling,
                 "ratio": score["ratio"],
                 "threshold": bar.threshold(ceiling or 0.0),
-                "holds": value >= bar.threshold(ceiling or 0.0),
+                "holds": not worthless and value >= bar.threshold(ceiling or 0.0),
                 "holds_against_real": None
                 if needs_ceiling and real is None
-                else value >= bar.threshold(real or 0.0),
+                else not worthless and value >= bar.threshold(real or 0.0),
             }
         )
     return rows

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from .bank import TILE
-from .world import FRAMES, REACH, SIDE, SpriteSample, SpriteWorld, _Plan, _render, _Track
+from .world import FRAMES, REACH, SIDE, Plan, SpriteSample, SpriteWorld, Track, render
 
 EDITS = ("colour", "class", "motion")
 _OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
@@ -24,7 +24,7 @@ def edited(world: SpriteWorld, index: int, factor: str) -> SpriteSample | None:
     left"), along the same stretch of canvas. The new class and motion are a pair that this split
     has, so test stays test and novel stays novel. ValueError for a factor that is not in EDITS.
     """
-    plan = world._plan(index)
+    plan = world.plan(index)
     if factor == "colour":
         colours = [name for name in world.colours if name != plan.factors.colour]
         changed = replace(plan, factors=replace(plan.factors, colour=_pick(colours, index)))
@@ -41,7 +41,7 @@ def tile_box(world: SpriteWorld, index: int, frames: Sequence[int]) -> tuple[int
 
     Every glyph fits into the tile, so any edit of these frames stays inside the box.
     """
-    corners = [world._plan(index).track.corner(f) for f in frames]
+    corners = [world.plan(index).track.corner(f) for f in frames]
     rows, columns = zip(*corners, strict=True)
     return min(rows), min(columns), max(rows) + TILE, max(columns) + TILE
 
@@ -54,17 +54,17 @@ def aligned(box: tuple[int, int, int, int], cell: int) -> tuple[int, int, int, i
     return low[0], low[1], high[0], high[1]
 
 
-def _with_class(world: SpriteWorld, plan: _Plan, index: int) -> SpriteSample | None:
+def _with_class(world: SpriteWorld, plan: Plan, index: int) -> SpriteSample | None:
     now = plan.factors
     classes = [c for c, motion in world.pairs if motion == now.motion and c != now.class_index]
     if not classes:
         return None
     class_index = _pick(classes, index)
-    glyph_TT = _pick(world._glyphs[class_index], index)
+    glyph_TT = _pick(world.glyphs[class_index], index)
     return _sample(replace(plan, factors=replace(now, class_index=class_index), glyph_TT=glyph_TT))
 
 
-def _mirrored(world: SpriteWorld, plan: _Plan) -> SpriteSample | None:
+def _mirrored(world: SpriteWorld, plan: Plan) -> SpriteSample | None:
     words = plan.factors.motion.split()
     motion = " ".join(_OPPOSITE.get(word, word) for word in words)
     if (plan.factors.class_index, motion) not in world.pairs:
@@ -74,7 +74,7 @@ def _mirrored(world: SpriteWorld, plan: _Plan) -> SpriteSample | None:
     )
 
 
-def _opposite(track: _Track) -> _Track:
+def _opposite(track: Track) -> Track:
     """The track that covers the same stretch the other way round, in the frames of a sample."""
     axis, sign = (0 if track.direction[0] else 1), sum(track.direction)
     along = [track.corner(f)[axis] for f in range(FRAMES)]
@@ -84,8 +84,8 @@ def _opposite(track: _Track) -> _Track:
     return replace(track, direction=(-row, -column), start=start)
 
 
-def _sample(plan: _Plan) -> SpriteSample:
-    frames, segmentation = _render(plan, range(FRAMES))
+def _sample(plan: Plan) -> SpriteSample:
+    frames, segmentation = render(plan, range(FRAMES))
     factors = plan.factors
     return SpriteSample(frames, segmentation, factors.video_caption, factors.image_caption, factors)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,16 +87,16 @@ class SpriteSample:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """Everything a clip is drawn from: the glyph and its top left corner in every frame."""
 
     factors: Factors
     glyph_TT: np.ndarray
-    track: _Track
+    track: Track
 
 
 @dataclass(frozen=True)
-class _Track:
+class Track:
     """A tile's way: out from `start` in `direction`, `speed` pixels a frame, turning for ever.
 
     The first leg is `first` frames long, all later ones `leg`; across: the other axis' coordinate.
@@ -144,12 +145,12 @@ class SpriteWorld:
         )
         glyph_split = "test" if split == "novel" else split
         banks = ("digits",) if small else ("digits", "animals")
-        self._glyphs = [glyphs for bank in banks for glyphs in load_bank(bank)[glyph_split]]
+        self.glyphs = [glyphs for bank in banks for glyphs in load_bank(bank)[glyph_split]]
 
     def sample(self, index: int) -> SpriteSample:
         """Clip `index` >= 0; there is no last one."""
-        plan = self._plan(index)
-        frames, segmentation = _render(plan, range(FRAMES))
+        plan = self.plan(index)
+        frames, segmentation = render(plan, range(FRAMES))
         factors = plan.factors
         return SpriteSample(
             frames, segmentation, factors.video_caption, factors.image_caption, factors
@@ -161,18 +162,19 @@ class SpriteWorld:
         A sprite that moves one way turns where the canvas ends; one that moves out and back keeps
         on doing so. The first ten frames are those of `sample`.
         """
-        return _render(self._plan(index), frames)
+        return render(self.plan(index), frames)
 
     def frame(self, index: int, frame: int) -> tuple[np.ndarray, np.ndarray]:
         """(u8[S,S,3], u8[S,S]): one frame of clip `index` and its class map, drawn alone."""
-        frames, segmentation = _render(self._plan(index), [frame])
+        frames, segmentation = render(self.plan(index), [frame])
         return frames[0], segmentation[0]
 
     def factors(self, index: int) -> Factors:
         """The factors (and by them the captions) of clip `index`, without rendering it."""
-        return self._plan(index).factors
+        return self.plan(index).factors
 
-    def _plan(self, index: int) -> _Plan:
+    def plan(self, index: int) -> Plan:
+        """What clip `index` is drawn from. ValueError for a negative one."""
         index = operator.index(index)
         if index < 0:
             raise ValueError(f"sample index is {index}; it must not be negative")
@@ -181,10 +183,10 @@ class SpriteWorld:
         factors = Factors(
             class_index, draw.choice(self.colours), draw.choice(self.backgrounds), motion
         )
-        glyph_TT = draw.choice(self._glyphs[class_index])
-        return _Plan(factors, glyph_TT, self._track(motion, draw))
+        glyph_TT = draw.choice(self.glyphs[class_index])
+        return Plan(factors, glyph_TT, self._track(motion, draw))
 
-    def _track(self, motion: str, draw: _Draw) -> _Track:
+    def _track(self, motion: str, draw: _Draw) -> Track:
         """Drawn so that the clip's frames are all inside and the turn, if any, happens in them."""
         if self.level == "digits":
             grid, speed, turn = LATTICE, LATTICE, draw.between(4, 5)
@@ -201,7 +203,7 @@ class SpriteWorld:
             leg = start // speed + turn
         else:
             leg = max(turn, STEPS - turn)
-        return _Track(DIRECTIONS[motion.split()[0]], speed, start, across, turn, leg)
+        return Track(DIRECTIONS[motion.split()[0]], speed, start, across, turn, leg)
 
 
 @functools.cache
@@ -236,7 +238,8 @@ class _Draw:
         return options[self.below(len(options))]
 
 
-def _render(plan: _Plan, frame_indices) -> tuple[np.ndarray, np.ndarray]:
+def render(plan: Plan, frame_indices: Collection[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(u8[F,S,S,3], u8[F,S,S]): these frames of a clip and their class maps."""
     factors = plan.factors
     background = np.array(BACKGROUNDS[factors.background], np.int32)
     ink = np.array(COLOURS[factors.colour], np.int32)
