@@ -20,6 +20,9 @@ from nuwa.training.sampling import sample
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "sprites"
 SEEDS = [0, 1, 2, 3, 4]
+# Two runtimes round logits differently, by a few millionths: a draw that falls this close to an
+# edge between two tokens may go either way. In some thousands of draws there is one such.
+EDGE = 2e-6
 PROMPT = "a green 5 on a black background moving up then down ."
 
 pytestmark = pytest.mark.slow
@@ -69,20 +72,42 @@ def test_one_set_of_tokens_everywhere(checkpoint, client, frames):
     assert torch.equal(again.view_as(wave).long(), wave)
 
     for schedule in ("wave", "raster"):
-        for seed, expected in zip(SEEDS, wave.numpy(), strict=True):
+        for row, seed in enumerate(SEEDS):
             options = {"seed": seed, "schedule": schedule, "include_tokens": True}
             if frames == 1:
                 result = client.generate_image("t2i", PROMPT, **options)
             else:
                 result = client.generate_video("t2v", PROMPT, **options)
-            assert (result.tokens.reshape(-1) == expected).all()
             assert result.timings.steps == decode_plan(decoder, grid, schedule).steps
+            made, expected = result.tokens.reshape(-1), wave[row].numpy()
+            if not (made == expected).all():
+                first = first_difference(decoder, grid, made, expected)
+                of_row = logits.view(len(SEEDS), grid.size, -1)[row, first]
+                draw = draws.reshape(len(SEEDS), -1)[row, first]
+                assert edge_distance(of_row, draw) < EDGE
 
 
-def test_it_draws_what_captions_say(client):
-    """A floor well under the measured scores (README), so that only real damage trips it."""
-    draw = generator(client, {"guidance_scale": 2.0, "temperature": 0.8})
-    report = evaluate(draw, tasks=["t2i"], split="test", samples=40, seed=0)
-    scores = report["tasks"]["t2i"]["scores"]
-    assert scores["colour"]["model"] >= 0.9
-    assert scores["class"]["model"] >= 0.6
+def first_difference(decoder, grid, made, expected) -> int:
+    """The position, first in decoding order, where the tokens differ."""
+    order = decode_plan(decoder, grid).position
+    return int(order[np.flatnonzero((made != expected)[order])[0]])
+
+
+def edge_distance(logits, draw) -> float:
+    """How far a draw is from where the next token would begin."""
+    edges = logits.double().softmax(-1).cumsum(-1)
+    return float((edges - float(draw)).abs().min())
+
+
+def test_it_does_what_is_asked(client):
+    """Floors well under the measured scores (README), so that only real damage trips them."""
+    draw = generator(client, {"guidance_scale": 2.0, "temperature": 0.7}, {})
+    tasks = ["t2i", "s2i", "i2i"]
+    report = evaluate(draw, tasks=tasks, split="test", samples=40, seed=0)
+    scores = {task: report["tasks"][task]["scores"] for task in tasks}
+    assert scores["t2i"]["colour"]["model"] >= 0.9
+    assert scores["t2i"]["class"]["model"] >= 0.7
+    assert scores["s2i"]["class"]["model"] >= 0.7
+    assert scores["s2i"]["miou"]["model"] >= 0.6
+    assert scores["i2i"]["class"]["model"] >= 0.6
+    assert scores["i2i"]["known_identical"]["model"] == 1.0

@@ -60,7 +60,7 @@ class Rows:
     sketches: int = 0
     hidden: int = 0
     captioned_sketches: float = 0.7
-    captioned_hidden: float = 0.5
+    captioned_hidden: float = 0.6
     none: float = 0.1
 
 
@@ -133,6 +133,8 @@ class Batches:
         """Which tokens of a clip stay known [F, C], and the tokens once the rest is blanked."""
         pixels, classes = self.clips.source.clip(index, span)
         grid = self.config.decoder.grid
+        if draw.random() < 0.5:  # room for the object wherever its clip takes it
+            _, classes = self.clips.source.clip(index, range(self.clips.source.frames))
         mask = draw_mask(draw, classes.any(axis=0), pixels.shape[1] // grid.height)
         known_hw = known_cells(mask, grid.height, grid.width)
         known = np.broadcast_to(known_hw, (len(span), grid.height, grid.width))
@@ -148,12 +150,12 @@ def draw_mask(draw: Draw, inside_HW: Bool, patch: int) -> Bool:
     height, width = inside_HW.shape
     mask = np.zeros((height, width), bool)
     kind = draw.random()
-    if kind < 0.4:
+    if kind < 0.3:
         side = draw.integers(4)
         half = (slice(None, height // 2), slice(height // 2, None))[side % 2]
         mask[half if side < 2 else (slice(None), half)] = True
         return mask
-    anywhere = kind < 0.7 or not inside_HW.any()
+    anywhere = kind < 0.5 or not inside_HW.any()
     spans = []
     for axis, size in ((1, height // patch), (0, width // patch)):
         if anywhere:

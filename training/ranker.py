@@ -165,10 +165,12 @@ class Ranker(nn.Module):
         self.frames = FrameEncoder(config)
         self.clip = ClipEncoder(config)
         self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE)))
-        # Captions that differ in one word have to begin apart, or training first learns to ignore
-        # what pictures do not tell yet. So words start large, and a text is the sum of all of them.
+        # Captions that differ in a word, or in the order of words, have to begin apart, or training
+        # first learns to ignore what pictures do not tell yet. So words start large, and a text is
+        # the sum of all of them, each weighted by where it stands.
         nn.init.normal_(self.text.embedding.weight)
         nn.init.normal_(self.text.position, std=0.1)
+        self.text_order = nn.Parameter(1 + torch.randn(config.text.length, config.embedding) / 2)
 
     def forward(self, tokens_M: Tensor, frames_FSS3: Tensor) -> Tensor:
         """Token ids int [M], pixels uint8 [F, S, S, 3] -> fp32 scalar in [-1, 1], higher better."""
@@ -179,7 +181,8 @@ class Ranker(nn.Module):
     def embed_texts(self, tokens_BM: Tensor) -> Tensor:
         """Token ids int [B, M], M at least the longest text -> unit vectors fp32 [B, E]."""
         said_BM1 = (tokens_BM != self.text.pad)[..., None]
-        return F.normalize((self.text(tokens_BM) * said_BM1).sum(1).float(), dim=-1)
+        words_BME = self.text(tokens_BM) * self.text_order[: tokens_BM.shape[1]]
+        return F.normalize((words_BME * said_BM1).sum(1).float(), dim=-1)
 
     def embed_pictures(self, frames_BFSS3: Tensor) -> Tensor:
         """Pixels uint8 [B, F, S, S, 3] -> unit vectors fp32 [B, E]."""

@@ -425,7 +425,7 @@ def _optimizer(model: Ranker, options: RankerOptions) -> torch.optim.Optimizer:
     """AdamW that decays matrices and kernels alone, with a learning rate for each tower."""
     groups: list[dict[str, Any]] = []
     for text, peak in ((True, options.text_lr), (False, options.lr)):
-        tower = [p for name, p in model.named_parameters() if name.startswith("text.") == text]
+        tower = [p for name, p in model.named_parameters() if name.startswith("text") == text]
         for matrices, decay in ((True, options.weight_decay), (False, 0.0)):
             chosen = [p for p in tower if (p.dim() >= 2) == matrices]
             groups.append({"params": chosen, "weight_decay": decay, "peak": peak})

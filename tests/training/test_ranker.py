@@ -119,6 +119,15 @@ def test_padding_does_not_change_a_text(ranker, tokenizer):
 
 
 @torch.no_grad()
+def test_the_order_of_words_counts_from_the_start(ranker, tokenizer):
+    swapped = SENTENCE.replace("left then right", "right then left")
+    first, second = ranker.embed_texts(
+        torch.stack([ids(tokenizer, t) for t in (SENTENCE, swapped)])
+    )
+    assert float(first @ second) < 0.999
+
+
+@torch.no_grad()
 def test_the_order_of_frames_counts(ranker, tokenizer):
     clip = noise(10)
     forward, backward = ranker(ids(tokenizer), clip), ranker(ids(tokenizer), clip.flip(0))
