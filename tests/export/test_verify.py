@@ -105,7 +105,7 @@ def test_untouched_graphs_agree(tamper, name):
         (SKETCH_TOKENIZER, "encoder conv_in weight", 0.5),
         (RANKER, "clip project weight", 1.1),
         (RANKER, "text embedding", 1.1),
-        (RANKER, "frames project weight", float("nan")),
+        (RANKER, "frames locate weight", float("nan")),
         (IMAGE_TOKENIZER, "conv_out", 0.8),
         (IMAGE_TOKENIZER, "quant_conv weight", 1.2),
         (IMAGE_DETOKENIZER, "conv_out weight", 1.1),

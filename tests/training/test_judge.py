@@ -56,7 +56,7 @@ def test_clip_features_see_shape_change_and_steps(stored):
     moving, still = stored.read(frames).clip_features, stored.read(frames[[0] * 10]).clip_features
     assert moving.shape == (64 + 64 + 18,)
     assert np.abs(moving[-18:]).sum() == pytest.approx(9 * 4, abs=1)  # 4 pixels a frame
-    assert not still[64:].any()
+    assert np.abs(still[64:]).max() < 1e-6  # sums over a batch round
     backwards = stored.read(frames[::-1]).clip_features
     np.testing.assert_allclose(backwards[:64], moving[:64], atol=1e-4)
     assert np.abs(backwards[-18:] - moving[-18:]).sum() > 20
