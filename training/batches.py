@@ -135,7 +135,7 @@ class Batches:
         grid = self.config.decoder.grid
         if draw.random() < 0.5:  # room for the object wherever its clip takes it
             _, classes = self.clips.source.clip(index, range(self.clips.source.frames))
-        mask = draw_mask(draw, classes.any(axis=0), pixels.shape[1] // grid.height)
+        mask = draw_mask(draw, np.asarray(classes.any(axis=0)), pixels.shape[1] // grid.height)
         known_hw = known_cells(mask, grid.height, grid.width)
         known = np.broadcast_to(known_hw, (len(span), grid.height, grid.width))
         codes = encode_frames(self.vqgan, blank_hidden(pixels, known)).astype(np.int64)
