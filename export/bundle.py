@@ -101,6 +101,7 @@ def _manifest(checkpoint: Checkpoint, precision: str, files: dict, parity: dict)
         training_data=str(checkpoint.provenance.get("data", NOT_STATED)),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         rankers=() if checkpoint.ranker is None else RANKERS,
+        sampling=checkpoint.sampling,
     )
 
 

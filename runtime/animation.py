@@ -1,4 +1,4 @@
-"""Animated WebP and GIF files, put together frame by frame.
+"""Animated WebP and GIF files, put together frame by frame; one frame at a time is in memory.
 
 Pillow joins neighbouring frames that are equal into one longer frame, so a clip of ten frames could
 come back as nine. Here every frame is stored, whole, by itself. Pillow still compresses each one.
@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-Pixels = npt.NDArray[np.uint8]  # [frames, height, width, 3]
+from .containers import after_blocks
+
+Pixels = npt.NDArray[np.uint8]  # [height, width, 3]
 
 
-def webp(frames: Pixels, milliseconds: int) -> bytes:
+def webp(frames: Iterable[Pixels], height: int, width: int, milliseconds: int) -> bytes:
     """Lossless animated WebP that loops for ever; each frame lasts `milliseconds`."""
-    _, height, width, _ = frames.shape
     size = _u24(width - 1) + _u24(height - 1)
     animation_flag, do_not_blend = 0x02, 0x02
     chunks = [
@@ -35,12 +37,11 @@ def webp(frames: Pixels, milliseconds: int) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
-def gif(frames: Pixels, milliseconds: int) -> bytes:
+def gif(frames: Iterable[Pixels], height: int, width: int, milliseconds: int) -> bytes:
     """Animated GIF that loops for ever, with at most 256 colours a frame.
 
     GIF counts time in hundredths of a second, so `milliseconds` is rounded to tens.
     """
-    _, height, width, _ = frames.shape
     out = [
         b"GIF89a" + struct.pack("<HHBBB", width, height, 0x70, 0, 0),
         b"\x21\xff\x0bNETSCAPE2.0\x03\x01\x00\x00\x00",
@@ -83,10 +84,7 @@ def _gif_image(still: bytes) -> tuple[bytes, int, bytes]:
     size_code = flags & 0x07
     table_end = 13 + 3 * 2 ** (size_code + 1)
     position = table_end
-    while still[position] == 0x21:  # skip extensions: a label, then blocks up to an empty one
-        position += 2
-        while still[position]:
-            position += 1 + still[position]
-        position += 1
+    while still[position] == 0x21:  # skip extensions: a label, then blocks
+        position = after_blocks(still, position + 2)
     assert still[position] == 0x2C and not still[position + 9] & 0xC0, "a plain image follows"
     return still[13:table_end], size_code, still[position + 10 : -1]

@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from nuwa.spec.palette import voc_palette
+from nuwa.spec.palette import MOST_CLASSES, voc_palette
 
+Bool = npt.NDArray[np.bool_]
 ClassMaps = npt.NDArray[np.uint8]  # [F, H, W]
 
 
@@ -23,6 +24,24 @@ def check_ids(maps: ClassMaps, classes: int) -> None:
         )
 
 
+def ids_of_indices(indices: ClassMaps, palette: npt.NDArray[np.uint8]) -> ClassMaps:
+    """Palette indices u8 [F, H, W] and their colours u8 [n, 3] -> ids u8 [F, H, W], unchecked.
+
+    The indices are the ids, unless every colour in use is that of a class (spec/palette.py) and
+    some of another class than its index says: then the colours are what is meant. Programs that
+    shrink files number the colours anew.
+    """
+    used = np.flatnonzero(np.bincount(indices.reshape(-1), minlength=256))
+    if used[-1] >= len(palette):
+        return indices
+    ids, known = _classes_of(palette[used], MOST_CLASSES)
+    if not known.all() or np.array_equal(ids, used):
+        return indices
+    renumbered = np.zeros(256, np.uint8)
+    renumbered[used] = ids
+    return renumbered[indices]
+
+
 def ids_of_colours(frames: npt.NDArray[np.uint8], classes: int) -> ClassMaps:
     """u8 [F, H, W, 3] -> ids u8 [F, H, W], all below `classes`; ValueError naming what is wrong.
 
@@ -33,12 +52,7 @@ def ids_of_colours(frames: npt.NDArray[np.uint8], classes: int) -> ClassMaps:
     grey = np.array_equal(red, green) and np.array_equal(green, blue)
     if grey and red.max(initial=0) < classes:
         return red
-    palette = _codes(voc_palette(classes))
-    order = np.argsort(palette)
-    codes = _codes(frames)
-    place = np.searchsorted(palette[order], codes).clip(max=classes - 1)
-    ids = order[place].astype(np.uint8)
-    known = palette[ids] == codes
+    ids, known = _classes_of(frames, classes)
     if known.all():
         return ids
     if grey:
@@ -50,6 +64,15 @@ def ids_of_colours(frames: npt.NDArray[np.uint8], classes: int) -> ClassMaps:
         f"from 0 to {classes - 1} has in the palette of PASCAL VOC; send those colours exactly "
         f"(without lossy compression), or class ids as palette indices or grey values"
     )
+
+
+def _classes_of(colours: npt.NDArray[np.uint8], classes: int) -> tuple[ClassMaps, Bool]:
+    """u8 [..., 3] -> [...]: the class of each colour, and whether there is one below `classes`."""
+    palette, codes = _codes(voc_palette(classes)), _codes(colours)
+    order = np.argsort(palette)
+    place = np.searchsorted(palette[order], codes).clip(max=classes - 1)
+    ids = order[place].astype(np.uint8)
+    return ids, palette[ids] == codes
 
 
 def _codes(colours: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:

@@ -111,7 +111,8 @@ class BaseClient(ABC):
 
         Holds no frames, so that a long clip can be written away as it comes. Several samples come
         mixed, or the best first if they are ranked: see sample_index. Options:
-        requests.VideoOptions. Leaving the iterator early cancels the request.
+        requests.VideoOptions. The request is made when the first event is asked for, so an iterator
+        that is never used costs nothing; the deadline counts from then. Leaving it early cancels.
         """
         message = requests.video_request(task, prompt, options)
         return results.clip_events(self._video(message, deadline))
@@ -215,7 +216,7 @@ class LocalClient(BaseClient):
         self, message: pb.GenerateVideoRequest, deadline: float | None
     ) -> Iterator[pb.GenerateVideoResponse]:
         job = convert.read_video_request(message, self.get_model())
-        return replies.clip_responses(job, self._events(job, deadline))
+        yield from replies.clip_responses(job, self._events(job, deadline))
 
     def _events(self, job: Job, deadline: float | None) -> Iterator[Event]:
         count = job.samples.count

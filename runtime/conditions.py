@@ -1,7 +1,7 @@
 """What a request of nuwa.v1 gives besides text: pictures, clips, sketches and masks, as arrays.
 
-Says which of them a task takes and checks their sizes against the model's. Nothing is resized:
-pixels outside a mask are promised to come back unchanged.
+Says which of them a task takes and checks their sizes against the model's, those of files before
+they are decoded. Nothing is resized: pixels outside a mask are promised to come back unchanged.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def read(
     frames = mask = sketch = None
     if task.needs_frames:
         frames = _samples(
-            getattr(message, picture_field), picture_field, 3, media.decode_clip, limits
+            getattr(message, picture_field), picture_field, 3, media.decode_clip, info, limits
         )
         _check_frames(frames, picture_field, task, info)
     if task.needs_sketch:
@@ -67,7 +67,7 @@ def read(
         def class_map(data: bytes, limits: Limits) -> Array:
             return media.decode_class_map(data, info.sketch_classes, limits)
 
-        sketch = _samples(message.sketch, "sketch", 1, class_map, limits)
+        sketch = _samples(message.sketch, "sketch", 1, class_map, info, limits)
         _check_frames(sketch, "sketch", task, info)
     if task.needs_mask:
         mask = _mask(message.mask, info, limits)
@@ -88,11 +88,15 @@ def _samples(
     field: str,
     channels: int,
     decode: Callable[[bytes, Limits], Array],
+    info: ModelInfo,
     limits: Limits,
 ) -> Array:
     """u8 [F, H, W, channels], without the last axis for one channel."""
     match given.WhichOneof("content"):
         case "encoded":
+            with _blame(f"{field}.encoded", field):
+                size = media.stated_size(given.encoded, limits)
+            _check_size(size, field, info)
             with _blame(f"{field}.encoded", field):
                 return decode(given.encoded, limits)
         case "raw":
@@ -123,7 +127,9 @@ def _check_frames(frames: Array, field: str, task: Task, info: ModelInfo) -> Non
         raise FieldError(field, f"{field} has {len(frames)} frames; task {task.name} takes one")
     if len(frames) > info.max_frames:
         raise FieldError(
-            field, f"{field} has {len(frames)} frames; the model takes {info.max_frames} at most"
+            field,
+            f"{field} has {len(frames)} frames; the model takes {info.max_frames} at most, so give "
+            f"1 to {info.max_frames} of them",
         )
 
 
@@ -140,25 +146,30 @@ def _mask(given: pb.Mask, info: ModelInfo, limits: Limits) -> Mask:
     match given.WhichOneof("region"):
         case "picture":
             field = "mask.picture"
-            mask = _mask_picture(given.picture, field, limits)
-            _check_size(mask.shape, field, info)
+            mask = _mask_picture(given.picture, field, info, limits)
         case "boxes":
             field = "mask.boxes"
             mask = _mask_boxes(given.boxes, field, info)
         case _:
             raise FieldError("mask", "mask has neither a picture nor boxes")
-    if not mask.any():
-        raise FieldError(field, "the mask is dark everywhere, so nothing would be generated")
     return mask
 
 
-def _mask_picture(given: pb.Media, field: str, limits: Limits) -> Mask:
+def _mask_picture(given: pb.Media, field: str, info: ModelInfo, limits: Limits) -> Mask:
     def mask(data: bytes, limits: Limits) -> Array:
         return media.decode_mask(data, limits)[None].astype(np.uint8)
 
-    samples = _samples(given, field, 1, mask, limits)
+    samples = _samples(given, field, 1, mask, info, limits)
+    _check_size(samples.shape[1:], field, info)
     if len(samples) != 1:
         raise FieldError(field, f"{field} has {len(samples)} frames; a mask is one picture")
+    if not samples.any():
+        bright = "128 or more" if given.HasField("encoded") else "not 0"
+        raise FieldError(
+            field,
+            "the mask is dark everywhere, so nothing would be generated; bright, where to "
+            f"generate, is {bright}",
+        )
     return samples[0] != 0
 
 

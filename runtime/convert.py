@@ -1,7 +1,8 @@
 """Requests of nuwa.v1 into requests of core.py; every value is checked, errors name the field.
 
 Pure functions of the message, the model's description and the limits. `replies.py` goes the other
-way. What only the engine can judge (class ids, lengths in text tokens) is left to `Engine.check`.
+way. What only the engine can judge is left to `Engine.check`: how many tokens a prompt has, and the
+class ids of raw sketches.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from nuwa.spec.sampling import SAMPLING_NAMES, Sampling
 from nuwa.spec.tasks import Task
 from nuwa.v1 import generation_pb2 as pb
 
 from . import conditions, samples
 from .conditions import Conditions
-from .core import GenerationRequest, ModelInfo, Sampling, UnsupportedTaskError
+from .core import GenerationRequest, ModelInfo, UnsupportedTaskError
 from .errors import FieldError
 from .media import (
     DEFAULT_FRAMES_PER_SECOND,
@@ -88,7 +91,7 @@ def read_image_request(
     prompt = _prompt(message.prompt, task)
     given = conditions.read(message, "image", task, info, limits)
     output = _output(message.output, info)
-    generation = _generation(message, task, prompt, 1, given)
+    generation = _generation(message, task, prompt, 1, given, info)
     wanted = samples.read(message, generation, info)
     pixels = wanted.returned * info.height * info.width * output.scale**2
     _limit_pixels("the returned images", pixels, MAX_ANIMATION_PIXELS)
@@ -106,7 +109,7 @@ def read_video_request(
     given = conditions.read(message, "video", task, info, limits)
     frame_count = _frame_count(message, task, info, given)
     output = _clip_output(message, info, frame_count)
-    generation = _generation(message, task, prompt, frame_count, given)
+    generation = _generation(message, task, prompt, frame_count, given, info)
     wanted = samples.read(message, generation, info)
     return Job(generation, output, request_id, wanted)
 
@@ -129,6 +132,11 @@ def refuse_unknown_fields(message: Message, path: str = "") -> None:
             raise FieldError(inner, f"{inner} has {len(value)} items, more than any list may")
         for item in value:
             refuse_unknown_fields(item, inner)
+
+
+def stated(message: pb.Sampling) -> dict[str, Any]:
+    """Values by name of what `message` says of core.Sampling's fields; unset ones are left out."""
+    return {name: getattr(message, name) for name in SAMPLING_NAMES if message.HasField(name)}
 
 
 @contextmanager
@@ -196,9 +204,14 @@ def _frame_count(
             "frame_count", f"frame_count is {count}, but the {name} has {len(follows)} frames"
         )
     if task is Task.V2V and given.frames is not None and len(given.frames) >= count:
+        frames = len(given.frames)
+        choices = [f"give at most {count - 1}"] if count > 1 else []
+        if frames < most:
+            choices.append(f"a frame_count of {frames + 1} to {most}")
         raise FieldError(
             "video",
-            f"video has {len(given.frames)} frames, which leaves none of {count} to predict",
+            f"video has {frames} frames, which leaves none of {count} to predict; "
+            + ", or ".join(choices),
         )
     return count
 
@@ -209,6 +222,7 @@ def _generation(
     prompt: str,
     frame_count: int,
     given: Conditions,
+    info: ModelInfo,
 ) -> GenerationRequest:
     sampling = message.sampling
     if message.schedule not in SCHEDULES:
@@ -217,7 +231,7 @@ def _generation(
         raise FieldError(
             "sampling.sample_index", f"sample_index {sampling.sample_index} is negative"
         )
-    knobs = _sampling(sampling)
+    knobs = _sampling(sampling, info.sampling.get(task, Sampling()))
     with blame("sampling.seed"):
         return GenerationRequest(
             task=task,
@@ -233,13 +247,12 @@ def _generation(
         )
 
 
-def _sampling(message: pb.Sampling) -> Sampling:
-    names = ("temperature", "top_k", "top_p", "guidance_scale")
-    values = {name: getattr(message, name) for name in names if message.HasField(name)}
+def _sampling(message: pb.Sampling, default: Sampling) -> Sampling:
+    values = stated(message)
     for name, value in values.items():
         with blame(f"sampling.{name}"):
             Sampling(**{name: value})
-    return Sampling(**values)
+    return replace(default, **values)
 
 
 def _output(message: pb.Output, info: ModelInfo) -> OutputOptions:

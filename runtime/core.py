@@ -5,11 +5,13 @@ Knows no tensors' meaning beyond their shapes, no network and no backend.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from nuwa.spec.sampling import Sampling
 from nuwa.spec.tasks import Task
 
 Pixels = npt.NDArray[np.uint8]  # [height, width, 3] or [frames, height, width, 3], sRGB
@@ -28,30 +30,6 @@ class CancelledError(Exception):
 
 class QueueFullError(Exception):
     """The scheduler's bounded queue has no room."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How one token is drawn from the model's distribution.
-
-    temperature 0 is argmax (top_k, top_p and the seed then do not matter); top_k 0 and top_p 1
-    switch those filters off; guidance_scale 1 switches classifier-free guidance off.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    guidance_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature <= 100.0:  # also refuses NaN
-            raise ValueError(f"temperature {self.temperature} is not in [0, 100]")
-        if not 0 <= self.top_k < 2**31:
-            raise ValueError(f"top_k {self.top_k} is not in [0, 2147483647]; 0 means no limit")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p {self.top_p} is not in (0, 1]")
-        if not 0.0 <= self.guidance_scale <= 50.0:
-            raise ValueError(f"guidance_scale {self.guidance_scale} is not in [0, 50]")
 
 
 @dataclass(frozen=True)
@@ -167,6 +145,7 @@ class ModelInfo:
 
     max_predicted_frames: longest clip of V2V, as max_frames is of the other tasks. sketch_classes:
     0 where the bundle takes no sketches. rankers: names of what can score samples.
+    sampling: of requests that do not say, Sampling() for tasks not named.
     """
 
     name: str
@@ -183,3 +162,4 @@ class ModelInfo:
     licence: str
     backend: str
     rankers: tuple[str, ...]
+    sampling: Mapping[Task, Sampling]

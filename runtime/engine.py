@@ -26,7 +26,7 @@ from nuwa.spec.plan import (
     decode_plan,
     longest_clip,
 )
-from nuwa.spec.tasks import UNCONDITIONAL_PROMPT
+from nuwa.spec.tasks import UNCONDITIONAL_PROMPT, Task
 
 from .backends.base import Backend
 from .backends.onnxruntime_cpu import OnnxRuntimeCpu
@@ -34,6 +34,7 @@ from .batch import CrossColumns, assemble
 from .bundle import Bundle, open_bundle
 from .check import check_request
 from .core import GenerationRequest, ModelInfo, Pixels, SlotStep
+from .errors import FieldError
 from .given import known_positions
 from .ranking import find_rankers, ranker_names
 from .sequence import Lane, Sequence
@@ -96,6 +97,11 @@ class Engine:
     def check(self, request: GenerationRequest) -> None:
         """UnsupportedTaskError, or ValueError naming the value and the valid choices."""
         check_request(request, self.info)
+        count, most = self._text.count(request.prompt), self._text.room
+        if count > most:
+            raise FieldError(
+                "prompt", f"prompt is {count} tokens; the model reads at most {most}, so shorten it"
+            )
 
     def admit(self, request: GenerationRequest, slot: int) -> None:
         """Encodes what a checked request gives, and makes a free slot ready to step."""
@@ -211,14 +217,15 @@ def model_info(bundle: Bundle, backend: str) -> ModelInfo:
     """What GetModel and `nuwa inspect` tell of a bundle."""
     manifest, config = bundle.manifest, bundle.manifest.config
     sketches = config.sketch is not None
+    frames = config.decoder.grid.frames
     return ModelInfo(
         name=manifest.name,
         bundle_hash=bundle.hash,
         tasks=tuple(task for task in manifest.tasks if sketches or not task.needs_sketch),
         height=config.image.resolution,
         width=config.image.resolution,
-        max_frames=config.decoder.grid.frames,
-        max_predicted_frames=longest_clip(config.decoder),
+        max_frames=frames,
+        max_predicted_frames=longest_clip(config.decoder) if Task.V2V in manifest.tasks else frames,
         codebook_size=config.image.codebook_size,
         sketch_classes=config.sketch.channels if config.sketch is not None else 0,
         parameter_count=manifest.parameter_count,
@@ -226,6 +233,7 @@ def model_info(bundle: Bundle, backend: str) -> ModelInfo:
         licence=manifest.licence,
         backend=backend,
         rankers=ranker_names(manifest),
+        sampling=manifest.sampling,
     )
 
 

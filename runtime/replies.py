@@ -6,6 +6,7 @@ returned, or mixed where they are not ranked (selection.py).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from google.protobuf.duration_pb2 import Duration
 
 from nuwa.spec.palette import voc_palette
+from nuwa.spec.sampling import Sampling
 from nuwa.v1 import generation_pb2 as pb
 
 from . import media
@@ -114,8 +116,9 @@ def _done(job: Job, sample_index: int, pictures: list[Pixels], event: Done) -> p
     )
     output = job.output
     if output.animation:
-        clip = media.upscale(np.stack(pictures), output.scale)
-        done.animation = media.encode_animation(clip, output.animation, output.frames_per_second)
+        done.animation = media.encode_animation(
+            pictures, output.animation, output.frames_per_second, output.scale
+        )
         done.animation_format = ANIMATION_FORMATS[output.animation]
     return done
 
@@ -175,6 +178,13 @@ def model_message(info: ModelInfo, slots: int) -> pb.Model:
         sketch_palette=_palette(info.sketch_classes),
         rankers=info.rankers,
         max_sample_count=MAX_SAMPLES,
+        sampling_defaults=[
+            pb.SamplingDefault(
+                task=TASK_VALUES[task],
+                sampling=pb.Sampling(**dataclasses.asdict(info.sampling.get(task, Sampling()))),
+            )
+            for task in info.tasks
+        ],
     )
 
 

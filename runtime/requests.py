@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 from nuwa.spec.tasks import Task, parse_task
 from nuwa.v1 import generation_pb2 as pb
 
+from . import media
 from .convert import TASK_VALUES
 
 MediaLike = bytes | Path | npt.NDArray[np.generic]
@@ -39,7 +40,8 @@ class Options(TypedDict, total=False):
     """Keyword arguments that images and clips share; None and absent leave it to the server.
 
     mask: a picture (bright is generated), bool [H, W], or boxes (left, top, width, height).
-    sketch: a file, or class ids u8 [H, W] or [F, H, W].
+    sketch: a file, class ids u8 [H, W] or [F, H, W], or their colours in the palette of PASCAL VOC
+    u8 [H, W, 3] or [F, H, W, 3]; an array whose last axis is 3 is colours.
     samples: how many to generate; rank_by: a ranker that finds the best of them; return_count: how
     many of the best to return.
     scale: integer upscaling, 1 to 8. schedule: "wave" or "raster".
@@ -136,7 +138,7 @@ def _fill(
     if "scale" in given:
         _set(message.output, "scale_factor", {"scale_factor": given["scale"]})
     if "sketch" in given:
-        message.sketch.CopyFrom(_media(given["sketch"], "sketch", 1))
+        message.sketch.CopyFrom(_sketch(given["sketch"]))
     if "mask" in given:
         message.mask.CopyFrom(_mask(given["mask"]))
 
@@ -174,10 +176,38 @@ def _media(value: MediaLike, name: str, channels: int) -> pb.Media:
     return pb.Media(raw=raw)
 
 
+def _sketch(value: MediaLike) -> pb.Media:
+    if not (isinstance(value, np.ndarray) and value.ndim > 2 and value.shape[-1] == 3):
+        return _media(value, "sketch", 1)
+    if value.dtype != np.uint8 or value.ndim > 4:
+        raise ValueError(
+            f"sketch is {value.dtype} {list(value.shape)}, not uint8 [H, W, 3] or [F, H, W, 3], "
+            "which an array with a last axis of 3 is taken for"
+        )
+    # What colours mean is for the server to say, as it does of files.
+    colours = value.astype(np.uint8, copy=False)
+    if colours.ndim == 3:
+        return pb.Media(encoded=media.encode_picture(colours, "png"))
+    return pb.Media(encoded=media.encode_animation(colours, "webp"))
+
+
 def _mask(value: MaskLike) -> pb.Mask:
-    if isinstance(value, (bytes, Path, np.ndarray)):
+    if isinstance(value, np.ndarray) and value.ndim != 2:
+        raise ValueError(f"mask is {value.dtype} {list(value.shape)}, not uint8 [H, W] or bool")
+    if isinstance(value, bytes | Path | np.ndarray):
         return pb.Mask(picture=_media(value, "mask", 1))
-    boxes = [
-        pb.Box(left=left, top=top, width=width, height=height) for left, top, width, height in value
-    ]
-    return pb.Mask(boxes=pb.BoxList(boxes=boxes))
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(
+            f"mask is of type {type(value).__name__}, not bytes, Path, an array or a list of boxes"
+        )
+    return pb.Mask(boxes=pb.BoxList(boxes=[_box(box, index) for index, box in enumerate(value)]))
+
+
+def _box(box: Any, index: int) -> pb.Box:
+    try:
+        left, top, width, height = box
+        return pb.Box(left=left, top=top, width=width, height=height)
+    except (ValueError, TypeError) as error:
+        raise type(error)(
+            f"mask: box {index}, {box!r}, is not (left, top, width, height): {error}"
+        ) from error

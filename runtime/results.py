@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.duration_pb2 import Duration
 
+from nuwa.spec.sampling import Sampling
 from nuwa.v1 import generation_pb2 as pb
 
 from . import media
-from .convert import TASKS
+from .convert import TASKS, stated
 from .core import Accepted, Frame, ModelInfo, Pixels, Progress, Timings
 
 Tokens = npt.NDArray[np.int32]
@@ -213,6 +214,11 @@ def model_info(message: pb.Model) -> ModelInfo:
         licence=message.license,
         backend=message.backend,
         rankers=tuple(message.rankers),
+        sampling={
+            TASKS[each.task]: Sampling(**stated(each.sampling))
+            for each in message.sampling_defaults
+            if each.task in TASKS
+        },
     )
 
 

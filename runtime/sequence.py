@@ -16,8 +16,7 @@ import numpy.typing as npt
 
 from nuwa.spec.grid import Int
 from nuwa.spec.plan import Plan
-
-from .core import Sampling
+from nuwa.spec.sampling import Sampling
 
 Float = npt.NDArray[np.float32]
 

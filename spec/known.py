@@ -32,7 +32,16 @@ def blank_hidden(frames_FHW3: Pixels, known_Fhw: Bool) -> Pixels:
     _, height, width = known_Fhw.shape
     keep_FHW = known_Fhw.repeat(rows // height, axis=1).repeat(columns // width, axis=2)
     kept = frames_FHW3[keep_FHW]
-    colour = np.zeros(3, np.uint8)
-    if len(kept):
-        colour = np.median(kept, axis=0).astype(np.uint8)
+    colour = _median(kept) if len(kept) else np.zeros(3, np.uint8)
     return np.where(keep_FHW[..., None], frames_FHW3, colour)
+
+
+def _median(pixels_N3: Pixels) -> Pixels:
+    """u8 [3]: of an even number of pixels, the mean of the two middle values, rounded down.
+
+    Counted, not sorted as in np.median, which takes five times as long.
+    """
+    counts = [np.bincount(channel, minlength=256) for channel in pixels_N3.T]
+    middle = [(len(pixels_N3) - 1) // 2, len(pixels_N3) // 2]
+    values = [np.searchsorted(count.cumsum(), middle, side="right") for count in counts]
+    return (np.sum(values, axis=1) // 2).astype(np.uint8)

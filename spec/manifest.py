@@ -10,14 +10,15 @@ import dataclasses
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .config import ModelConfig
+from .sampling import Sampling, sampling_defaults
 from .tasks import Task
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 TEXT_TOKENIZER = "tokenizer.json"
 PRECISIONS = ("fp32", "fp16")  # the storage type of weights and caches
@@ -106,7 +107,8 @@ class Manifest:
     cache_entries: R, entries of a cache slot; files: SHA-256 of every other file by name; parity:
     per graph, how far ONNX Runtime is from PyTorch (see export/verify.py); parameter_count: all
     weights, tokenizers and ranker included; licence and training_data: of the weights, as their
-    checkpoint states them; created: UTC, ISO 8601; rankers: names of RANKERS.
+    checkpoint states them; created: UTC, ISO 8601; rankers: names of RANKERS; sampling: what
+    requests that do not say get, by task, Sampling() for those not named.
     """
 
     name: str
@@ -122,6 +124,7 @@ class Manifest:
     training_data: str
     created: str
     rankers: tuple[str, ...] = ()
+    sampling: dict[Task, Sampling] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @property
@@ -156,8 +159,8 @@ class Manifest:
 
 def _checked(data: dict[str, Any]) -> dict[str, Any]:
     """The fields of a Manifest from parsed JSON, each of its type."""
-    fields = {field.name: field for field in dataclasses.fields(Manifest)}
-    missing, unknown = sorted(set(fields) - set(data)), sorted(set(data) - set(fields))
+    fields = {each.name for each in dataclasses.fields(Manifest)}
+    missing, unknown = sorted(fields - set(data)), sorted(set(data) - fields)
     if missing or unknown:
         raise BundleError(
             f"{MANIFEST} lacks {missing} and has unknown fields {unknown}; it does not follow "
@@ -183,9 +186,15 @@ def _parsed(data: dict[str, Any]) -> dict[str, Any]:
     try:
         config = ModelConfig.from_dict(data["config"])
         tasks = tuple(Task(task) for task in data["tasks"])
+        sampling = sampling_defaults(data["sampling"], tasks)
     except (ValueError, TypeError) as error:
-        raise BundleError(f"{MANIFEST} holds no usable model config: {error}") from None
-    return {"config": config, "tasks": tasks, "rankers": tuple(data["rankers"])}
+        raise BundleError(f"{MANIFEST} cannot be used: {error}") from None
+    return {
+        "config": config,
+        "tasks": tasks,
+        "rankers": tuple(data["rankers"]),
+        "sampling": sampling,
+    }
 
 
 def _check_files(files: Any, graphs: tuple[str, ...]) -> None:

@@ -34,7 +34,7 @@ class TextTokenizer:
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         """int32 [length]: <bos>, the text, <eos>, then <pad>. Longer texts are cut at the end."""
-        ids = self._ids(text)[: self.length - 2]
+        ids = self._ids(text)[: self.room]
         row = np.full(self.length, self.pad, np.int32)
         row[: len(ids) + 2] = [self.bos, *ids, self.eos]
         return row
@@ -43,9 +43,14 @@ class TextTokenizer:
         """How many of a row's ids are not <pad>."""
         return int((ids != self.pad).sum())
 
-    def is_cut(self, text: str) -> bool:
-        """Whether `encode` drops the end of this text."""
-        return len(self._ids(text)) > self.length - 2
+    @property
+    def room(self) -> int:
+        """Most ids of a text that `encode` keeps."""
+        return self.length - 2
+
+    def count(self, text: str) -> int:
+        """How many ids a text has, without <bos> and <eos>; `encode` drops those beyond `room`."""
+        return len(self._ids(text))
 
     def _ids(self, text: str) -> list[int]:
         plain = " ".join(unicodedata.normalize("NFC", text).lower().split())

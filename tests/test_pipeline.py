@@ -179,5 +179,11 @@ def test_errors_are_clear_and_the_server_serves_on(client):
 
 
 def test_any_text_is_a_prompt(client):
-    for prompt in ("<bos> <eos>", "größer 日本 😀", "x" * 4000):
+    for prompt in ("<bos> <eos>", "größer 日本 😀", "x" * 74):
         assert client.generate_image("t2i", prompt, seed=1).pixels.shape == (16, 16, 3)
+
+
+def test_a_text_that_would_be_cut_is_refused(client):
+    with pytest.raises(ClientError, match="4001 tokens; the model reads at most 75") as failure:
+        client.generate_image("t2i", "x" * 4000)
+    assert list(failure.value.fields) == ["prompt"]

@@ -25,7 +25,7 @@ from nuwa.spec.grid import Grid
 from nuwa.spec.known import blank_hidden, known_cells
 from nuwa.spec.tasks import UNCONDITIONAL_PROMPT
 
-from .clips import TokenClips, encode_frames
+from .clips import Clips, encode_frames
 from .vqgan import VQGAN
 
 Draw = np.random.Generator
@@ -67,7 +67,7 @@ class Rows:
 class Batches:
     """Batches of `clips` for a model with this config; vqgan tokenizes what is partly hidden."""
 
-    def __init__(self, config: ModelConfig, clips: TokenClips, vqgan: VQGAN) -> None:
+    def __init__(self, config: ModelConfig, clips: Clips, vqgan: VQGAN) -> None:
         self.config, self.clips, self.vqgan = config, clips, vqgan
 
     def images(self, draw: Draw, rows: Rows) -> Batch:
@@ -79,14 +79,13 @@ class Batches:
         return self._batch(draw, rows, video=True)
 
     def _batch(self, draw: Draw, rows: Rows, *, video: bool) -> Batch:
-        count, frames, cells = self.clips.tokens.shape
+        frames = self.clips.source.frames
         total = rows.sketches + rows.hidden + rows.text
-        index = draw.integers(count, size=total)
+        index = draw.integers(self.clips.count, size=total)
         frame = draw.integers(frames, size=total)
-        spans = [range(frames) if video else range(f, f + 1) for f in frame.tolist()]
-        target = np.stack(
-            [self.clips.tokens[i, s.start : s.stop] for i, s in zip(index, spans, strict=True)]
-        ).astype(np.int64)
+        parts = [range(frames) if video else range(f, f + 1) for f in frame.tolist()]
+        spans = list(zip(index.tolist(), parts, strict=True))
+        target = self.clips.codes(spans)
         shares = np.concatenate(
             [
                 np.full(rows.sketches, 1.0 - rows.captioned_sketches),
@@ -97,20 +96,21 @@ class Batches:
         none = draw.random(total) < shares
         fed, weight = target.copy(), np.ones(target.shape, np.float32)
         time, visual = np.zeros(total, np.int64), []
-        for row in range(rows.sketches):
-            assert self.clips.sketches is not None, "these clips have no sketches"
-            span = spans[row]
-            codes = self.clips.sketches[index[row], span.start : span.stop].astype(np.int64)
-            visual.append(codes + self.config.image.codebook_size)
+        if rows.sketches:
+            codes = self.clips.sketches(spans[: rows.sketches])
+            visual += list(codes + self.config.image.codebook_size)
         for row in range(rows.sketches, rows.sketches + rows.hidden):
-            known, codes = self._hide(draw, int(index[row]), spans[row])
+            known, codes = self._hide(draw, *spans[row])
             fed[row] = np.where(known, codes, target[row])
             weight[row] = ~known
             visual.append(np.where(known, codes, self.config.hidden))
         for row in range(total - rows.text, total):
             if video and none[row] and draw.random() < 0.5:
+                source, clip = self.clips.source, int(index[row])
                 start = int(draw.integers(4 * frames))
-                pixels, _ = self.clips.source.clip(int(index[row]), range(start, start + frames))
+                while not source.may_show(clip, start):
+                    start = int(draw.integers(4 * frames))
+                pixels, _ = source.clip(clip, range(start, start + frames))
                 fed[row] = target[row] = encode_frames(self.vqgan, pixels)
                 weight[row, 0] = 0.0
                 time[row] = draw.integers(self.config.decoder.grid.frames)
@@ -120,7 +120,7 @@ class Batches:
         ]
         grid = self.config.decoder.grid
         return Batch(
-            Grid(len(spans[0]), grid.height, grid.width),
+            Grid(len(parts[0]), grid.height, grid.width),
             torch.from_numpy(fed.reshape(total, -1)),
             torch.from_numpy(target.reshape(total, -1)),
             torch.from_numpy(weight.reshape(total, -1)),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nuwa.spec.config import ModelConfig, VQGANConfig
+from nuwa.spec.sampling import Sampling, sampling_defaults
+from nuwa.spec.tasks import Task
 from nuwa.spec.text import TextTokenizer
 
 from .nuwa import NUWA
@@ -31,6 +33,7 @@ SKETCH_TOKENIZER = "sketch_tokenizer"
 MODEL_WEIGHTS = "nuwa.safetensors"
 TEXT_TOKENIZER = "tokenizer.json"
 PROVENANCE = "training.json"
+SAMPLING = "sampling.json"
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Checkpoint:
     """A loaded checkpoint; models are in eval mode, fp32, on the CPU.
 
     sketch_vqgan: None where config.sketch is; ranker: None if the folder holds none; provenance:
-    what training.json says (data, licence, command), {} if there is none.
+    what training.json says (data, licence, command), {} if there is none; sampling: defaults by
+    task from sampling.json (spec/sampling.py), {} if there is none.
     """
 
     config: ModelConfig
@@ -48,6 +52,7 @@ class Checkpoint:
     provenance: dict
     sketch_vqgan: VQGAN | None = None
     ranker: Ranker | None = None
+    sampling: dict[Task, Sampling] = field(default_factory=dict)
 
 
 def save_tokenizer(
@@ -115,7 +120,17 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         json.loads(provenance.read_text()) if provenance.exists() else {},
         sketch_vqgan,
         load_ranker(folder),
+        _sampling(folder / SAMPLING, config),
     )
+
+
+def _sampling(path: Path, config: ModelConfig) -> dict[Task, Sampling]:
+    if not path.exists():
+        return {}
+    try:
+        return sampling_defaults(json.loads(path.read_text()), config.tasks)
+    except ValueError as error:  # also of JSON
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _tokenizer(folder: Path, name: str, config: VQGANConfig) -> VQGAN:

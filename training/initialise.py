@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
 from .nuwa import NUWA
-from .vqgan import VQGAN
+from .sources import Source
+from .vqgan import VQGAN, one_hot, to_signed
+
+SAMPLED = 3000  # pictures, and class maps, that two tokenizers are compared on
+BATCH = 100
 
 
 @torch.no_grad()
@@ -38,35 +45,89 @@ def initialise(
 
 
 @torch.no_grad()
-def load_start(model: NUWA, vqgan: VQGAN, start: Checkpoint) -> None:
+def load_start(
+    model: NUWA, vqgan: VQGAN, sketch_vqgan: VQGAN | None, start: Checkpoint, source: Source
+) -> None:
     """Takes over every weight of another checkpoint that has a place here.
 
-    Codes may be others: a code's rows in the embedding and in the head are those of the nearest
-    code of the checkpoint's VQ-GAN. ValueError if a weight that both have differs in shape.
+    The tokenizers may be others: what belongs to a code is then that of the code which the
+    checkpoint's own tokenizer gives most often to the same cells of `source`. ValueError if a
+    weight that both have differs in shape.
     """
     theirs, ours = start.nuwa.state_dict(), model.state_dict()
-    codebook = start.vqgan.quantize.embedding.weight
-    distance_KJ = torch.cdist(vqgan.quantize.embedding.weight, codebook)
-    nearest_K = distance_KJ.argmin(dim=1)
-    by_code = (
-        "embedding.codes.weight",
-        "head.weight",
-        "head.bias",
-        "visual.embedding.codes.weight",
-    )
-    for name, value in theirs.items():
-        if name not in ours or name == "visual.embedding.sketches.weight":
-            continue
-        taken = value[nearest_K] if name in by_code else value
+    pictures = Translation.of(start.vqgan, vqgan, _pictures(source))
+    translated = {
+        "embedding.codes.weight": pictures.embedding,
+        "visual.embedding.codes.weight": pictures.embedding,
+        "head.weight": pictures.rows,
+        "head.bias": pictures.rows,
+    }
+    sketches = "visual.embedding.sketches.weight"
+    if start.sketch_vqgan is not None and sketch_vqgan is not None:
+        maps = Translation.of(start.sketch_vqgan, sketch_vqgan, _maps(source, sketch_vqgan))
+        translated[sketches] = maps.embedding
+    else:
+        theirs.pop(sketches, None)
+    for name in ours.keys() & theirs.keys():
+        taken = translated.get(name, _as_it_is)(theirs[name])
         if taken.shape != ours[name].shape:
             raise ValueError(
                 f"the checkpoint to start from has {name} of shape {list(taken.shape)}, this model "
                 f"{list(ours[name].shape)}"
             )
         ours[name] = taken
-    moved_KE = (vqgan.quantize.embedding.weight - codebook[nearest_K]) / codebook.std()
-    ours["embedding.codes.weight"] = ours["embedding.codes.weight"] + moved_KE
     model.load_state_dict(ours)
+
+
+@dataclass(frozen=True)
+class Translation:
+    """From the codes of one tokenizer to those of another.
+
+    code_K: for each of the K new codes an old one; moved_KE: how far apart their vectors are, in
+    units of the old codebook.
+    """
+
+    code_K: Tensor
+    moved_KE: Tensor
+
+    @classmethod
+    def of(cls, old: VQGAN, new: VQGAN, batches: Iterable[Tensor]) -> Translation:
+        """batches: inputs [B, C, H, W] of both; codes in none of them take the nearest vector."""
+        before, after = (each.quantize.embedding.weight for each in (old, new))
+        code_K = torch.cdist(after, before).argmin(dim=1)
+        if before.shape != after.shape or not torch.equal(before, after):
+            together_KJ = torch.zeros(len(after), len(before))
+            for inputs in batches:
+                pair = new.encode(inputs).codes.flatten(), old.encode(inputs).codes.flatten()
+                together_KJ.index_put_(pair, torch.ones(()), accumulate=True)
+            seen = together_KJ.any(dim=1)
+            code_K[seen] = together_KJ[seen].argmax(dim=1)
+        return cls(code_K, (after - before[code_K]) / before.std())
+
+    def rows(self, value: Tensor) -> Tensor:
+        """Rows by old code [J, ...] -> by new code [K, ...]."""
+        return value[self.code_K]
+
+    def embedding(self, value: Tensor) -> Tensor:
+        """The same of code vectors: new codes of one old code stay apart as the codebooks have it.
+
+        Only where embeddings begin as codebooks, as `initialise` makes them.
+        """
+        return self.rows(value) + self.moved_KE
+
+
+def _as_it_is(value: Tensor) -> Tensor:
+    return value
+
+
+def _pictures(source: Source) -> Iterator[Tensor]:
+    for first in range(0, SAMPLED, BATCH):
+        yield to_signed(torch.from_numpy(source.pictures(first, BATCH)))
+
+
+def _maps(source: Source, vqgan: VQGAN) -> Iterator[Tensor]:
+    for first in range(0, SAMPLED, BATCH):
+        yield one_hot(torch.from_numpy(source.maps(first, BATCH)), vqgan.config.channels)
 
 
 def _unit(vqgan: VQGAN) -> Tensor:

@@ -25,6 +25,7 @@ from .sprites.world import (
     SIDE,
     Factors,
     SpriteWorld,
+    novel_pairs,
 )
 
 U8 = npt.NDArray[np.uint8]
@@ -33,18 +34,19 @@ U8 = npt.NDArray[np.uint8]
 class Source(Protocol):
     """Captioned clips by number, with class maps.
 
-    frames: of a clip, 1 where there are only pictures; classes: of the class maps, background
-    included; identity: says which source this is; provenance: data and licence, for a checkpoint.
+    count: how many clips there are, None if there is no end of them; frames: of a clip, 1 where
+    there are only pictures; classes: of the class maps, background included; identity: says which
+    source this is; provenance: data and licence, for a checkpoint.
     """
+
+    @property
+    def count(self) -> int | None: ...
 
     frames: int
     resolution: int
     classes: int
     identity: dict[str, Any]
     provenance: dict[str, str]
-
-    def __len__(self) -> int:
-        """How many clips there are; the sprites have no end, theirs is what is used by default."""
 
     def pictures(self, first: int, count: int) -> U8:
         """u8 [B, H, W, 3]: samples without end, for a tokenizer."""
@@ -54,6 +56,9 @@ class Source(Protocol):
 
     def clip(self, index: int, frames: range) -> tuple[U8, U8]:
         """(u8 [F, H, W, 3], u8 [F, H, W]): these frames of a clip and their class maps."""
+
+    def may_show(self, index: int, start: int) -> bool:
+        """Whether a window of the clip that begins at frame `start` is one to train on."""
 
     def caption(self, index: int, *, video: bool) -> str:
         """The clip's caption, or that of any of its frames."""
@@ -65,6 +70,7 @@ class Source(Protocol):
 class Sprites:
     """The training split of one level; clips go on beyond their end as the world says."""
 
+    count = None
     frames, resolution, classes = FRAMES, SIDE, len(CLASSES) + 1
 
     def __init__(self, level: str) -> None:
@@ -76,9 +82,6 @@ class Sprites:
             "licence": "Apache-2.0",
         }
 
-    def __len__(self) -> int:
-        return 8000
-
     def pictures(self, first: int, count: int) -> U8:
         return np.stack([self.world.frame(i, i % FRAMES)[0] for i in range(first, first + count)])
 
@@ -87,6 +90,11 @@ class Sprites:
 
     def clip(self, index: int, frames: range) -> tuple[U8, U8]:
         return self.world.long_clip(index, frames)
+
+    def may_show(self, index: int, start: int) -> bool:
+        """Not where a clip that goes on comes to move as its class only does in split `novel`."""
+        plan = self.world.plan(index)
+        return (plan.factors.class_index, plan.shown_motion(start)) not in novel_pairs()
 
     def caption(self, index: int, *, video: bool) -> str:
         factors = self.world.factors(index)
@@ -112,6 +120,7 @@ class Pictures:
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
         self.folder = PictureFolder(folder)
+        self.count = len(self.folder)
         self.resolution, self.classes = self.folder.resolution, len(self.folder.classes)
         self.identity = {"data": self.folder.data}
         told = [
@@ -122,9 +131,6 @@ class Pictures:
             "licence": self.folder.data.get("licence", "not stated"),
         }
         self._pictures, self._maps = self.folder.pictures(seed), self.folder.sketches(seed)
-
-    def __len__(self) -> int:
-        return len(self.folder)
 
     def pictures(self, first: int, count: int) -> U8:
         return self._pictures(first, count)
@@ -137,6 +143,9 @@ class Pictures:
         count = len(frames)
         picture, sketch = self.folder.picture(index), self.folder.sketch(index)
         return picture[None].repeat(count, axis=0), sketch[None].repeat(count, axis=0)
+
+    def may_show(self, index: int, start: int) -> bool:
+        return True
 
     def caption(self, index: int, *, video: bool) -> str:
         return self.folder.caption(index)

@@ -7,6 +7,7 @@ ours: the paper leaves completion and manipulation to zero-shot.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from nuwa.spec.text import TextTokenizer
 from .averaging import WeightAverage
 from .batches import Batch, Batches, Rows
 from .checkpoint import Checkpoint, save_checkpoint
-from .clips import TokenClips
+from .clips import Clips
 from .decode import generate
 from .initialise import initialise, load_start
 from .nuwa import NUWA
+from .parallel import Team
 from .pictures import contact_sheet, save_png
 from .vqgan import VQGAN, to_bytes
 
@@ -77,25 +79,31 @@ class NUWARecipe:
         options: NUWAOptions,
         vqgan: VQGAN,
         text_tokenizer: TextTokenizer,
-        clips: TokenClips,
+        clips: Clips,
         *,
         sketch_vqgan: VQGAN | None = None,
         start: Checkpoint | None = None,
         provenance: dict | None = None,
-        device: str = "cpu",
+        team: Team | None = None,
         seed: int = 0,
     ) -> None:
+        """team: whose device the model is on, and with whom it is trained; the CPU alone if None.
+
+        start: weights to begin at; provenance: what the checkpoint says of its training.
+        """
         torch.manual_seed(seed)
         self.config, self.options, self.seed = config, options, seed
+        self.team = team or Team()
         self.vqgan, self.text_tokenizer, self.clips = vqgan, text_tokenizer, clips
         self.sketch_vqgan = sketch_vqgan
         self.provenance = provenance
-        self.device = torch.device(device)
+        self.device = torch.device(self.team.device)
+        _check_shares(options, self.team)
         self.model = NUWA(config).to(self.device)
-        self.batches = Batches(config, clips, vqgan)
+        self.batches = Batches(config, clips, copy.deepcopy(vqgan).to(self.device))
         initialise(self.model, vqgan, sketch_vqgan, options.layer_scale)
         if start is not None:
-            load_start(self.model, vqgan, start)
+            load_start(self.model, vqgan, sketch_vqgan, start, clips.source)
         self.average = WeightAverage(self.model, options.average)
         self.optimizers = _optimizers(self.model, options)
         self._length = max(len(self._ids(c)) for c in _some_captions(clips)) + 2
@@ -106,10 +114,16 @@ class NUWARecipe:
             for group in optimizer.param_groups:
                 group["lr"] = lr * lr_factor
             optimizer.zero_grad(set_to_none=True)
-        draw = np.random.default_rng((self.seed, step))
-        metrics = self._backward(self.batches.images(draw, self._image_rows(step)), "i")
+        # Alone, a run is the same with and without torchrun.
+        member = (self.team.rank,) if self.team.size > 1 else ()
+        draw = np.random.default_rng((self.seed, step, *member))
+        rows = self._image_rows(step)
+        sums = self._backward(self.batches.images(draw, rows), rows, "i")
         if step >= options.clips_from and options.clips:
-            metrics |= self._backward(self.batches.videos(draw, self._clip_rows(step)), "v")
+            rows = self._clip_rows(step)
+            sums |= self._backward(self.batches.videos(draw, rows), rows, "v")
+        self.team.sum_gradients(self.model.parameters())
+        metrics = self._means(sums)
         loss = metrics["loss_i"] + metrics.get("loss_v", 0.0)
         metrics["grad"] = float(nn.utils.clip_grad_norm_(self.model.parameters(), 1.0))
         for optimizer in self.optimizers:
@@ -122,28 +136,32 @@ class NUWARecipe:
         return [options.adam_lr, options.lr][: len(self.optimizers)]
 
     def _image_rows(self, step: int) -> Rows:
-        options = self.options
+        options, share = self.options, self.team.share
         joined = step >= options.visual_from
         return Rows(
-            options.images,
-            options.sketch_images * joined,
-            options.hidden_images * joined,
+            share(options.images),
+            share(options.sketch_images) * joined,
+            share(options.hidden_images) * joined,
             none=options.none_images,
         )
 
     def _clip_rows(self, step: int) -> Rows:
-        options = self.options
+        """Where rows do not divide evenly, each kind gives its odd ones to another process."""
+        options, share = self.options, self.team.share
         joined = step >= options.visual_from
         return Rows(
-            options.clips,
-            options.sketch_clips * joined,
-            options.hidden_clips * joined,
+            share(options.clips),
+            share(options.sketch_clips, turn=1) * joined,
+            share(options.hidden_clips, turn=2) * joined,
             captioned_hidden=0.9,
             none=options.none_clips,
         )
 
-    def _backward(self, batch: Batch, kind: str) -> dict[str, float]:
-        """Gradients of a batch's loss; returns it, and those of its kinds of rows."""
+    def _backward(self, batch: Batch, rows: Rows, kind: str) -> dict[str, Tensor]:
+        """Adds the gradients of a batch's loss, a mean over the whole team's batch.
+
+        Returns f32 [2] by kind of rows: summed errors of this process' rows, and summed weights.
+        """
         device = self.device
         text = self.encode(batch.prompts)[:, : self._length].to(device)
         visual = None if batch.visual_VN is None else batch.visual_VN.to(device)
@@ -156,22 +174,21 @@ class NUWARecipe:
             logits.float().flatten(0, 1), target_BN.flatten(), reduction="none"
         ).view_as(target_BN)
         error_BN = error_BN * weight_BN
-        loss = error_BN.sum() / weight_BN.sum()
-        loss.backward()
-        options, metrics, first = self.options, {f"loss_{kind}": float(loss.detach())}, 0
-        sizes = {"i": (options.sketch_images, options.hidden_images, options.images)}
-        sizes["v"] = (options.sketch_clips, options.hidden_clips, options.clips)
-        sketches, hidden, plain = sizes[kind]
-        if len(target_BN) == plain:
-            sketches = hidden = 0
-        parts = (("s2", sketches), ("hidden2", hidden), ("t2", plain))
+        weight = self.team.total(weight_BN.sum())
+        (error_BN.sum() / weight).backward()
+        both_2BN = torch.stack([error_BN.detach(), weight_BN])
+        sums, first = {f"loss_{kind}": both_2BN.sum((1, 2))}, 0
+        parts = (("s2", rows.sketches), ("hidden2", rows.hidden), ("t2", rows.text))
         for name, count in parts:
-            rows = slice(first, first + count)
-            if count:
-                part = error_BN[rows].sum() / weight_BN[rows].sum()
-                metrics[f"{name}{kind}"] = float(part.detach())
+            sums[f"{name}{kind}"] = both_2BN[:, first : first + count].sum((1, 2))
             first += count
-        return metrics
+        return sums
+
+    def _means(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Mean errors over the whole team, of those kinds of rows that there were."""
+        totals = self.team.total(torch.stack(list(sums.values()))).tolist()
+        pairs = zip(sums, totals, strict=True)
+        return {name: error / weight for name, (error, weight) in pairs if weight}
 
     def encode(self, captions: list[str]) -> Tensor:
         """int64 [B, M]."""
@@ -197,7 +214,7 @@ class NUWARecipe:
 
     def sample(self, path: Path) -> None:
         """Captioned images, two rows, above four clips if there are any; guided."""
-        grid, length = self.config.decoder.grid, self.clips.tokens.shape[1]
+        grid, length = self.config.decoder.grid, self.clips.source.frames
         columns = length if length > 1 else 8
         sheets = []
         for count, frames in ((2 * columns, 1), *([(4, length)] if length > 1 else [])):
@@ -229,6 +246,15 @@ class NUWARecipe:
         )
 
 
+def _check_shares(options: NUWAOptions, team: Team) -> None:
+    for name in ("images", "clips"):
+        count = getattr(options, name)
+        if (name == "images" or count) and count < team.size:
+            raise ValueError(
+                f"{name} {count} is not at least one for each of {team.size} processes"
+            )
+
+
 def _optimizers(model: NUWA, options: NUWAOptions) -> list[torch.optim.Optimizer]:
     """Adam for everything, or Adam for what is not a matrix of a block and Muon for those."""
     matrices = [
@@ -249,7 +275,7 @@ def _optimizers(model: NUWA, options: NUWAOptions) -> list[torch.optim.Optimizer
     ]
 
 
-def _some_captions(clips: TokenClips) -> list[str]:
+def _some_captions(clips: Clips) -> list[str]:
     """Enough captions to meet the longest of a templated world."""
-    count = min(len(clips.tokens), 2000)
+    count = min(clips.count, 2000)
     return [clips.source.caption(i, video=True) for i in range(count)] + [UNCONDITIONAL_PROMPT]

@@ -43,7 +43,9 @@ class VQGANOptions:
     """batch in pictures; learning rates are peaks; steps are optimiser steps.
 
     The codebook joins at `quantize_from`, the discriminator at `discriminator_from` (None: never).
-    `codebook` "ema" sets codes by moving averages, "gradient" by the codebook loss (the paper's).
+    `codebook` "ema" sets codes by moving averages, "gradient" by the codebook loss (the paper's);
+    codebook_decay, revive_below: see codebook.CodebookAverage, a larger codebook wants a slower
+    decay and a lower revive_below.
     """
 
     batch: int = 32
@@ -55,12 +57,19 @@ class VQGANOptions:
     discriminator_width: int = 32
     beta: float = 0.25
     codebook: str = "ema"
+    codebook_decay: float = 0.99
+    revive_below: float = 0.1
     average: float = 0.995
     bf16: bool = True
 
     def __post_init__(self) -> None:
         if self.codebook not in ("ema", "gradient"):
             raise ValueError(f"codebook {self.codebook!r} is not one of 'ema', 'gradient'")
+        if not (0.0 < self.codebook_decay < 1.0 and self.revive_below > 0.0):
+            raise ValueError(
+                f"codebook_decay {self.codebook_decay} is not in (0, 1), or revive_below "
+                f"{self.revive_below} not above 0"
+            )
         if self.batch < 1:
             raise ValueError(f"batch {self.batch} is not at least 1")
 
@@ -94,7 +103,9 @@ class VQGANRecipe:
         self.model.apply(_initialise)
         self._kept = 0 if start is None else _load_start(self.model, start)
         self.model.quantize.embedding.weight.requires_grad_(options.codebook == "gradient")
-        self.codebook = CodebookAverage(self.model.quantize).to(self.device)
+        self.codebook = CodebookAverage(
+            self.model.quantize, options.codebook_decay, options.revive_below
+        ).to(self.device)
         self.average = WeightAverage(self.model, options.average)
         self.optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad],

@@ -78,12 +78,16 @@ class TrainerOptions:
         return min(factor, (self.steps - step) / fall) if fall else factor
 
 
-def train(recipe: Recipe, run: Path, options: TrainerOptions) -> None:
+def train(recipe: Recipe, run: Path, options: TrainerOptions, *, leads: bool = True) -> None:
     """Runs `recipe` up to `options.steps`, going on from the newest state in `run` if there is one.
 
     `options.stop_after` ends early at that step, with a state saved (a planned pause). Raises
     FloatingPointError naming the step if the loss is not finite; earlier states stay on disk.
+    leads: of several processes that step together just one writes files and shows progress.
     """
+    if not leads:
+        _follow(recipe, run, options)
+        return
     for name in ("samples", "tensorboard"):
         (run / name).mkdir(parents=True, exist_ok=True)
     first = _resume(recipe, run)
@@ -112,6 +116,15 @@ def train(recipe: Recipe, run: Path, options: TrainerOptions) -> None:
                 recipe.sample(run / "samples" / f"{done:07d}.png")
     writer.close()
     recipe.export(run / "checkpoint")
+
+
+def _follow(recipe: Recipe, run: Path, options: TrainerOptions) -> None:
+    """The steps alone."""
+    last = min(options.steps, options.stop_after or options.steps)
+    for step in range(_resume(recipe, run), last):
+        torch.manual_seed((options.seed << 32) + step)
+        if not math.isfinite(recipe.step(step, options.lr_factor(step))["loss"]):
+            raise FloatingPointError(f"the loss is not finite at step {step}")
 
 
 def _save(recipe: Recipe, run: Path, step: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale")
+from nuwa.spec.sampling import SAMPLING_NAMES
 
 
 def positive(text: str) -> int:
@@ -36,32 +36,34 @@ def add_engine(parser: argparse.ArgumentParser, *, slots: bool) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """How tokens are drawn. Absent values are left to the server's defaults."""
-    group = parser.add_argument_group("sampling")
+    """How tokens are drawn. Absent values are left to the model's defaults for the task."""
+    group = parser.add_argument_group(
+        "sampling", "defaults: those that the model has for the task; `nuwa inspect` shows them"
+    )
     group.add_argument(
         "--temperature",
         type=float,
         metavar="T",
-        help="0 takes the likeliest token always; lower is safer, higher more varied (default: 1)",
+        help="0 takes the likeliest token always; lower is safer, higher more varied",
     )
     group.add_argument(
-        "--top-k", type=int, metavar="K", help="draw from the K likeliest tokens; 0: all (default)"
+        "--top-k", type=int, metavar="K", help="draw from the K likeliest tokens; 0: all"
     )
     group.add_argument(
         "--top-p",
         type=float,
         metavar="P",
-        help="draw from the likeliest tokens that together have probability P (default: 1, all)",
+        help="draw from the likeliest tokens that together have probability P; 1: all",
     )
     group.add_argument(
         "--guidance-scale",
         type=float,
         metavar="G",
-        help="how strongly the text leads, about 1.5 to 4; 1: no guidance (default)",
+        help="how strongly the text leads, about 1.5 to 4; 1: no guidance",
     )
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of add_sampling that were given."""
-    values = {name: getattr(arguments, name) for name in SAMPLING}
+    values = {name: getattr(arguments, name) for name in SAMPLING_NAMES}
     return {name: value for name, value in values.items() if value is not None}

@@ -25,11 +25,12 @@ Name either a bundle, which is loaded for this one request, or a running server 
 EXAMPLES = """\
 tasks, and what each needs:
   t2i, t2v     --prompt
-  s2i, s2v     --sketch FILE, class ids as palette indices or grey values, or their colours in the
-               palette of PASCAL VOC; one picture, or for s2v a clip of them; --prompt if you like
+  s2i, s2v     --sketch FILE: class ids as grey values or as the palette indices of a PNG, or their
+               colours in the palette of PASCAL VOC (a PNG's palette too, if it has those colours
+               at other indices); one picture, or for s2v a clip of them; --prompt if you like
   i2i          --image FILE and --mask FILE or --box: fill in the masked part
   ti2i         the same and --prompt: change the masked part as the text says
-  v2v          --video FILE, the first frames: go on from there; --prompt if you like
+  v2v          --video FILE, the first frames of the result: go on from there; --prompt if you like
   tv2v         --video FILE, --mask or --box, --prompt: change the masked part of every frame
 
 examples:
@@ -40,9 +41,10 @@ examples:
       --out blue.png
   nuwa generate demo/bundle --task t2v --prompt "a red 3 moves left" --out clip.webp
   nuwa generate demo/bundle --task s2v --sketch classes.webp --out drawn.webp
-  nuwa generate demo/bundle --task v2v --video clip.webp --keep 4 --frames 100 --out long.webp
+  nuwa generate demo/bundle --task v2v --video clip.webp --keep-last 4 --frames 100 \\
+      --out long.webp
   nuwa generate demo/bundle --task tv2v --video clip.webp --box 0,0,64,32 --box 16,32,8,8 \\
-      --prompt "a blue 3 moves left" --out edited.gif
+      --prompt "a blue 3 moves left" --out edited.webp
 
 the best of many, and a server:
   nuwa generate demo/bundle --task t2v --prompt "a red 3 moves left" --samples 16 --rank-by clip \\
@@ -51,6 +53,8 @@ the best of many, and a server:
 """
 
 LOCAL_SLOTS = 4  # samples that a bundle loaded here decodes side by side
+# Of a clip that is read here, and of which only a part is sent: far more than a server reads.
+OWN_CLIP = media.Limits(max_bytes=2**28, max_pixels=2**28, max_frames=2**16)
 IMAGE_SUFFIXES = {f".{kind}": kind for kind in ("png", "webp", "gif")}
 CLIP_SUFFIXES = {f".{kind}": kind for kind in media.ANIMATION_FORMATS}
 
@@ -68,15 +72,21 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
         type=Path,
         required=True,
         metavar="FILE",
-        help="image: .png .webp .gif; clip: .webp .gif; x.png is followed by x-2.png, x-3.png, ... "
-        "where several samples are returned",
+        help="image: .png .webp .gif; clip: .webp .gif (at most 256 colours a frame, so given "
+        "pixels may change); x.png is followed by x-2.png, x-3.png, ... where several samples are "
+        "returned",
     )
     given = parser.add_argument_group("what is given besides text (files of the model's size)")
     given.add_argument("--image", type=Path, metavar="FILE", help="PNG, WebP, GIF or JPEG")
     given.add_argument("--video", type=Path, metavar="FILE", help="animated WebP, GIF or PNG")
-    given.add_argument(
-        "--keep", type=arguments.positive, metavar="N", help="take the first N frames of --video"
-    )
+    part = given.add_mutually_exclusive_group()
+    for option, end in (("--keep", "first"), ("--keep-last", "last")):
+        part.add_argument(
+            option,
+            type=arguments.positive,
+            metavar="N",
+            help=f"take the {end} N frames of --video, which may then be long",
+        )
     given.add_argument("--sketch", type=Path, metavar="FILE", help="classes; picture or clip")
     given.add_argument("--mask", type=Path, metavar="FILE", help="bright where to generate")
     given.add_argument(
@@ -169,6 +179,12 @@ def _check_output(args: argparse.Namespace, task: Task) -> None:
         raise ValueError(f"--scale {args.scale} is not in [1, {media.MAX_SCALE}]")
     if not 1 <= args.fps <= media.MAX_FRAMES_PER_SECOND:
         raise ValueError(f"--fps {args.fps} is not in [1, {media.MAX_FRAMES_PER_SECOND}]")
+    if task.needs_frames and args.out.suffix.lower() == ".gif":
+        print(
+            "nuwa generate: a .gif has at most 256 colours a frame, so given pixels may change; "
+            "a .webp keeps them bit for bit",
+            file=sys.stderr,
+        )
 
 
 def _options(args: argparse.Namespace, task: Task) -> dict[str, Any]:
@@ -191,18 +207,20 @@ def _options(args: argparse.Namespace, task: Task) -> dict[str, Any]:
     ):
         if value is not None and task.is_video != for_video:
             raise ValueError(f"task {task} takes no --{name}")
-    if args.keep is not None and args.video is None:
-        raise ValueError("--keep needs --video")
+    if args.video is None and (args.keep or args.keep_last):
+        raise ValueError(f"--keep{'' if args.keep else '-last'} needs --video")
     if task.is_video:
         return options | {"video": _video(args), "frame_count": args.frames}
     return options | {"image": args.image}
 
 
 def _video(args: argparse.Namespace) -> Path | Pixels | None:
-    if args.keep is None:
+    if not (args.keep or args.keep_last):
         return args.video
     try:
-        return media.decode_clip(args.video.read_bytes())[: args.keep]
+        return media.decode_clip(
+            args.video.read_bytes(), OWN_CLIP, first=args.keep, last=args.keep_last
+        )
     except media.MediaError as error:
         raise ValueError(f"--video {args.video} {error}") from error
 
@@ -253,11 +271,11 @@ def _write(args: argparse.Namespace, samples: list[Pixels], task: Task) -> None:
     """Each sample, u8 [F, H, W, 3], into its file."""
     suffix = args.out.suffix.lower()
     for path, frames in zip(_paths(args.out, len(samples)), samples, strict=True):
-        pixels = media.upscale(frames, args.scale)
         if task.is_video:
-            data = media.encode_animation(pixels, CLIP_SUFFIXES[suffix], args.fps)
+            data = media.encode_animation(frames, CLIP_SUFFIXES[suffix], args.fps, args.scale)
         else:
-            data = media.encode_picture(pixels[0], IMAGE_SUFFIXES[suffix])
+            picture = media.upscale(frames[0], args.scale)
+            data = media.encode_picture(picture, IMAGE_SUFFIXES[suffix])
         path.write_bytes(data)
 
 

@@ -30,6 +30,8 @@ from nuwa.spec.manifest import (  # noqa: E402
     graph_names,
 )
 from nuwa.spec.plan import cache_entries  # noqa: E402
+from nuwa.spec.sampling import Sampling  # noqa: E402
+from nuwa.spec.tasks import Task  # noqa: E402
 from nuwa.training.checkpoint import load_checkpoint  # noqa: E402
 from nuwa.training.ranker import Ranker, save_ranker  # noqa: E402
 
@@ -223,6 +225,19 @@ def test_licence_that_was_not_stated_is_not_invented(tiny_checkpoint, tmp_path, 
     (anonymous / "training.json").unlink()
     manifest = export_bundle(anonymous, tmp_path / "bundle")
     assert (manifest.licence, manifest.training_data) == ("not stated", "not stated")
+
+
+def test_sampling_defaults_travel_from_the_checkpoint(tiny_checkpoint, tmp_path, monkeypatch):
+    skip_verification(monkeypatch)
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    assert load_checkpoint(checkpoint).sampling == {}
+    (checkpoint / "sampling.json").write_text('{"v2v": {"temperature": 0.2, "top_k": 4}}')
+    manifest = export_bundle(checkpoint, tmp_path / "bundle")
+    assert manifest.sampling == {Task.V2V: Sampling(temperature=0.2, top_k=4)}
+    (checkpoint / "sampling.json").write_text('{"v2v": {"temperature": -1}}')
+    with pytest.raises(ValueError, match=r"sampling.json: .* of v2v: temperature -1 is not in"):
+        load_checkpoint(checkpoint)
 
 
 def test_external_weights_belong_to_the_bundle(tiny_checkpoint, tiny_bundle, tmp_path, monkeypatch):

@@ -74,6 +74,7 @@ class FakeEngine:
             licence="CC0-1.0",
             backend="fake",
             rankers=("first", "broken"),
+            sampling={},
         )
         self.rankers = {"first": first_token, "broken": broken}
         self.allocated: dict[int, GenerationRequest] = {}

@@ -12,13 +12,13 @@ from nuwa.runtime.backends.base import StepBatch
 from nuwa.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from nuwa.runtime.batch import CrossColumns, assemble
 from nuwa.runtime.bundle import open_bundle
-from nuwa.runtime.core import Sampling
 from nuwa.runtime.sequence import Lane, Sequence
 from nuwa.spec.conditions import ConditionLayout, visual_neighbours, visual_window
 from nuwa.spec.grid import MASKED, Grid
 from nuwa.spec.manifest import STEP_ROW_INPUTS, step_call_inputs
 from nuwa.spec.philox import uniforms
 from nuwa.spec.plan import decode_plan
+from nuwa.spec.sampling import Sampling
 
 SLOTS, CONDITIONS = 6, 4
 PROMPTS = ("none", "a red digit 3 moves left to right on black", "word " * 30, "no " * 99)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import grpc
@@ -15,6 +16,8 @@ from nuwa.runtime.errors import DeadlineExceededError, FieldError
 from nuwa.runtime.requests import image_request, video_request
 from nuwa.runtime.results import ClipDone
 from nuwa.runtime.server import Server
+from nuwa.spec.palette import voc_palette
+from nuwa.spec.sampling import Sampling
 
 from .fake_engine import FakeEngine, expected_pixels, expected_tokens
 
@@ -91,6 +94,14 @@ def test_arrays_arrive_as_they_are(client, engine):
     assert predicted.sampling.temperature == 0.5
 
 
+@pytest.mark.parametrize("frames", [1, 3])
+def test_sketches_in_colour_arrive_as_classes(client, engine, frames):
+    maps = np.arange(frames * 64, dtype=np.uint8).reshape(frames, 8, 8) % 5
+    colours = voc_palette(5)[maps]
+    client.generate_video("s2v", sketch=colours if frames > 1 else colours[0])
+    np.testing.assert_array_equal(engine.admitted[0].sketch, maps)
+
+
 def test_files_arrive_as_they_are(client, engine, tmp_path):
     path = tmp_path / "picture.png"
     path.write_bytes(media.encode_picture(PICTURE, "png"))
@@ -101,6 +112,8 @@ def test_files_arrive_as_they_are(client, engine, tmp_path):
 
 
 def test_get_model(client, engine):
+    sampling = {task: Sampling(top_k=3) for task in engine.info.tasks}
+    engine.info = dataclasses.replace(engine.info, sampling=sampling)
     assert client.get_model() == engine.info
 
 
@@ -116,6 +129,18 @@ def test_leaving_a_stream_cancels_it(client, engine):
         assert time.monotonic() < end
         time.sleep(0.005)
     assert engine.steps < 40
+
+
+def test_a_stream_that_is_never_read_is_never_made(client, engine):
+    client.stream_video("t2v", "a 3")
+    client.stream_video("t2v", "").close()
+    unread = client.stream_video("t2v", "a 3", seed=7)
+    time.sleep(0.1)
+    assert engine.admitted == []
+    client.generate_image("t2i", "a 3", deadline=5)
+    assert isinstance(next(unread), Accepted)
+    unread.close()
+    assert [request.seed for request in engine.admitted[1:]] == [7]
 
 
 def test_errors_of_the_server_are_client_errors(engine):
@@ -163,6 +188,13 @@ def test_no_server():
         ({"image": PICTURE.astype(np.float32)}, ValueError, "image is float32"),
         ({"image": PICTURE[..., 0]}, ValueError, r"not uint8 \[H, W, 3\]"),
         ({"mask": PICTURE[0, 0]}, ValueError, r"mask is uint8 \[3\], not uint8 \[H, W\]"),
+        ({"mask": "mask.png"}, TypeError, "mask is of type str, not bytes, Path, an array or a l"),
+        ({"mask": PICTURE}, ValueError, r"mask is uint8 \[8, 8, 3\], not uint8 \[H, W\]"),
+        ({"mask": [(0, 0, 1, 1), (0, 2**31, 1, 1)]}, ValueError, "mask: box 1, .*2147483648"),
+        ({"mask": [(0, 0, 1)]}, ValueError, r"mask: box 0, \(0, 0, 1\), is not \(left, top, w"),
+        ({"mask": [(0, 0.5, 1, 1)]}, TypeError, "mask: box 0, "),
+        ({"sketch": PICTURE * 1.0}, ValueError, r"sketch is float64 \[8, 8, 3\], not uint8"),
+        ({"sketch": PICTURE[None, None]}, ValueError, r"not uint8 \[H, W, 3\] or \[F, H, W, 3\]"),
         ({"top_k": 2**40}, ValueError, "top_k 1099511627776 is not possible"),
         ({"seed": "x"}, TypeError, "seed 'x' is not possible"),
         ({"schedule": "spiral"}, ValueError, "schedule 'spiral' is not one of wave, raster"),

@@ -7,11 +7,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from nuwa.runtime.core import GenerationRequest, Sampling
+from nuwa.runtime.core import GenerationRequest
 from nuwa.runtime.engine import cache_slots
 from nuwa.spec.grid import Grid
 from nuwa.spec.manifest import Manifest
 from nuwa.spec.plan import decode_plan
+from nuwa.spec.sampling import Sampling
 from nuwa.spec.tasks import Task
 
 from .engine_run import PROMPT, admit, alone, finish, step, tiny_engine
@@ -113,7 +114,7 @@ def test_waves_and_raster_order_give_the_same_tokens(engine, tiny_bundle, kind, 
 def neighbours(seed: int) -> dict[int, GenerationRequest]:
     """Three requests as different from each other as can be, for slots 1 to 3."""
     return {
-        1: request("clip", "guided_top_p", seed=seed + 100, prompt="none" + " of all these" * 30),
+        1: request("clip", "guided_top_p", seed=seed + 100, prompt="none" + " of all these" * 6),
         2: request("image", "greedy", seed=seed + 200, prompt="a blue cat stands still"),
         3: request("short", "top_k", seed=seed + 300, schedule="raster"),
     }

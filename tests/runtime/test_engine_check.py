@@ -7,11 +7,13 @@ import re
 import numpy as np
 import pytest
 
+from nuwa.runtime.bundle import open_bundle
 from nuwa.runtime.core import GenerationRequest, UnsupportedTaskError
+from nuwa.runtime.engine import model_info
 from nuwa.runtime.errors import FieldError
 from nuwa.spec.tasks import Task
 
-from .engine_run import tiny_engine
+from .engine_run import bundle_for, tiny_engine
 
 FRAMES = np.zeros((3, 16, 16, 3), np.uint8)
 MASK = np.ones((16, 16), bool)
@@ -32,6 +34,8 @@ BAD = [
     (Task.T2I, {"prompt": ""}, "prompt", "prompt is empty; task T2I needs one"),
     (Task.TV2V, {"prompt": " \n"}, "prompt", "prompt is empty; task TV2V needs one"),
     (Task.I2I, {"prompt": "x"}, "prompt", "task I2I takes no prompt; TI2I does"),
+    (Task.T2I, {"prompt": "x" * 75}, "prompt", "prompt is 76 tokens; the model reads at most 75"),
+    (Task.V2V, {"prompt": "3 " * 80}, "prompt", "prompt is .* tokens; the model reads at most 75"),
     (Task.T2V, {"frame_count": 4}, "frame_count", "frame_count 4 is too large.* makes 1 to 3"),
     (Task.T2I, {"frame_count": 2}, "frame_count", "frame_count 2 is too large; an image is 1"),
     (Task.T2I, {"frames": FRAMES[:1]}, "image", "task T2I takes no image"),
@@ -78,6 +82,10 @@ def engine(tiny_bundle):
     return tiny_engine(tiny_bundle, slots=1)
 
 
+def test_a_prompt_that_fills_the_text_encoder_passes(engine):
+    engine.check(GenerationRequest(Task.T2I, "x" * 74))
+
+
 @pytest.mark.parametrize("task", GOOD)
 def test_a_sensible_request_passes(engine, task):
     engine.check(GenerationRequest(task, **GOOD[task]))
@@ -88,6 +96,12 @@ def test_a_bad_request_is_refused(engine, task, change, field, message):
     with pytest.raises(ValueError, match=message) as caught:
         engine.check(GenerationRequest(task, **(GOOD[task] | change)))
     assert isinstance(caught.value, FieldError) and caught.value.field == field
+
+
+def test_only_prediction_goes_beyond_the_trained_length(tiny_bundle, tmp_path):
+    folder = bundle_for(tiny_bundle, (Task.T2I, Task.T2V), tmp_path / "bundle")
+    info = model_info(open_bundle(folder), "none")
+    assert (info.max_frames, info.max_predicted_frames) == (3, 3)
 
 
 def test_a_task_that_the_bundle_lacks(plain_bundle):

@@ -7,10 +7,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from nuwa.runtime.core import GenerationRequest, Sampling
+from nuwa.runtime.core import GenerationRequest
 from nuwa.runtime.given import SEAM, known_positions, restore_given
 from nuwa.spec.grid import Grid
 from nuwa.spec.known import blank_hidden
+from nuwa.spec.sampling import Sampling
 from nuwa.spec.tasks import Task
 
 from .engine_run import PROMPT, admit, alone, finish, step, tiny_engine

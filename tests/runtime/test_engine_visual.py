@@ -7,9 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from nuwa.runtime.core import GenerationRequest, Sampling, UnsupportedTaskError
+from nuwa.runtime.core import GenerationRequest, UnsupportedTaskError
 from nuwa.spec.grid import Grid
 from nuwa.spec.known import blank_hidden, known_cells
+from nuwa.spec.sampling import Sampling
 from nuwa.spec.tasks import Task
 
 from .engine_run import PROMPT, admit, alone, bundle_for, finish, step, tiny_engine

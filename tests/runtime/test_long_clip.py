@@ -10,13 +10,14 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from nuwa.runtime.core import GenerationRequest, Sampling
+from nuwa.runtime.core import GenerationRequest
 from nuwa.runtime.errors import FieldError
 from nuwa.runtime.sequence import Lane, Sequence
 from nuwa.spec.config import preset
 from nuwa.spec.grid import Grid
 from nuwa.spec.philox import uniforms
 from nuwa.spec.plan import RollingPlan
+from nuwa.spec.sampling import Sampling
 from nuwa.spec.tasks import Task
 
 from .engine_run import PROMPT, admit, alone, finish, step, tiny_engine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -137,16 +138,22 @@ def test_other_files_are_refused(data, message):
         media.decode_clip(data)
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds next to nothing."""
+def png(width: int, height: int, depth: int, colour_type: int, rows: bytes, **more: bytes) -> bytes:
+    """A PNG put together by hand. rows: each with its filter, 0; more: further chunks by name."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         checksum = struct.pack(">I", zlib.crc32(name + body))
         return struct.pack(">I", len(body)) + name + body + checksum
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    pixels = chunk(b"IDAT", zlib.compress(b"\0" * 100))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    others = [chunk(name.encode(), body) for name, body in more.items()]
+    chunks = [chunk(b"IHDR", header), *others, chunk(b"IDAT", zlib.compress(rows))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join([*chunks, chunk(b"IEND", b"")])
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+    return png(width, height, 8, 2, bytes(100))
 
 
 @pytest.mark.parametrize("size", [(5000, 5000), (13_000, 13_000), (65_000, 65_000)])
@@ -180,17 +187,56 @@ def test_transparency_is_put_on_black():
     assert decoded[..., 0].tolist() == [[200, 0], [0, 200]]
 
 
-def test_sixteen_bit_pictures_are_refused():
-    image = Image.fromarray(np.full((2, 2), 40_000, np.uint16))
-    with pytest.raises(MediaError, match="8 bits a channel"):
-        media.decode_clip(file_of(image, "PNG"))
+@pytest.mark.parametrize(("colour_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_sixteen_bit_pictures_are_refused(colour_type, channels):
+    data = png(1, 1, 16, colour_type, bytes(1 + 2 * channels))
+    with pytest.raises(MediaError, match="16 bits a channel; at most 8 bits"):
+        media.decode_clip(data)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("extra", [b"\n", b"\0" * 5, b"<!-- sent by mail -->" * 9])
+def test_what_follows_the_end_of_a_file_is_passed_over(name, extra):
+    expected = media.decode_clip(FILES[name])
+    np.testing.assert_array_equal(media.decode_clip(FILES[name] + extra), expected)
+
+
+@pytest.mark.parametrize("name", ["animated webp", "animated gif", "pillow's gif"])
+def test_only_some_frames_of_a_long_clip(name, monkeypatch):
+    every = media.decode_clip(FILES[name])
+    np.testing.assert_array_equal(media.decode_clip(FILES[name], last=2), every[-2:])
+    np.testing.assert_array_equal(media.decode_clip(FILES[name], first=9), every)
+    np.testing.assert_array_equal(media.decode_clip(FILES[name], last=9), every)
+    few = Limits(max_frames=2, max_pixels=2 * CLIP[0, ..., 0].size)
+    with pytest.raises(MediaError, match="more than 2 frames|the limit is"):
+        media.decode_clip(FILES[name], few, last=2)
+    np.testing.assert_array_equal(media.decode_clip(FILES[name], few, first=2), every[:2])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_stated_size_takes_no_decoding(name, monkeypatch):
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("pixels were decoded"))
+    assert media.stated_size(FILES[name]) == (8, 12)
+
+
+@pytest.mark.parametrize("kind", media.ANIMATION_FORMATS)
+def test_frames_of_an_animation_are_scaled_one_by_one(kind):
+    frames = np.zeros((40, 64, 64, 3), np.uint8)
+    tracemalloc.start()
+    data = media.encode_animation(frames, kind, scale=4)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert media.decode_clip(data, first=1).shape == (1, 256, 256, 3)
+    assert peak < 40 * 256 * 256 * 3 / 4
 
 
 def test_photographs_are_turned_upright():
     photo = Image.new("RGB", (8, 4))
     exif = photo.getexif()
     exif[0x0112] = 6
-    assert media.decode_clip(file_of(photo, "JPEG", exif=exif)).shape == (1, 8, 4, 3)
+    data = file_of(photo, "JPEG", exif=exif)
+    assert media.decode_clip(data).shape == (1, 8, 4, 3)
+    assert media.stated_size(data) == (8, 4)
 
 
 CLASSES = 21
@@ -218,6 +264,40 @@ def test_class_ids_are_the_indices_of_a_palette_png(transparent):
     options = {} if transparent is None else {"transparency": transparent}
     data = file_of(image, "PNG", optimize=False, **options)
     np.testing.assert_array_equal(media.decode_class_map(data, CLASSES), IDS[None])
+
+
+ORDER = np.argsort(np.random.default_rng(2).random(12)).astype(np.uint8)  # where 9 to 20 went
+RENUMBERED = palette_image(ORDER[IDS - 9], voc_palette(CLASSES)[9:][np.argsort(ORDER)])
+
+
+def test_class_ids_are_the_colours_of_a_palette_png_that_was_numbered_anew():
+    data = file_of(RENUMBERED, "PNG", optimize=False)
+    np.testing.assert_array_equal(media.decode_class_map(data, CLASSES), IDS[None])
+    with pytest.raises(MediaError, match="has class id 20 at column 3, row 2 of frame 0"):
+        media.decode_class_map(data, CLASSES - 1)
+
+
+def test_one_colour_of_no_class_means_indices():
+    """Also where only another frame of a clip has it."""
+    palette = voc_palette(256)[::-1].copy()
+    palette[20] = (1, 2, 3)
+    first, other = (palette_image(ids, palette) for ids in (0 * IDS, IDS))
+    data = file_of(other, "PNG", optimize=False)
+    np.testing.assert_array_equal(media.decode_class_map(data, CLASSES), [IDS])
+    data = file_of(first, "PNG", save_all=True, append_images=[other], optimize=False)
+    np.testing.assert_array_equal(media.decode_class_map(data, CLASSES), [0 * IDS, IDS])
+
+
+@pytest.mark.parametrize("transparent", [None, 1])
+@pytest.mark.parametrize(
+    ("depth", "rows", "ids"),
+    [(1, b"\0\x50", [0, 1, 0, 1]), (2, b"\0\x1b", [0, 1, 2, 3]), (4, b"\0\x01\x2f", [0, 1, 2, 15])],
+)
+def test_class_ids_are_the_greys_of_a_png_of_few_bits(depth, rows, ids, transparent):
+    more = {} if transparent is None else {"tRNS": struct.pack(">H", transparent)}
+    data = png(4, 1, depth, 0, rows, **more)
+    expected = [0 if each == transparent else each for each in ids]
+    assert media.decode_class_map(data, CLASSES).tolist() == [[expected]]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP"])

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 
 from nuwa.runtime import media
+from nuwa.runtime.convert import read_image_request
+from nuwa.runtime.errors import FieldError
 from nuwa.runtime.server import SERVICE
 from nuwa.v1 import generation_pb2 as pb
 
+from .fake_engine import FakeEngine
 from .messages import (
     CLIP,
     MAPS,
@@ -103,6 +106,11 @@ BAD_IMAGES = {
         "image",
         "8 x 4 pixels; this model takes 8 x 8",
     ),
+    "image file of another size": (
+        i2i(image=pb.Media(encoded=media.encode_picture(PICTURE[:4], "png"))),
+        "image",
+        "8 x 4 pixels; this model takes 8 x 8",
+    ),
     "image animated": (
         i2i(image=pb.Media(encoded=media.encode_animation(CLIP, "webp"))),
         "image",
@@ -135,7 +143,16 @@ BAD_IMAGES = {
     "mask dark": (
         i2i(mask=pb.Mask(picture=pb.Media(encoded=media.encode_picture(PICTURE, "png")))),
         "mask.picture",
-        "dark everywhere",
+        "dark everywhere, so nothing would be generated; bright, where to generate, is 128 or more",
+    ),
+    "raw mask dark": (
+        i2i(
+            mask=pb.Mask(
+                picture=pb.Media(raw=pb.RawFrames(data=bytes(64), frame_count=1, height=8, width=8))
+            )
+        ),
+        "mask.picture",
+        "bright, where to generate, is not 0",
     ),
     "mask of another size": (
         i2i(
@@ -245,12 +262,23 @@ BAD_CLIPS = {
             ),
         ),
         "sketch",
-        "11 frames; the model takes 10",
+        "sketch has 11 frames; the model takes 10 at most, so give 1 to 10 of them",
     ),
     "prediction of nothing": (
         clip_task("V2V", video=raw(3, 8, 8), frame_count=3),
         "video",
-        "3 frames, which leaves none of 3",
+        "video has 3 frames, which leaves none of 3 to predict; give at most 2, or a frame_count "
+        "of 4 to 1000",
+    ),
+    "prediction of one frame": (
+        clip_task("V2V", video=raw(1, 8, 8), frame_count=1),
+        "video",
+        "leaves none of 1 to predict; a frame_count of 2 to 1000",
+    ),
+    "prediction from the longest clip": (
+        clip_task("V2V", video=raw(10, 8, 8)),
+        "video",
+        "none of 10 to predict; give at most 9, or a frame_count of 11 to 1000",
     ),
     "edit of another length": (
         clip_task("TV2V", video=raw(3, 8, 8), mask=one_box(0, 0, 1, 1), frame_count=2),
@@ -277,6 +305,14 @@ def test_bad_values_of_clips_name_their_field(stub, engine, name):
     assert list(details(failure.value)[1]) == [field]
     assert engine.admitted == []
     assert len(list(stub.GenerateVideo(video(frame_count=1)))) == 7
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "gif"])
+def test_a_file_of_another_size_is_refused_before_its_pixels_are_decoded(kind, monkeypatch):
+    monkeypatch.setattr(media, "decode_clip", lambda *_: pytest.fail("pixels were decoded"))
+    picture = pb.Media(encoded=media.encode_picture(np.zeros((16, 8, 3), np.uint8), kind))
+    with pytest.raises(FieldError, match="image is 8 x 16 pixels; this model takes 8 x 8"):
+        read_image_request(i2i(image=picture), FakeEngine().info)
 
 
 def test_a_prompt_of_exactly_the_limit_is_taken(stub):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import grpc
 import numpy as np
 import pytest
 
 from nuwa.runtime import media
+from nuwa.runtime.results import model_info
+from nuwa.spec.sampling import Sampling
+from nuwa.spec.tasks import Task
 from nuwa.v1 import generation_pb2 as pb
 
 from .fake_engine import expected_pixels, expected_tokens
@@ -105,6 +110,27 @@ def test_get_model(stub):
     assert model.name == "fake" and model.parameter_count == 3_000_000_000
     assert pb.TASK_S2I not in model.tasks and pb.TASK_T2V in model.tasks
     assert (model.height, model.width, model.max_frame_count, model.slot_count) == (8, 8, 10, 1)
+
+
+def test_what_a_request_leaves_open_is_the_models_default_for_its_task(stub, engine):
+    cool = Sampling(temperature=0.25, top_k=5, guidance_scale=2.0)
+    engine.info = dataclasses.replace(engine.info, sampling={Task.T2I: cool})
+    stub.GenerateImage(image())
+    stub.GenerateImage(image(sampling=pb.Sampling(temperature=0.5, top_k=0)))
+    assert list(stub.GenerateVideo(video()))
+    open_, said, other = (request.sampling for request in engine.admitted)
+    assert open_ == cool
+    assert said == Sampling(temperature=0.5, top_k=0, guidance_scale=2.0)
+    assert other == Sampling()
+    told = model_info(stub.GetModel(pb.GetModelRequest()).model)
+    assert told.sampling[Task.T2I] == cool and told.sampling[Task.T2V] == Sampling()
+    assert set(told.sampling) == set(told.tasks)
+
+
+def test_defaults_that_a_server_leaves_out_are_the_plain_ones():
+    half = pb.SamplingDefault(task=pb.TASK_T2I, sampling=pb.Sampling(top_k=5))
+    told = model_info(pb.Model(sampling_defaults=[half]))
+    assert told.sampling == {Task.T2I: Sampling(top_k=5)}
 
 
 def test_what_is_given_reaches_the_engine(stub, engine):

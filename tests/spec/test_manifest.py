@@ -20,6 +20,7 @@ from nuwa.spec.manifest import (
     graph_file,
     graph_names,
 )
+from nuwa.spec.sampling import Sampling
 from nuwa.spec.tasks import Task
 
 
@@ -29,7 +30,7 @@ def example() -> Manifest:
     return Manifest(
         name="sprites",
         config=PRESETS["sprites"],
-        tasks=(Task.T2I, Task.V2V),
+        tasks=(Task.T2I, Task.S2I, Task.V2V),
         precision="fp16",
         opset=20,
         cache_entries=222,
@@ -40,6 +41,7 @@ def example() -> Manifest:
         training_data="captioned moving sprites; Nünchen, 猫",
         created="2026-01-02T03:04:05+00:00",
         rankers=("clip",),
+        sampling={Task.S2I: Sampling(temperature=0.5), Task.V2V: Sampling(top_k=3)},
     )
 
 
@@ -66,7 +68,7 @@ def test_round_trip(preset):
         ("{", "is not JSON"),
         ("[]", "names no format_version"),
         ('{"name": "x"}', "names no format_version"),
-        (changed(format_version=FORMAT_VERSION + 1), "format version 3, this nuwa-runtime reads 2"),
+        (changed(format_version=FORMAT_VERSION + 1), "format version 4, this nuwa-runtime reads 3"),
         (changed(format_version=1), "format version 1, .* export the checkpoint again"),
         (changed(format_version="2"), "format version '2'"),
         (changed(licence=None), r"lacks \['licence'\]"),
@@ -78,15 +80,22 @@ def test_round_trip(preset):
         (changed(cache_entries="222"), "cache_entries is '222'"),
         (changed(parity=[1]), r"parity is \[1\]"),
         (changed(parity={"decoder_step": 1}), "parity is"),
-        (changed(config={"name": "x", "colour": 1}), "no usable model config: .*colour"),
-        (changed(config=7), "no usable model config"),
-        (changed(tasks=["t2x"]), "no usable model config: .*t2x"),
-        (changed(tasks=5), "no usable model config"),
+        (changed(config={"name": "x", "colour": 1}), "cannot be used: .*colour"),
+        (changed(config=7), "cannot be used"),
+        (changed(tasks=["t2x"]), "cannot be used: .*t2x"),
+        (changed(tasks=5), "cannot be used"),
         (changed(files=["decoder_step.onnx"]), "files is"),
         (changed(files={}), "complete: .*decoder_step.onnx.* missing"),
         (changed(rankers=["best"]), r"rankers is \['best'\], not \[\] or \['clip'\]"),
         (changed(rankers="clip"), "rankers is 'clip'"),
         (changed(rankers=None), r"lacks \['rankers'\]"),
+        (changed(sampling=None), r"lacks \['sampling'\]"),
+        (changed(sampling=[]), "sampling defaults are \\[\\], not an object"),
+        (changed(sampling={"t2x": {}}), "sampling defaults of 't2x'; the model does t2i"),
+        (changed(sampling={"t2i": {"seed": 3}}), "they may set temperature, top_k, top_p, guid"),
+        (changed(sampling={"t2i": {"temperature": "1"}}), "temperature '1' is not a number"),
+        (changed(sampling={"t2i": {"top_k": 2.0}}), "top_k 2.0 is not a whole number"),
+        (changed(sampling={"t2i": {"top_p": 0}}), r"top_p 0 is not in \(0, 1\]"),
     ],
 )
 def test_refusals_say_what_is_wrong(text, message):

@@ -6,24 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from nuwa.spec.config import ModelConfig, VisualConfig, VQGANConfig, preset
+from nuwa.spec.config import ModelConfig, VisualConfig, preset
 from nuwa.spec.known import blank_hidden, known_cells
 from nuwa.spec.tasks import UNCONDITIONAL_PROMPT
 from nuwa.training.batches import Batches, Rows, draw_mask
-from nuwa.training.clips import encode_frames, token_clips
+from nuwa.training.clips import encode_frames, store_clips
+from nuwa.training.readers import locate, read_motion
 from nuwa.training.sources import Sprites
+from nuwa.training.sprites.world import novel_pairs
 from nuwa.training.vqgan import VQGAN
 
-IMAGE = VQGANConfig(
-    resolution=64,
-    base_channels=32,
-    channel_multipliers=(1, 1, 1, 1),
-    res_blocks=1,
-    attention_resolutions=(),
-    z_channels=8,
-    embedding_dim=8,
-    codebook_size=64,
-)
+from .tiny import TINY_VQGAN
+
+IMAGE = dataclasses.replace(TINY_VQGAN, codebook_size=64)
 SKETCH = dataclasses.replace(IMAGE, channels=21, codebook_size=32)
 CONFIG: ModelConfig = dataclasses.replace(
     preset("sprites"),
@@ -41,7 +36,7 @@ def batches(tmp_path_factory) -> Batches:
     for model in (pictures, sketches):
         torch.nn.init.normal_(model.quantize.embedding.weight, std=0.3)
     cache = tmp_path_factory.mktemp("clips") / "clips.npy"
-    clips = token_clips(pictures, Sprites("digits"), CLIPS, cache, sketch_vqgan=sketches)
+    clips = store_clips(pictures, Sprites("digits"), CLIPS, cache, sketch_vqgan=sketches)
     return Batches(CONFIG, clips, pictures)
 
 
@@ -86,6 +81,20 @@ def test_unconditional_clips_come_from_any_time(batches):
     assert (batch.time_B[~anywhere] == 0).all()
     assert len(batch.time_B[anywhere].unique()) > 2
     assert batch.time_B.max() < CONFIG.decoder.grid.frames
+
+
+def test_no_window_of_a_long_clip_shows_what_is_kept_for_the_novel_split():
+    source, novel, barred = Sprites("digits"), novel_pairs(), 0
+    for index in range(40):
+        plan = source.world.plan(index)
+        assert plan.shown_motion(0) == plan.factors.motion and source.may_show(index, 0)
+        for start in range(0, 40, 3):
+            frames, _ = source.clip(index, range(start, start + 10))
+            shown = read_motion(locate(frames).track_F2)
+            if (plan.factors.class_index, shown) in novel:
+                assert not source.may_show(index, start)
+                barred += 1
+    assert barred > 10
 
 
 def test_nothing_hidden_shows_in_the_known_tokens(batches):

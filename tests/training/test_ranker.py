@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.export import Dim
 
-from nuwa.spec.config import TextConfig, VQGANConfig
+from nuwa.spec.config import TextConfig
 from nuwa.training.ranker import (
     CONFIG,
     WEIGHTS,
@@ -19,33 +19,23 @@ from nuwa.training.ranker import (
     save_ranker,
     tokenizer_digest,
 )
-from nuwa.training.sprites.world import Factors, SpriteWorld
-from nuwa.training.text import train_text_tokenizer
-from nuwa.training.train_ranker import (
+from nuwa.training.ranker_batches import (
     CLIP_FACTORS,
     Captions,
-    RankerOptions,
-    RankerRecipe,
-    contrast,
     damage,
     one_changed,
     reconstructions,
-    retrieval,
 )
+from nuwa.training.ranker_retrieval import retrieval
+from nuwa.training.sprites.world import Factors, SpriteWorld
+from nuwa.training.text import train_text_tokenizer
+from nuwa.training.train_ranker import RankerOptions, RankerRecipe, contrast
 from nuwa.training.trainer import TrainerOptions, train
 from nuwa.training.vqgan import VQGAN
 
+from .tiny import TINY_VQGAN
+
 SENTENCE = "a red 3 on a black background moving left then right ."
-TINY_VQGAN = VQGANConfig(
-    resolution=64,
-    base_channels=32,
-    channel_multipliers=(1, 1, 1, 1),
-    res_blocks=1,
-    attention_resolutions=(),
-    z_channels=8,
-    embedding_dim=8,
-    codebook_size=16,
-)
 
 
 @pytest.fixture(scope="module")

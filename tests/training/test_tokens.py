@@ -1,28 +1,21 @@
 """Clips as tokens, and the pruning of background synonyms."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
 
-from nuwa.spec.config import VQGANConfig
-from nuwa.training.clips import token_clips
+from nuwa.training.clips import FreshClips, store_clips
 from nuwa.training.prune import prune_codebook
 from nuwa.training.sources import Sprites
 from nuwa.training.sprites.world import SpriteWorld
 from nuwa.training.vqgan import VQGAN, to_signed
 
-CONFIG = VQGANConfig(
-    resolution=64,
-    base_channels=32,
-    channel_multipliers=(1, 1, 1, 1),
-    res_blocks=1,
-    attention_resolutions=(),
-    z_channels=8,
-    embedding_dim=8,
-    codebook_size=64,
-)
+from .tiny import TINY_VQGAN
+
+CONFIG = dataclasses.replace(TINY_VQGAN, codebook_size=64)
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +28,30 @@ def vqgan() -> VQGAN:
 
 def test_clips_are_encoded_once_and_belong_to_their_tokenizer(vqgan, tmp_path):
     source, cache = Sprites("digits"), tmp_path / "clips.npy"
-    clips = token_clips(vqgan, source, 3, cache, batch=2)
+    clips = store_clips(vqgan, source, 3, cache, batch=2)
     assert clips.tokens.shape == (3, 10, 64)
     assert source.caption(2, video=True) == source.world.sample(2).video_caption
     assert source.caption(2, video=False) == source.world.sample(2).image_caption
     written = cache.stat().st_mtime_ns
-    again = token_clips(vqgan, source, 3, cache)
+    again = store_clips(vqgan, source, 3, cache)
     assert (again.tokens == clips.tokens).all()
     assert cache.stat().st_mtime_ns == written
     torch.nn.init.normal_(vqgan.quantize.embedding.weight, std=0.3)
     before = json.loads(cache.with_suffix(".json").read_text())
-    token_clips(vqgan, source, 3, cache)
+    store_clips(vqgan, source, 3, cache)
     assert json.loads(cache.with_suffix(".json").read_text()) != before
+
+
+def test_fresh_clips_are_those_of_the_source_without_end(vqgan, tmp_path):
+    source = Sprites("digits")
+    fresh, stored = FreshClips(vqgan, source), store_clips(vqgan, source, 3, tmp_path / "c.npy")
+    spans = [(2, range(3, 5)), (0, range(0, 2))]
+    assert fresh.codes(spans).shape == (2, 2, 64)
+    assert (fresh.codes(spans) == stored.codes(spans)).all()
+    assert fresh.count > 1_000_000 and stored.count == 3
+    assert fresh.codes([(fresh.count - 1, range(1))]).shape == (1, 1, 64)
+    with pytest.raises(AssertionError, match="no sketches"):
+        fresh.sketches(spans)
 
 
 def test_pruning_drops_what_stands_for_background_alone(vqgan):

@@ -1,5 +1,6 @@
 """Training runs: killed and resumed they repeat an unbroken run; bad settings are refused."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,25 +11,18 @@ import time
 import pytest
 import torch
 
-from nuwa.spec.config import DecoderConfig, ModelConfig, TextConfig, VisualConfig, VQGANConfig
+from nuwa.spec.config import DecoderConfig, ModelConfig, TextConfig, VisualConfig
 from nuwa.spec.grid import Extent, Grid
 from nuwa.spec.tasks import Task
 from nuwa.training.checkpoint import load_checkpoint, load_tokenizer, save_tokenizer
 from nuwa.training.trainer import TrainerOptions, train
 from nuwa.training.vqgan import VQGAN
 
+from .tiny import TINY_VQGAN
+
 TINY = ModelConfig(
     name="tiny",
-    image=VQGANConfig(
-        resolution=64,
-        base_channels=32,
-        channel_multipliers=(1, 1, 1, 1),
-        res_blocks=1,
-        attention_resolutions=(),
-        z_channels=8,
-        embedding_dim=8,
-        codebook_size=16,
-    ),
+    image=TINY_VQGAN,
     text=TextConfig(vocabulary_size=300, width=16, layers=1, heads=2, mask_padding=True),
     decoder=DecoderConfig(
         grid=Grid(10, 8, 8),
@@ -39,17 +33,7 @@ TINY = ModelConfig(
         extents=(Extent(3, 3, 3),),
     ),
     visual=VisualConfig(layers=1, heads=2, ff_multiplier=1, relative_bias=True),
-    sketch=VQGANConfig(
-        resolution=64,
-        channels=21,
-        base_channels=32,
-        channel_multipliers=(1, 1, 1, 1),
-        res_blocks=1,
-        attention_resolutions=(),
-        z_channels=8,
-        embedding_dim=8,
-        codebook_size=16,
-    ),
+    sketch=dataclasses.replace(TINY_VQGAN, channels=21),
     tasks=tuple(Task),
 )
 STEPS = 14
@@ -129,6 +113,24 @@ def test_a_finished_model_run_is_a_whole_checkpoint(folder):
     assert checkpoint.provenance["command"].startswith("nuwa ")
     assert list((run / "samples").glob("*.png"))
     assert any((run / "tensorboard").iterdir())
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(folder):
+    run = folder / "model-team"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node", "2", "--no-python"]
+    words = command(folder, "model", run)
+    subprocess.run([*launcher, *words, "--stop-after", "5"], check=True, capture_output=True)
+    subprocess.run([*launcher, *words], check=True, capture_output=True)
+    assert [step for step, _ in losses(run)] == list(range(STEPS))
+    load_checkpoint(run / "checkpoint")
+    alone = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert "begun with other settings (processes differ)" in alone.stderr
+    tokenizer = command(folder, "tokenizer", folder / "no")
+    refused = subprocess.run([*launcher, *tokenizer], capture_output=True, text=True, check=False)
+    assert "tokenizer is trained by one process, not by 2" in refused.stderr
+    assert not (folder / "no").exists()
 
 
 @pytest.mark.slow

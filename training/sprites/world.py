@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import operator
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ VERSION = 1  # part of every sample's identity: raise it when a sample's content
 FRAMES = 10
 SIDE = 64
 STEPS = FRAMES - 1
+SHORTEST_WAY = 2  # frames of a way out, or back, for it to count as one
 REACH = SIDE - TILE  # largest coordinate of a tile's top left corner
 LATTICE = 4  # positions and speed of the digits level are multiples of this
 
@@ -93,6 +95,21 @@ class Plan:
     factors: Factors
     glyph_TT: np.ndarray
     track: Track
+
+    def shown_motion(self, start: int) -> str | None:
+        """What the ten frames from `start` on do, as a caption says it; None if they turn twice.
+
+        A leg of less than SHORTEST_WAY frames at either end goes unnoticed.
+        """
+        corners = [self.track.corner(frame) for frame in range(start, start + FRAMES)]
+        ways = [
+            (np.sign(after[0] - before[0]), np.sign(after[1] - before[1]))
+            for before, after in itertools.pairwise(corners)
+        ]
+        names = {way: name for name, way in DIRECTIONS.items()}
+        legs = [(names[way], len(list(steps))) for way, steps in itertools.groupby(ways)]
+        motion = " then ".join(name for name, steps in legs if steps >= SHORTEST_WAY)
+        return motion if motion in MOTIONS else None
 
 
 @dataclass(frozen=True)

@@ -351,7 +351,7 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "bundle_hash", "tasks", "height", "width", "max_frame_count", "codebook_size", "parameter_count", "precision", "license", "backend", "slot_count", "max_prediction_frame_count", "sketch_class_count", "sketch_palette", "rankers", "max_sample_count")
+    __slots__ = ("name", "bundle_hash", "tasks", "height", "width", "max_frame_count", "codebook_size", "parameter_count", "precision", "license", "backend", "slot_count", "max_prediction_frame_count", "sketch_class_count", "sketch_palette", "rankers", "max_sample_count", "sampling_defaults")
     NAME_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_HASH_FIELD_NUMBER: _ClassVar[int]
     TASKS_FIELD_NUMBER: _ClassVar[int]
@@ -369,6 +369,7 @@ class Model(_message.Message):
     SKETCH_PALETTE_FIELD_NUMBER: _ClassVar[int]
     RANKERS_FIELD_NUMBER: _ClassVar[int]
     MAX_SAMPLE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_DEFAULTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     bundle_hash: str
     tasks: _containers.RepeatedScalarFieldContainer[Task]
@@ -386,4 +387,13 @@ class Model(_message.Message):
     sketch_palette: bytes
     rankers: _containers.RepeatedScalarFieldContainer[str]
     max_sample_count: int
-    def __init__(self, name: _Optional[str] = ..., bundle_hash: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[Task, str]]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., max_frame_count: _Optional[int] = ..., codebook_size: _Optional[int] = ..., parameter_count: _Optional[int] = ..., precision: _Optional[str] = ..., license: _Optional[str] = ..., backend: _Optional[str] = ..., slot_count: _Optional[int] = ..., max_prediction_frame_count: _Optional[int] = ..., sketch_class_count: _Optional[int] = ..., sketch_palette: _Optional[bytes] = ..., rankers: _Optional[_Iterable[str]] = ..., max_sample_count: _Optional[int] = ...) -> None: ...
+    sampling_defaults: _containers.RepeatedCompositeFieldContainer[SamplingDefault]
+    def __init__(self, name: _Optional[str] = ..., bundle_hash: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[Task, str]]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., max_frame_count: _Optional[int] = ..., codebook_size: _Optional[int] = ..., parameter_count: _Optional[int] = ..., precision: _Optional[str] = ..., license: _Optional[str] = ..., backend: _Optional[str] = ..., slot_count: _Optional[int] = ..., max_prediction_frame_count: _Optional[int] = ..., sketch_class_count: _Optional[int] = ..., sketch_palette: _Optional[bytes] = ..., rankers: _Optional[_Iterable[str]] = ..., max_sample_count: _Optional[int] = ..., sampling_defaults: _Optional[_Iterable[_Union[SamplingDefault, _Mapping]]] = ...) -> None: ...
+
+class SamplingDefault(_message.Message):
+    __slots__ = ("task", "sampling")
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    task: Task
+    sampling: Sampling
+    def __init__(self, task: _Optional[_Union[Task, str]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ...) -> None: ...

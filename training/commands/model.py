@@ -1,0 +1,107 @@
+"""`nuwa train model`: NÜWA on the tokens of trained VQ-GANs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from nuwa.spec.config import ModelConfig
+from nuwa.spec.text import TextTokenizer
+
+from ..sources import Source
+from . import arguments, record
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    from ..train_nuwa import NUWAOptions
+
+    arguments.add_run(parser, steps=3000, run="runs/model")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a trained VQ-GAN")
+    parser.add_argument(
+        "--sketch-tokenizer",
+        type=Path,
+        help="folder of a VQ-GAN of class maps; without, no S2I, S2V",
+    )
+    parser.add_argument("--start", type=Path, help="begin at this checkpoint's weights")
+    parser.add_argument(
+        "--dataset-clips",
+        type=int,
+        help="tokenize just so many beforehand (sprites: new ones at every step; --data: all)",
+    )
+    arguments.add_data(parser)
+    arguments.add_options(parser, NUWAOptions)
+
+
+def train_model(args: argparse.Namespace) -> int:
+    from ..checkpoint import load_checkpoint, load_tokenizer
+    from ..clips import Clips, FreshClips, store_clips
+    from ..parallel import join
+    from ..train_nuwa import NUWAOptions, NUWARecipe
+    from ..trainer import train
+
+    team = join(args.device)
+    vqgan = load_tokenizer(args.tokenizer)
+    sketch_vqgan = None
+    if args.sketch_tokenizer is not None:
+        sketch_vqgan = load_tokenizer(args.sketch_tokenizer)
+    start = None if args.start is None else load_checkpoint(args.start)
+    config, source = arguments.config(args), arguments.source(args, vqgan.config.resolution)
+    with team.leader_first():
+        text = start.text_tokenizer if start else _text_tokenizer(args.run, config, source)
+    config = dataclasses.replace(
+        config,
+        image=vqgan.config,
+        sketch=None if sketch_vqgan is None else sketch_vqgan.config,
+        text=dataclasses.replace(config.text, vocabulary_size=text.vocabulary_size),
+        tasks=tuple(t for t in config.tasks if sketch_vqgan is not None or not t.needs_sketch),
+    )
+    options = arguments.options(args, NUWAOptions)
+    settings = {
+        "options": dataclasses.asdict(options),
+        "start": record.start(args),
+        "config": record.plain(config),
+        "data": record.data(args),
+        "processes": team.size,
+    }
+    clips: Clips
+    with team.leader_first():
+        record.remember(args, settings)
+        if args.dataset_clips is None and source.count is None:
+            clips = FreshClips(vqgan, source, sketch_vqgan, device=team.device)
+        else:
+            clips = store_clips(
+                vqgan,
+                source,
+                args.dataset_clips or source.count or 0,
+                args.run / "clips.npy",
+                sketch_vqgan=sketch_vqgan,
+            )
+    recipe = NUWARecipe(
+        config,
+        options,
+        vqgan,
+        text,
+        clips,
+        sketch_vqgan=sketch_vqgan,
+        start=start,
+        provenance=record.provenance(args, options, source),
+        team=team,
+        seed=args.seed,
+    )
+    train(recipe, args.run, arguments.trainer_options(args), leads=team.leads)
+    if team.leads:
+        print(f"checkpoint: {args.run / 'checkpoint'}")
+    return 0
+
+
+def _text_tokenizer(run: Path, config: ModelConfig, source: Source) -> TextTokenizer:
+    """Trained once a run: the library may number merges differently the next time."""
+    from ..text import train_text_tokenizer
+
+    path = run / "tokenizer.json"
+    if not path.exists():
+        run.mkdir(parents=True, exist_ok=True)
+        words, text = source.captions(), config.text
+        train_text_tokenizer(words, text.vocabulary_size, text.length).save(path)
+    return TextTokenizer.from_file(path)

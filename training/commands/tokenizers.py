@@ -1,0 +1,128 @@
+"""`nuwa train tokenizer`, `sketch-tokenizer` and `prune`: VQ-GANs of pictures and class maps."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from nuwa.spec.config import VQGANConfig
+
+from ..sprites.world import LEVELS
+from . import arguments, record
+
+
+def add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    from ..train_vqgan import VQGANOptions
+
+    arguments.add_run(parser, steps=1100, run="runs/tokenizer")
+    _add_vqgan(parser)
+    parser.add_argument(
+        "--square", type=float, default=0.0, help="weight of the squared error (%(default)s)"
+    )
+    arguments.add_options(parser, VQGANOptions)
+
+
+def train_tokenizer(args: argparse.Namespace) -> int:
+    from .. import vqgan_content
+
+    content = {"emphasis": args.emphasis, "square": args.square}
+    config = arguments.config(args).image
+    source = arguments.source(args, config.resolution)
+    kind = vqgan_content.Pictures(**content)
+    return _train(args, config, kind, source.pictures, content)
+
+
+def add_sketch_tokenizer(parser: argparse.ArgumentParser) -> None:
+    from ..train_vqgan import VQGANOptions
+
+    arguments.add_run(parser, steps=800, run="runs/sketch-tokenizer")
+    _add_vqgan(parser)
+    arguments.add_options(parser, VQGANOptions)
+
+
+def train_sketch_tokenizer(args: argparse.Namespace) -> int:
+    from .. import vqgan_content
+
+    model = arguments.config(args)
+    if model.sketch is None:
+        raise ValueError(f"model {model.name!r} has no sketch tokenizer; its config says null")
+    content = {"emphasis": args.emphasis}
+    source = arguments.source(args, model.sketch.resolution)
+    config = dataclasses.replace(model.sketch, channels=source.classes)
+    kind = vqgan_content.ClassMaps(config.channels, **content)
+    return _train(args, config, kind, source.maps, content)
+
+
+def add_prune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a trained VQ-GAN")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--level", choices=LEVELS, default="digits", help="(%(default)s)")
+    parser.add_argument("--dataset-clips", type=int, default=400, help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of --data's order (%(default)s)")
+    arguments.add_data(parser)
+    parser.add_argument("--threshold", type=float, default=0.9, help="(%(default)s)")
+    arguments.add_threads(parser)
+
+
+def prune(args: argparse.Namespace) -> int:
+    from rich.progress import track
+
+    from ..checkpoint import load_tokenizer, save_tokenizer
+    from ..prune import prune_codebook
+
+    before = load_tokenizer(args.tokenizer)
+    source = arguments.source(args, before.config.resolution)
+    clips = (source.clip(i, range(source.frames)) for i in range(args.dataset_clips))
+    counted = track(clips, "counting codes", total=args.dataset_clips)
+    after = prune_codebook(before, counted, threshold=args.threshold)
+    save_tokenizer(after, args.out)
+    print(f"VQ-GAN: {args.out}, {after.config.codebook_size} codes of", end=" ")
+    print(before.config.codebook_size)
+    return 0
+
+
+def _add_vqgan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--start", type=Path, help="begin at this VQ-GAN's weights")
+    parser.add_argument("--codebook-size", type=int, help="instead of the config's")
+    parser.add_argument(
+        "--emphasis",
+        type=float,
+        default=0.0,
+        help="extra weight of what is not background (%(default)s)",
+    )
+    arguments.add_data(parser)
+
+
+def _train(
+    args: argparse.Namespace, config: VQGANConfig, kind: Any, samples: Any, content: dict
+) -> int:
+    from ..checkpoint import load_tokenizer
+    from ..train_vqgan import VQGANOptions, VQGANRecipe
+    from ..trainer import train
+
+    if args.codebook_size is not None:
+        config = dataclasses.replace(config, codebook_size=args.codebook_size)
+    options = arguments.options(args, VQGANOptions)
+    start = None if args.start is None else load_tokenizer(args.start)
+    settings = {
+        "options": dataclasses.asdict(options),
+        "content": content,
+        "start": record.start(args),
+        "config": record.plain(config),
+        "data": record.data(args),
+    }
+    record.remember(args, settings)
+    recipe = VQGANRecipe(
+        config,
+        options,
+        kind,
+        samples,
+        start=start,
+        device=args.device,
+        seed=args.seed,
+    )
+    train(recipe, args.run, arguments.trainer_options(args))
+    print(f"VQ-GAN: {args.run / 'checkpoint'}")
+    return 0
