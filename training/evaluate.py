@@ -4,35 +4,30 @@ Asks the questions of each part, lets the judge read what comes out, and sets be
 what the judge makes of real answers to the same questions, and of those after a round trip
 through the image tokenizer: the two ceilings. Knows the generator as one function; knows no
 model, bundle or file format.
-
-Shapes: F frames, H = W = 64.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from .evaluation.asking import Ask, Generate, asking
+from .evaluation.asking import Generate, asking
+from .evaluation.long import PART as LONG
 from .evaluation.long import Reconstruct, long_clips
+from .evaluation.measuring import Measuring
 from .evaluation.parts import TASKS, parts_of
-from .evaluation.question import Part, Question
-from .evaluation.scoring import MODEL, REAL, RECONSTRUCTED, Tally, judge_bars, summary
-from .judge import Judge, Verdict
+from .judge import Judge
 from .published import Published
-from .report import write_report
-from .sheets import LongSpecimen, Specimen
+from .report_folder import ReportFolder
+from .sheets import LongSpecimen
 from .sprites import world
 from .sprites.world import SpriteWorld
 
 __all__ = ["TASKS", "evaluate", "find_judge"]
 
-REFERENCE_SAMPLES = 256  # least real samples, apart from the measured ones, behind the distances
-SHEET_SAMPLES = 32
-CHUNK = 64  # questions that are asked, then scored, at a time
+VERSION = 2  # of what is asked and how it is scored: raise it when a score's meaning changes
 
 
 def evaluate(
@@ -49,6 +44,7 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     concurrency: int = 1,
     about: Mapping[str, Any] | None = None,
+    ranking: Mapping[str, Any] | None = None,
     long: int = 0,
     sketch_prompt: str = "caption",
     weights: Mapping[str, Path] | None = None,
@@ -59,11 +55,13 @@ def evaluate(
     time. reconstruct: u8[F,64,64,3] -> the same through the image tokenizer and back; never
     called while generate is.
     judge: by default the stored one of the level.
-    about: goes into the report as it is: the bundle, how it samples.
+    about: goes into the report as it is: the bundle, how it samples. ranking: likewise, {"samples":
+    N, "rank_by": NAME} where `generate` makes N answers to a prompt and gives the best.
     long: number of 100-frame clips that V2V is to predict; 0 for none.
     sketch_prompt: "caption" or "none": what S2I and S2V are given beside the class maps.
     weights: files for metrics with published names, by network; see `published`.
-    out: folder that receives report.json, report.md and one contact sheet a part.
+    out: folder that receives report.json, report.md and one contact sheet a part, as each part is
+    done. Parts that a report of the same settings in it has are kept and not asked again.
     progress: called with (questions done, questions in all).
     ValueError for unknown names, for less than 2 samples, and for wrongly shaped answers.
     """
@@ -77,9 +75,9 @@ def evaluate(
     if judge.level != level:
         raise ValueError(f"the judge is one of level {judge.level!r}, not {level!r}")
     published = Published(weights or {})
-
-    report: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "evaluator": "sprites",
+        "version": VERSION,
         "world_version": world.VERSION,
         "level": level,
         "split": split,
@@ -87,41 +85,57 @@ def evaluate(
         "seed": seed,
         "seeds": f"question i is asked with seed {seed} + i",
         "about": dict(about or {}),
+        "ranking": dict(ranking) if ranking else None,
         "sketch_prompt": sketch_prompt,
-        "judge": judge.metadata,
+        "reconstructed": reconstruct is not None,
+        "judge": judge.source | judge.metadata,
         "published_weights": published.files,
-        "tasks": {},
-        "bars": [],
     }
-    done = _Counter(progress, len(parts) * samples + long)
-    specimens: dict[str, list[Specimen]] = {}
-    long_specimens: list[LongSpecimen] = []
+    folder = None if out is None else ReportFolder(out)
+    report = settings | {"tasks": {}, "bars": []} | _earlier(folder, settings, long)
+    todo = [part for part in parts if part.name not in report["tasks"]]
+    long = 0 if "long" in report else long
+    report["unfinished"] = [part.name for part in todo] + [LONG] * bool(long)
+    done = _Counter(progress, len(todo) * samples + long)
     with asking(generate, concurrency) as ask:
-        for part in parts:
-            scores, specimens[part.name] = _measure(
-                ask, part, judge, published, reconstruct, samples, seed, done
-            )
-            report["tasks"][part.name] = {"asks": part.asks, "scores": scores}
-            report["bars"] += judge_bars(part.name, part.bars, scores)
+        measuring = Measuring(ask, judge, published, reconstruct, samples, seed, done)
+        for part in todo:
+            measured = measuring.measure(part)
+            prompted = bool(part.question(0).prompt)
+            report["tasks"][part.name] = {
+                "asks": part.asks,
+                "samples_per_prompt": ranking["samples"] if ranking and prompted else 1,
+                "scores": measured.scores,
+            }
+            report["bars"] += measured.bars
+            report["unfinished"].remove(part.name)
+            if folder is not None:
+                folder.add_sheet(part.name, measured.specimens)
+                folder.write(report)
         if long:
-            report["long"], clips = long_clips(
+            report["long"], bars, clips = long_clips(
                 ask, judge, source, samples=long, seed=seed, reconstruct=reconstruct, progress=done
             )
-            long_specimens = [LongSpecimen(made, real) for made, real in clips]
-    if out is not None:
-        write_report(out, report, specimens, long_specimens)
+            report["bars"] += bars
+            report["unfinished"].remove(LONG)
+            if folder is not None:
+                folder.add_long_sheet([LongSpecimen(made, real) for made, real in clips])
+    if folder is not None:
+        folder.write(report)
     return report
 
 
-def find_judge(level: str) -> Path:
-    """checkpoints/judge-LEVEL under the working directory or this repository; else ValueError."""
-    name = Path("checkpoints") / f"judge-{level}"
-    for root in (Path(), Path(__file__).resolve().parents[1]):
-        if (root / name / "judge.json").is_file():
-            return root / name
-    raise ValueError(
-        f"there is no {name}; train it with nuwa train judge --level {level} --out {name}"
-    )
+def _earlier(folder: ReportFolder | None, settings: dict[str, Any], long: int) -> dict[str, Any]:
+    """The results that need not be measured again; says on stderr what becomes of them."""
+    if folder is None:
+        return {}
+    results, sentence = folder.earlier(settings)
+    if sentence:
+        print(sentence, file=sys.stderr)
+    if long and "long" in results and results["long"]["samples"] != long:
+        del results["long"]
+        results["bars"] = [bar for bar in results["bars"] if bar["part"] != LONG]
+    return results
 
 
 class _Counter:
@@ -136,69 +150,12 @@ class _Counter:
             self.progress(self.done, self.total)
 
 
-def _measure(
-    ask: Ask,
-    part: Part,
-    judge: Judge,
-    published: Published,
-    reconstruct: Reconstruct | None,
-    samples: int,
-    seed: int,
-    done: _Counter,
-) -> tuple[dict[str, dict], list[Specimen]]:
-    """The scores of one part, and its first answers for the contact sheet."""
-    tallies: dict[str, Tally] = {}
-    specimens: list[Specimen] = []
-    collected = published.collector()
-    for first in range(0, samples, CHUNK):
-        indices = range(first, min(first + CHUNK, samples))
-        questions = [part.question(index) for index in indices]
-        made = ask(part.task, questions, [seed + index for index in indices])
-        for kind, clips in _kinds(part, questions, made, reconstruct).items():
-            tally = tallies.setdefault(kind, Tally())
-            verdicts = judge.read_many([part.judged(clip) for clip in clips])
-            for question, clip, verdict in zip(questions, clips, verdicts, strict=True):
-                scores = part.scores(question, clip, verdict)
-                tally.add(scores, _features(verdict))
-                if kind == MODEL and len(specimens) < SHEET_SAMPLES:
-                    right = bool(part.right(question, verdict)[part.whole])
-                    specimens.append(Specimen(question, clip, right))
-        collected.add(made, questions)
-        done(len(indices))
-    reference = _reference(judge, part, samples)
-    return summary(tallies, reference) | collected.scores(), specimens
-
-
-def _kinds(
-    part: Part,
-    questions: list[Question],
-    made: list[np.ndarray],
-    reconstruct: Reconstruct | None,
-) -> dict[str, list[np.ndarray]]:
-    """The clips to be scored: the answers, the ceilings, and the part's own baselines."""
-    kinds = {MODEL: made, REAL: [question.real for question in questions]}
-    if reconstruct is not None:
-        kinds[RECONSTRUCTED] = [each.restored(reconstruct(each.real)) for each in questions]
-    for question in questions:
-        for name, clip in part.baselines(question).items():
-            kinds.setdefault(name, []).append(clip)
-    return kinds
-
-
-def _features(verdict: Verdict) -> dict[str, np.ndarray]:
-    features = {"fid_judge": verdict.features}
-    if len(verdict.features_FD) > 1:
-        features["fvd_judge"] = verdict.clip_features
-    return features
-
-
-def _reference(judge: Judge, part: Part, samples: int) -> dict[str, np.ndarray]:
-    """f64[M,D] of the real answers to questions that are not among the measured ones."""
-    count = max(samples, REFERENCE_SAMPLES)
-    tally = Tally()
-    for first in range(samples, samples + count, CHUNK):
-        indices = range(first, min(first + CHUNK, samples + count))
-        clips = [part.judged(part.question(index).real) for index in indices]
-        for verdict in judge.read_many(clips):
-            tally.add({}, _features(verdict))
-    return {name: np.stack(vectors) for name, vectors in tally.features.items()}
+def find_judge(level: str) -> Path:
+    """checkpoints/judge-LEVEL under the working directory or this repository; else ValueError."""
+    name = Path("checkpoints") / f"judge-{level}"
+    for root in (Path(), Path(__file__).resolve().parents[1]):
+        if (root / name / "judge.json").is_file():
+            return root / name
+    raise ValueError(
+        f"there is no {name}; train it with nuwa train judge --level {level} --out {name}"
+    )

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from nuwa.spec.manifest import file_hash
+
 from .readers import Layout, locate, read_background, read_colour, read_motion
 from .sprites import world
 from .sprites.world import SpriteWorld
@@ -27,18 +29,29 @@ from .sprites.world import SpriteWorld
 CROP = 36  # holds the 24-pixel tile wherever in it the centroid lies
 FEATURE_COUNT = 64
 NO_CLASS = -1
+WEIGHTS = "judge.safetensors"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a clip (or image) shows. NO_CLASS and "none" stand for: nothing that can be named."""
+    """What a clip (or image) shows. NO_CLASS and "none" stand for: nothing that can be named.
+
+    class_index and colour are those of the frames in which there is a sprite, however few:
+    `seen` says how many.
+    """
 
     class_index: int
+    classes_F: np.ndarray  # i64, the class of each frame by itself
     colour: str
     background: str
     motion: str
     features_FD: np.ndarray  # f64, the CNN's last hidden layer; zero in frames without a sprite
     layout: Layout
+
+    @property
+    def seen(self) -> float:
+        """Share of the frames that show a sprite."""
+        return float(self.layout.seen_F.mean())
 
     @property
     def features(self) -> np.ndarray:
@@ -80,8 +93,11 @@ class ShapeNet(nn.Module):
 class Judge:
     """A trained judge of one level ("digits": 10 classes, "full": 20)."""
 
-    def __init__(self, level: str, network: ShapeNet, metadata: dict) -> None:
+    def __init__(
+        self, level: str, network: ShapeNet, metadata: dict, source: dict | None = None
+    ) -> None:
         self.level, self.network, self.metadata = level, network.eval(), metadata
+        self.source = source or {}  # folder and weights, of a judge that was loaded
 
     def read(self, frames: np.ndarray) -> Verdict:
         """Verdict on u8[F,S,S,3]; F = 1 is an image, whose motion is "none"."""
@@ -91,7 +107,7 @@ class Judge:
     def read_many(self, clips: Sequence[np.ndarray]) -> list[Verdict]:
         """A verdict on each clip u8[F,S,S,3]: one pass of the network over all their frames."""
         layouts = [locate(frames) for frames in clips]
-        seen = [np.flatnonzero(np.isfinite(layout.track_F2).all(1)) for layout in layouts]
+        seen = [np.flatnonzero(layout.seen_F) for layout in layouts]
         crops = [
             crop_ink(layout.ink_FSS[f], layout.track_F2[f])
             for layout, at in zip(layouts, seen, strict=True)
@@ -107,9 +123,12 @@ class Judge:
             first += len(at)
             features_FD = np.zeros((len(frames), FEATURE_COUNT))
             features_FD[at] = features_BD[rows]
+            classes_F = np.full(len(frames), NO_CLASS)
+            classes_F[at] = scores_BC[rows].argmax(1).numpy()
             verdicts.append(
                 Verdict(
                     int(scores_BC[rows].mean(0).argmax()) if len(at) else NO_CLASS,
+                    classes_F,
                     read_colour(frames, layout),
                     read_background(layout),
                     read_motion(layout.track_F2),
@@ -127,7 +146,7 @@ class Judge:
         """Writes judge.safetensors and judge.json."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.contiguous() for name, t in self.network.state_dict().items()}
-        save_file(tensors, folder / "judge.safetensors")
+        save_file(tensors, folder / WEIGHTS)
         text = json.dumps({"level": self.level, **self.metadata}, indent=2)
         (folder / "judge.json").write_text(text + "\n", encoding="utf-8")
 
@@ -142,8 +161,10 @@ class Judge:
                 f"sprite world, this is version {world.VERSION}; train it again"
             )
         network = ShapeNet(SpriteWorld(level, "train").class_count)
-        network.load_state_dict(load_file(folder / "judge.safetensors"), strict=True)
-        return cls(level, network, metadata)
+        weights = folder / WEIGHTS
+        network.load_state_dict(load_file(weights), strict=True)
+        source = {"folder": folder.name, "weights_sha256": file_hash(weights)}
+        return cls(level, network, metadata, source)
 
 
 def crop_ink(ink_SS: np.ndarray, centre: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Distances and scores on arrays: Fréchet distance, PSNR, SSIM, mean IoU, bootstrap intervals.
+"""Distances and scores on arrays: Fréchet distance, PSNR, SSIM, mean IoU, intervals.
 
 Plain numpy in float64. Knows no model, no judge and no file.
 """
@@ -6,6 +6,8 @@ Plain numpy in float64. Knows no model, no judge and no file.
 from __future__ import annotations
 
 import functools
+import math
+import statistics
 
 import numpy as np
 
@@ -82,23 +84,54 @@ def mean_iou(labels: np.ndarray, target: np.ndarray, classes: int) -> float:
 
     Classes that are in neither map do not count.
     """
+    return float(mean_iou_of(confusion(labels, target, classes)))
+
+
+def confusion(labels: np.ndarray, target: np.ndarray, classes: int) -> np.ndarray:
+    """i64[C,C]: pixels of two integer maps by label (row) and target (column)."""
     if labels.shape != target.shape:
         raise ValueError(f"shapes {labels.shape} and {target.shape} differ")
     pairs = labels.astype(np.int64).ravel() * classes + target.astype(np.int64).ravel()
-    confusion = np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
-    shared = np.diagonal(confusion)
-    union = confusion.sum(0) + confusion.sum(1) - shared
-    return float((shared[union > 0] / union[union > 0]).mean())
+    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 
 
-def bootstrap_interval(
-    values: np.ndarray, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of f[N]; the same seed gives the same interval."""
+def mean_iou_of(confusion_CC: np.ndarray) -> np.ndarray:
+    """f64[...] of confusion matrices [...,C,C], over the classes that occur, as PASCAL VOC does."""
+    shared = np.diagonal(confusion_CC, axis1=-2, axis2=-1)
+    union = confusion_CC.sum(-1) + confusion_CC.sum(-2) - shared
+    iou = np.divide(shared, union, out=np.zeros(union.shape), where=union > 0)
+    return iou.sum(-1) / (union > 0).sum(-1)
+
+
+CONFIDENCE, RESAMPLES = 0.95, 2000
+
+
+def resampled_means(values: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """f64[R,...]: the means of R resamples of f[N,...] with replacement.
+
+    Arrays of the same N are resampled alike, so what is computed from several of them is paired.
+    """
     values = np.asarray(values, np.float64)
-    if values.size == 0:
+    count = len(values)
+    if count == 0:
         raise ValueError("no values to resample")
-    picks = np.random.default_rng(seed).integers(0, values.size, (resamples, values.size))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(values[picks].mean(1), [tail, 1 - tail])
-    return float(low), float(high)
+    picks = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
+    picks += np.arange(RESAMPLES)[:, None] * count
+    times_RN = np.bincount(picks.ravel(), minlength=picks.size).reshape(picks.shape)
+    means = times_RN @ values.reshape(count, -1) / count
+    return means.reshape(RESAMPLES, *values.shape[1:])
+
+
+def percentile_interval(low_R: np.ndarray, high_R: np.ndarray | None = None) -> tuple[float, float]:
+    """The middle CONFIDENCE of f[R]; high_R: resamples for the upper end, where they are others."""
+    tail = (1 - CONFIDENCE) / 2
+    high_R = low_R if high_R is None else high_R
+    return float(np.quantile(low_R, tail)), float(np.quantile(high_R, 1 - tail))
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """Wilson's score interval of a share of `count` independent yes-or-no answers."""
+    spread = statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2) ** 2 / count
+    centre = share + spread / 2
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4))
+    return max((centre - half) / (1 + spread), 0.0), min((centre + half) / (1 + spread), 1.0)

@@ -2,9 +2,12 @@
 
 A metric with a published name means one network with one set of weights. None of them is shipped
 or downloaded: without its file a metric is not computed, and a file with another SHA-256 is
-refused before it is read. FID-vid is left out: the papers that report it do not name one network.
+refused before it is read. The arithmetic of FID and IS is torch-fidelity's, too. FVD is not
+computed of less than ten frames, so not of what V2V predicts. FID-vid is left out: the papers that
+report it do not name one network.
 
-Legend: B pictures or clips, F frames, H, W pixels.
+Legend: B pictures or clips, F frames, H, W pixels; N, M pictures or clips in all, D features, C
+classes.
 """
 
 from __future__ import annotations
@@ -20,9 +23,10 @@ import torch
 from nuwa.spec.manifest import file_hash
 
 from . import metrics
-from .evaluation.question import Question
 
 BATCH = 32
+IS_PARTS = 10
+I3D_FRAMES = 10  # I3D halves time three times, then averages pairs: 8 are too few
 
 
 @dataclass(frozen=True)
@@ -85,78 +89,98 @@ class Published:
 
 @dataclass
 class Collector:
-    """Features of answers and of real clips, and what they sum up to."""
+    """Features of what is judged of answers and of real clips, and what they sum up to.
+
+    Distances are to a reference: real answers to other questions than those that were asked.
+    """
 
     networks: Networks
-    is_video: bool = False
     features: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    is_video: bool = False
 
-    def add(self, made: Sequence[np.ndarray], questions: Sequence[Question]) -> None:
-        """Whole clips u8[F,H,W,3], given frames included, beside those of the questions."""
-        self.is_video = len(made[0]) > 1
-        for kind, clips in (("made", made), ("real", [each.real for each in questions])):
-            if self.networks.inception is not None:
-                for batch in _batches(np.concatenate(clips)):
-                    for name, values in zip(
-                        ("inception", "logits"), self.networks.inception(batch), strict=True
-                    ):
-                        self._keep(f"{name}/{kind}", values)
-            if self.networks.i3d is not None and self.is_video:
-                for batch in _batches(np.stack(clips)):
-                    self._keep(f"i3d/{kind}", self.networks.i3d(batch))
-            if self.networks.clip is not None:
-                for clip, question in zip(clips, questions, strict=True):
-                    if question.prompt:
-                        near = self.networks.clip(clip, [question.prompt] * len(clip))
-                        self._keep(f"clip/{kind}", near.mean(keepdims=True))
+    def add(self, kind: str, clips: Sequence[np.ndarray], prompts: Sequence[str]) -> None:
+        """kind: "model" or "real"; clips u8[F,H,W,3], beside their prompts, or ""."""
+        self._add_shapes(kind, clips)
+        if self.networks.clip is not None:
+            for clip, prompt in zip(clips, prompts, strict=True):
+                if prompt:
+                    near = self.networks.clip(clip, [prompt] * len(clip))
+                    self._keep(f"clip/{kind}", near.mean(keepdims=True))
+
+    def add_reference(self, clips: Sequence[np.ndarray]) -> None:
+        """Real clips u8[F,H,W,3]."""
+        self._add_shapes("reference", clips)
 
     def scores(self) -> dict[str, dict[str, Any]]:
-        """{metric: {model, real, samples, ...}}; real: of real clips, where that is not zero."""
+        """{metric: {model, real, samples, note, ...}}"""
         scores = {}
-        if "inception/made" in self.features:
+        if "inception/model" in self.features:
             # On clips it is the FID of their frames.
-            name = "FID-img" if self.is_video else "FID"
-            scores[name] = self._distance("inception")
+            scores["FID-img" if self.is_video else "FID"] = self._distance("inception", fid)
             scores["IS"] = self._score(lambda kind: inception_score(self._all(f"logits/{kind}")))
-        if "i3d/made" in self.features:
-            scores["FVD"] = self._distance("i3d")
-        if "clip/made" in self.features:
+        if "i3d/model" in self.features:
+            scores["FVD"] = self._distance("i3d", metrics.frechet_distance)
+        if "clip/model" in self.features:
             scores["CLIPSIM"] = self._score(lambda kind: float(self._all(f"clip/{kind}").mean()))
         return scores
 
+    def _add_shapes(self, kind: str, clips: Sequence[np.ndarray]) -> None:
+        self.is_video = len(clips[0]) > 1
+        if self.networks.inception is not None:
+            for batch in _batches(np.concatenate(clips)):
+                pooled, logits = self.networks.inception(batch)
+                self._keep(f"inception/{kind}", pooled)
+                self._keep(f"logits/{kind}", logits)
+        if self.networks.i3d is not None and len(clips[0]) >= I3D_FRAMES:
+            for batch in _batches(np.stack(clips)):
+                self._keep(f"i3d/{kind}", self.networks.i3d(batch))
+
     def _keep(self, name: str, values: np.ndarray) -> None:
-        self.features.setdefault(name, []).append(np.asarray(values, np.float64))
+        self.features.setdefault(name, []).append(values)
 
     def _all(self, name: str) -> np.ndarray:
         return np.concatenate(self.features[name])
 
-    def _distance(self, network: str) -> dict[str, Any]:
-        made, real = self._all(f"{network}/made"), self._all(f"{network}/real")
-        return _row(metrics.frechet_distance(made, real), None, len(made))
+    def _distance(self, network: str, of: Callable[[np.ndarray, np.ndarray], float]) -> dict:
+        model, real, reference = (
+            self._all(f"{network}/{kind}") for kind in ("model", "real", "reference")
+        )
+        (samples, width), note = model.shape, None
+        if samples < width:
+            note = (
+                f"{samples} samples do not determine a covariance of {width} features: the value "
+                "is far above what more samples would give"
+            )
+        return _row(of(model, reference), of(real, reference), samples, note)
 
     def _score(self, of: Callable[[str], float]) -> dict[str, Any]:
-        return _row(of("made"), of("real"), None)
+        return _row(of("model"), of("real"), None, None)
 
 
-def inception_score(logits_BC: np.ndarray, splits: int = 10) -> float:
-    """exp of the mean KL divergence from the classes of one picture to those of all (Salimans et
-    al. 2016), averaged over `splits` consecutive parts of the pictures."""
-    log_BC = logits_BC - logits_BC.max(1, keepdims=True)
-    log_BC = log_BC - np.log(np.exp(log_BC).sum(1, keepdims=True))
-    scores = []
-    count = len(log_BC)
-    splits = min(splits, count)
-    edges = [i * count // splits for i in range(splits + 1)]
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
-        part = log_BC[low:high]
-        marginal = np.log(np.exp(part).mean(0, keepdims=True))
-        scores.append(np.exp((np.exp(part) * (part - marginal)).sum(1).mean()))
-    return float(np.mean(scores))
+def fid(features_ND: np.ndarray, reference_MD: np.ndarray) -> float:
+    """torch-fidelity's own Fréchet distance of two sets of Inception features."""
+    from torch_fidelity import metric_fid
+
+    each = [
+        metric_fid.fid_features_to_statistics(torch.from_numpy(features))
+        for features in (features_ND, reference_MD)
+    ]
+    return metric_fid.fid_statistics_to_metric(*each, False)[metric_fid.KEY_METRIC_FID]
 
 
-def _row(model: float, real: float | None, samples: int | None) -> dict[str, Any]:
+def inception_score(logits_NC: np.ndarray) -> float:
+    """torch-fidelity's own Inception score: shuffled, the mean of ten parts."""
+    from torch_fidelity import metric_isc
+
+    parts = min(IS_PARTS, len(logits_NC))
+    scores = metric_isc.isc_features_to_metric(torch.from_numpy(logits_NC), parts, shuffle=True)
+    return scores[metric_isc.KEY_METRIC_ISC_MEAN]
+
+
+def _row(model: float, real: float | None, samples: int | None, note: str | None) -> dict[str, Any]:
     unknown = dict.fromkeys(("low", "high", "reconstructed", "ratio"))
-    return {"model": model, "real": real, "samples": samples} | unknown
+    row = {"model": model, "real": real, "samples": samples, "intervals": {}} | unknown
+    return row | ({"note": note} if note else {})
 
 
 def _batches(pictures: np.ndarray) -> list[np.ndarray]:

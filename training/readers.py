@@ -32,6 +32,11 @@ class Layout:
     ink_FSS: np.ndarray  # f32, 0..1: distance from the background, 1 at full ink
     track_F2: np.ndarray  # f64, centroid (row, column)
 
+    @property
+    def seen_F(self) -> np.ndarray:
+        """bool: the frames that show a sprite."""
+        return np.isfinite(self.track_F2).all(1)
+
 
 def locate(frames: np.ndarray) -> Layout:
     """Finds the sprite in u8[F,S,S,3]: what differs from the background, where most of it is."""

@@ -1,32 +1,42 @@
-"""Turns an evaluation report into tables and files.
+"""Turns an evaluation report into Markdown.
 
-Knows the shape of the report; measures nothing and draws nothing (sheets.py does).
+Knows the shape of the report; measures, draws and writes nothing (sheets.py, report_folder.py do).
 """
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
-
-from .sheets import LongSpecimen, Specimen, contact_sheet, long_sheet
 
 NOTES = """\
 - real, VQ: what the judge makes of real answers to the same questions, as they are and after a
   round trip through the image tokenizer (known pixels put back); model / VQ is the share of that
   ceiling that the model reaches. visible (i2i): what it makes of the visible half alone.
-- A bar holds or not against the VQ ceiling; the last column says the same against real clips.
-- miou is the mean over samples of the mean IoU over the classes present, background included;
-  pixels of at least half ink are the sprite's, their label is the class that the judge reads.
-  sprite_iou is the IoU of those pixels whatever their class.
+- Intervals are 95 % bootstrap intervals over the questions; where every sample is right, or every
+  one wrong, Wilson's stand in. Those of the ceilings are in report.json.
+- A bar holds or not by the numbers measured, against the VQ ceiling; the last column says the same
+  against real clips. margin: the interval of value less threshold, both from the same resampled
+  questions; "within noise" is said where its other end says the opposite. A bar that is a share of
+  the VQ ceiling holds only if that ceiling is at least 0.95 of the real clips' score.
+- class and colour are right only where at least 0.9 of the judged frames show a sprite.
+- miou is the IoU over the pixels of all samples together (one confusion matrix, as PASCAL VOC does
+  it), averaged over the classes that occur, background included; miou_sample is the mean over
+  samples of each one's own. Pixels of at least half ink are the sprite's, their label is the class
+  that the judge reads in that frame. sprite_iou is the IoU of those pixels whatever their class,
+  averaged over samples.
 - edited_X counts the samples whose caption changes X, kept_X those whose caption does not.
+  joint_off_cells counts those whose box cuts through the tokenizer's cells.
+- class_cut (i2i) counts the pictures with at least a quarter of the sprite hidden.
 - known_identical is the share of samples whose known pixels come back bit for bit.
 - fid_judge is a Fréchet distance on the judge's mean features of shape; fvd_judge is one on those,
   their mean absolute changes from frame to frame and the steps of the sprite's centroid in pixels
   (lower is better). They are not FID and FVD, and they depend on the number of samples: the
   reference are real answers to as many other questions (256 at least).
 - psnr and ssim are of the frames that are predicted, or of all that is drawn from a sketch.
-- v2v is not told whether the sprite will turn: even a perfect predictor misses some motions.
+- v2v is told by nothing but its two frames whether the sprite will turn; at level digits the place
+  where it starts mostly tells. v2v_captioned is a supplement: the caption says that it does not.
+- v2v_long: X_first and X_last are the first and last windows of the 100-frame clips; the given
+  frames are part of the first window.
 """
 
 
@@ -36,12 +46,35 @@ def format_report(report: dict) -> str:
         f"# Sprites: level {report['level']}, split {report['split']}, "
         f"{report['samples']} samples a part, seed {report['seed']}"
     )
-    about = [f"- {name}: {value}" for name, value in report["about"].items()]
-    asks = [f"- **{part}**: {result['asks']}." for part, result in report["tasks"].items()]
-    sections = [[title], about, asks, _scores(report), _bars(report["bars"])]
+    about = [f"- {name}: {_plain(value)}" for name, value in report["about"].items()]
+    if report["ranking"]:
+        about.append(f"- ranking, where there is a prompt: {_plain(report['ranking'])}")
+    if report["unfinished"]:
+        about.append(f"- NOT MEASURED YET: {', '.join(report['unfinished'])}")
+    asks = [f"- **{part}**: {_asks(result)}." for part, result in report["tasks"].items()]
+    sections = [[title], about, asks, _scores(report), _remarks(report), _bars(report["bars"])]
     if "long" in report:
         sections.append(_long(report["long"]))
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n\n" + NOTES
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _asks(result: dict[str, Any]) -> str:
+    count = result["samples_per_prompt"]
+    return result["asks"] + (f" (the best of {count} is scored)" if count > 1 else "")
+
+
+def _remarks(report: dict) -> list[str]:
+    """What must be said of single scores."""
+    return [
+        f"- {part}, {name}: {score['note']}."
+        for part, result in report["tasks"].items()
+        for name, score in result["scores"].items()
+        if "note" in score
+    ]
 
 
 def _scores(report: dict) -> list[str]:
@@ -71,17 +104,21 @@ def _bars(bars: list[dict[str, Any]]) -> list[str]:
     if not bars:
         return []
     lines = [
-        "| part | bar | value | ceiling | threshold | holds | against real clips |",
-        "| --- | --- | ---: | ---: | ---: | --- | --- |",
+        "| part | bar | value | ceiling | threshold | margin | samples | verdict | by real clips |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- | --- |",
     ]
     for bar in bars:
-        value, ceiling, threshold = (
-            _number(bar[key], _digits(bar["score"])) for key in ("value", "ceiling", "threshold")
+        digits = _digits(bar["score"])
+        value, ceiling, threshold, low, high = (
+            _number(bar[key], digits)
+            for key in ("value", "ceiling", "threshold", "margin_low", "margin_high")
         )
+        margin = f"{low} .. {high}" if low != "-" else "-"
         real = {True: "yes", False: "no", None: "-"}[bar["holds_against_real"]]
+        verdict = f"**{bar['verdict']}**" if bar["holds"] is False else bar["verdict"]
         lines.append(
-            f"| {bar['part']} | {bar['bar']} | {value} | {ceiling} | {threshold} "
-            f"| {'yes' if bar['holds'] else '**no**'} | {real} |"
+            f"| {bar['part']} | {bar['bar']} | {value} | {ceiling} | {threshold} | {margin} "
+            f"| {bar['samples']} | {verdict} | {real} |"
         )
     return lines
 
@@ -90,22 +127,22 @@ def _long(long: dict[str, Any]) -> list[str]:
     window, count = long["window"], long["frames"] // long["window"]
     spans = [f"{w * window} .. {(w + 1) * window - 1}" for w in range(count)]
     lines = [
-        f"{long['samples']} clips of {long['asks']}; the bar: {long['bar']}.",
+        f"{long['samples']} clips of {long['asks']}; change: the last {long['ends']} windows less "
+        f"the first {long['ends']}.",
         "",
-        f"| score, frames | {' | '.join(spans)} | change (95 % interval) | holds |",
-        f"| --- |{' ---: |' * count} ---: | --- |",
+        f"| score, frames | {' | '.join(spans)} | change (95 % interval) |",
+        f"| --- |{' ---: |' * count} ---: |",
     ]
     for name, score in long["scores"].items():
         for kind in ("model", "real", "reconstructed"):
             if kind not in score:
                 continue
             values = " | ".join(f"{value:.3f}" for value in score[kind])
-            change, holds = "-", "-"
+            change = "-"
             if kind == "model":
                 low, high = score["change_low"], score["change_high"]
                 change = f"{score['change']:+.3f} ({low:+.3f} .. {high:+.3f})"
-                holds = "yes" if score["holds"] else "**no**"
-            lines.append(f"| {name}, {kind} | {values} | {change} | {holds} |")
+            lines.append(f"| {name}, {kind} | {values} | {change} |")
     return lines
 
 
@@ -115,20 +152,3 @@ def _digits(score: str) -> int:
 
 def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def write_report(
-    out: Path,
-    report: dict,
-    specimens: dict[str, list[Specimen]],
-    long_specimens: list[LongSpecimen],
-) -> None:
-    """Writes report.json, report.md, PART.png for each part and, if any, v2v_long.png to `out`."""
-    out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, indent=2, allow_nan=False)
-    (out / "report.json").write_text(text + "\n", encoding="utf-8")
-    (out / "report.md").write_text(format_report(report), encoding="utf-8")
-    for part, rows in specimens.items():
-        contact_sheet(rows).save(out / f"{part}.png")
-    if long_specimens:
-        long_sheet(long_specimens).save(out / "v2v_long.png")

@@ -2,13 +2,16 @@
 
 Evaluators come from the entry point group `nuwa.evaluators`: runtime never imports training. One is
 a function evaluate(generate, *, tasks, split, samples, seed, out, progress, reconstruct,
-concurrency, about, ...) -> report. `generate` is what generator() gives; further arguments are what
---set, --long and the weights name.
+concurrency, about, ranking, ...) -> report. `generate` is what generator() gives; sample i is to be
+asked with seed + i. Further arguments are what --long and the weights name, and what --set may
+name: those with a text as their default. The report has tasks, bars and perhaps long; see
+score_table.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import inspect
 import json
@@ -21,10 +24,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nuwa.spec.sampling import Sampling
 from nuwa.spec.tasks import parse_task
 
 from ..client import BaseClient, LocalClient
-from ..core import Mask, ModelInfo, Pixels
+from ..core import MAX_SEED, Mask, ModelInfo, Pixels
 from . import arguments
 
 GROUP = "nuwa.evaluators"
@@ -33,13 +37,14 @@ DESCRIPTION = """\
 Generate many samples with a bundle and score them against the evaluator's data set.
 
 Sample i is generated with seed SEED + i, so the same command gives the same report, whatever
---slots and --threads are."""
+--slots and --threads are. With --out the report is written after each part; the same command goes
+on where an earlier one was stopped."""
 
 EXAMPLES = """\
 examples:
   nuwa evaluate demo/bundle --split test --out report
   nuwa evaluate demo/bundle --split novel --tasks t2i,t2v --samples 64 --seed 1000
-  nuwa evaluate demo/bundle --tasks v2v --long 128 --out report
+  nuwa evaluate demo/bundle --tasks v2v --long 128 --out report --strict
   nuwa evaluate demo/bundle --tasks t2v --samples-per-prompt 16 --rank-by clip
   nuwa evaluate demo/bundle --set level=full --set sketch_prompt=none --json > report.json
   nuwa evaluate demo/bundle --inception-weights pt_inception-2015-12-05-6726825d.pth
@@ -48,6 +53,7 @@ examples:
 SLOTS = 8
 MOST_REQUESTS = 64  # at a time; the scheduler refuses what no longer fits into its queue
 WEIGHTS = {"inception": "FID and IS", "clip": "CLIPSIM", "i3d": "FVD"}
+ASKED_BY = {"long": "--long", "weights": "weight files"}
 
 
 def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
@@ -72,6 +78,9 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
     parser.add_argument("--seed", type=int, default=0, help="of the first sample (default: 0)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for report and pictures")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--strict", action="store_true", help="exit with status 1 if a bar does not hold"
+    )
     parser.add_argument(
         "--evaluator", default="sprites", metavar="NAME", help="which scores (default: %(default)s)"
     )
@@ -103,14 +112,16 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
 
 def run(args: argparse.Namespace) -> int:
     asked = args.tasks and [str(parse_task(name.strip())) for name in args.tasks.split(",")]
+    _check_seeds(args.seed, max(args.samples, args.long or 0))
     if (args.samples_per_prompt > 1) != (args.rank_by is not None):
         raise ValueError("--samples-per-prompt (above 1) and --rank-by go together")
     evaluate = load_evaluator(args.evaluator)
-    extra = dict(args.set) | _further_options(args)
-    _check_options(evaluate, args.evaluator, extra)
+    extra = _options(args, evaluate)
+    from ..bundle import open_bundle
     from ..engine import load_engine
 
     engine = load_engine(args.bundle, slots=args.slots, threads=args.threads)
+    files = open_bundle(args.bundle, verify=False).manifest.files  # load_engine has hashed them
     sampling = arguments.sampling(args)
     ranking = {}
     if args.rank_by is not None:
@@ -119,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     with LocalClient(engine) as client, _progress_bar() as progress:
         report = evaluate(
             generator(client, sampling, ranking),
-            tasks=asked or [str(task) for task in engine.info.tasks],
+            tasks=list(dict.fromkeys(asked or map(str, engine.info.tasks))),
             split=args.split,
             samples=args.samples,
             seed=args.seed,
@@ -127,19 +138,41 @@ def run(args: argparse.Namespace) -> int:
             progress=progress,
             reconstruct=lambda frames: engine.pixels(engine.tokens(frames)),
             concurrency=min(2 * args.slots, MOST_REQUESTS),
-            about=_about(args, engine.info, sampling),
+            about=_about(args, engine.info, files, sampling),
+            ranking=ranking or None,
             **extra,
         )
     print(json.dumps(report, indent=2) if args.json else score_table(report))
-    return 0
+    failed = any(bar["holds"] is False for bar in report.get("bars", []))
+    return 1 if args.strict and failed else 0
 
 
-def _further_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What only some evaluators take, where it was asked for."""
+def _check_seeds(first: int, samples: int) -> None:
+    if first < 0 or first + samples - 1 > MAX_SEED:
+        raise ValueError(
+            f"--seed {first} with {samples} samples: seeds {first} to {first + samples - 1} are "
+            f"not all in [0, {MAX_SEED}]"
+        )
+
+
+def _options(args: argparse.Namespace, evaluate: Callable[..., dict]) -> dict[str, Any]:
+    """What only some evaluators take, where it was asked for; ValueError if this one does not."""
+    known = inspect.signature(evaluate).parameters
+    settable = [name for name, each in known.items() if isinstance(each.default, str)]
+    for name, _ in args.set:
+        if name not in settable:
+            raise ValueError(
+                f"--set {name}: evaluator {args.evaluator!r} has no option {name!r}; "
+                f"it has {', '.join(settable) or 'none'}"
+            )
     weights = {name: getattr(args, f"{name}_weights") for name in WEIGHTS}
     weights = {name: path for name, path in weights.items() if path is not None}
-    options = {"long": args.long, "weights": weights or None}
-    return {name: value for name, value in options.items() if value is not None}
+    further = {"long": args.long, "weights": weights}
+    further = {name: value for name, value in further.items() if value}
+    for name in further:
+        if name not in known:
+            raise ValueError(f"evaluator {args.evaluator!r} has no use for {ASKED_BY[name]}")
+    return dict(args.set) | further
 
 
 def _check_ranker(name: str, info: ModelInfo) -> None:
@@ -148,17 +181,23 @@ def _check_ranker(name: str, info: ModelInfo) -> None:
         raise ValueError(f"rank_by {name!r} is not one of the bundle's rankers: {there_are}")
 
 
-def _about(args: argparse.Namespace, info: ModelInfo, sampling: dict[str, Any]) -> dict[str, Any]:
-    """What a reader of the report needs to repeat it."""
+def _about(
+    args: argparse.Namespace, info: ModelInfo, files: dict[str, str], sampling: dict[str, Any]
+) -> dict[str, Any]:
+    """What a reader of the report needs to repeat it. files: SHA-256 by name."""
     return {
         "bundle": args.bundle.name,
         "bundle_hash": info.bundle_hash,
+        "files": files,
         "model": info.name,
         "precision": info.precision,
         "backend": info.backend,
-        "sampling": sampling or "the defaults",
-        "samples_per_prompt": args.samples_per_prompt,
-        "rank_by": args.rank_by,
+        "sampling": {
+            str(task): dataclasses.asdict(
+                dataclasses.replace(info.sampling.get(task, Sampling()), **sampling)
+            )
+            for task in info.tasks
+        },
     }
 
 
@@ -206,16 +245,28 @@ def generator(
 
 
 def score_table(report: dict) -> str:
-    """The scores of report["tasks"][TASK]["scores"][SCORE], one line each, then the bars."""
+    """The scores of report["tasks"][TASK]["scores"][SCORE], one line each, then the bars.
+
+    Of a score the numbers are shown, and those that are unknown (None). A bar has part, bar (what
+    must hold), value, margin_low, margin_high, samples, verdict, and holds: True, False, or None
+    where there was nothing to measure. report["long"]["scores"][SCORE]["model"] is a series.
+    """
     rows = []
     for task, result in report["tasks"].items():
         for score, value in result["scores"].items():
             columns = value if isinstance(value, dict) else {"model": value}
-            shown = "  ".join(f"{name} {_number(number)}" for name, number in columns.items())
+            shown = "  ".join(
+                f"{name} {_number(number)}"
+                for name, number in columns.items()
+                if number is None or isinstance(number, int | float)
+            )
             rows.append(f"{task:<5} {score:<16} {shown}")
     for bar in report.get("bars", []):
-        verdict = "holds" if bar["holds"] else "DOES NOT HOLD"
-        rows.append(f"{bar['part']:<5} {bar['bar']}: {_number(bar['value'])} {verdict}")
+        margin = f"{_number(bar['margin_low'])} .. {_number(bar['margin_high'])}"
+        rows.append(
+            f"{bar['part']:<5} {bar['bar']}: {_number(bar['value'])} (margin {margin}, "
+            f"{bar['samples']} samples) {bar['verdict']}"
+        )
     for score, series in report.get("long", {}).get("scores", {}).items():
         rows.append(f"long  {score:<16} {' '.join(_number(value) for value in series['model'])}")
     return "\n".join(rows)
@@ -225,15 +276,6 @@ def _number(value: Any) -> str:
     if isinstance(value, int):
         return str(value)
     return f"{value:.3f}" if isinstance(value, float) else "-"
-
-
-def _check_options(evaluate: Callable[..., dict], name: str, extra: dict[str, str]) -> None:
-    known = inspect.signature(evaluate).parameters
-    for option in extra:
-        if option not in known:
-            raise ValueError(
-                f"evaluator {name!r} has no option {option!r}; it has {', '.join(known)}"
-            )
 
 
 def _assignment(text: str) -> tuple[str, str]:

@@ -119,6 +119,7 @@ def test_help_shows_every_task(capsys):
     examples = capsys.readouterr().out.split("examples:")[1]
     for task in Task:
         assert f"--task {task} " in examples
+    assert ".gif" not in examples, "a .gif does not keep given pixels"
 
 
 def test_generate_takes_files_and_boxes(engine, tmp_path):
@@ -146,6 +147,31 @@ def test_generate_takes_files_and_boxes(engine, tmp_path):
     assert (predicted.schedule, predicted.sample_index) == ("raster", 3)
 
 
+def test_generate_goes_on_from_either_end_of_a_long_clip(engine, tmp_path):
+    frames = np.zeros((300, 8, 8, 3), np.uint8)
+    frames[..., 0] = (np.arange(300) % 256)[:, None, None]
+    frames[256:, ..., 1] = 1
+    given, out = tmp_path / "long.webp", tmp_path / "out.webp"
+    given.write_bytes(media.encode_animation(frames, "webp"))
+    words = ["generate", "b", "--task", "v2v", "--video", given, "--out", out]
+    assert run(*words, "--keep", 3) == run(*words, "--keep-last", 2) == 0
+    first, last = (request.frames for request in engine.admitted)
+    np.testing.assert_array_equal(first, frames[:3])
+    np.testing.assert_array_equal(last, frames[-2:])
+
+
+def test_generate_tells_that_a_gif_may_change_given_pixels(engine, tmp_path, capsys):
+    picture = tmp_path / "given.png"
+    picture.write_bytes(media.encode_picture(clip(1, 1)[0], "png"))
+    words = ["generate", "b", "--task", "i2i", "--image", picture, "--box", "0,0,2,2", "--out"]
+    assert run(*words, tmp_path / "x.gif") == 0
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "given pixels may change" in error
+    assert run(*words, tmp_path / "x.png") == 0 and capsys.readouterr().err == ""
+    words = ["generate", "b", "--task", "t2i", "--prompt", "a 3", "--out", tmp_path / "x.gif"]
+    assert run(*words) == 0 and capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -163,6 +189,8 @@ def test_generate_takes_files_and_boxes(engine, tmp_path):
         ("b --task t2v --prompt a --image i.png --out x.gif", "task t2v takes no --image"),
         ("b --task i2i --image no.png --box 0,0,1,1 --out x.png", "no.png: No such file"),
         ("b --task t2v --prompt a --keep 2 --out x.gif", "--keep needs --video"),
+        ("b --task t2v --prompt a --keep-last 2 --out x.gif", "--keep-last needs --video"),
+        ("b --task v2v --video v --keep 2 --keep-last 2 --out x.gif", "not allowed with"),
         ("b --task t2i --prompt a --mask m --box 0,0,1,1 --out x.png", "not both"),
         ("b --task t2i --prompt a --box 1,2 --out x.png", "is not LEFT,TOP,WIDTH,HEIGHT"),
         ("b --task t2i --prompt a --seed -1 --out x.png", "seed -1 is not in"),
@@ -261,6 +289,8 @@ def test_inspect_of_no_bundle(tmp_path, capsys):
 class Evaluator:
     """Calls `generate` once a task and reports what it got."""
 
+    holds: bool | None = False  # its one bar
+
     def __call__(
         self,
         generate,
@@ -275,10 +305,11 @@ class Evaluator:
         reconstruct=None,
         concurrency=1,
         about=None,
+        ranking=None,
         long=0,
     ):
         self.options = (split, samples, seed, level, out)
-        self.concurrency, self.about, self.long = concurrency, about, long
+        self.concurrency, self.about, self.ranking, self.long = concurrency, about, ranking, long
         self.reconstructed = reconstruct(clip(5, 2))
         self.results = {}
         for index, name in enumerate(tasks):
@@ -295,8 +326,22 @@ class Evaluator:
             )
             progress(index + 1, len(tasks))
         return {
-            "tasks": {task: {"scores": {"class": {"model": 0.5, "low": None}}} for task in tasks},
-            "bars": [{"part": "t2v", "bar": "class >= 0.9", "value": 0.5, "holds": False}],
+            "tasks": {
+                task: {"scores": {"class": {"model": 0.5, "low": None, "intervals": {}}}}
+                for task in tasks
+            },
+            "bars": [
+                {
+                    "part": "t2v",
+                    "bar": "class >= 0.9",
+                    "value": 0.5,
+                    "margin_low": -0.5,
+                    "margin_high": None,
+                    "samples": samples,
+                    "holds": self.holds,
+                    "verdict": "does what it does",
+                }
+            ],
         }
 
 
@@ -304,6 +349,11 @@ class Evaluator:
 def evaluator(monkeypatch):
     evaluator = Evaluator()
     monkeypatch.setattr(evaluate, "load_evaluator", lambda name: evaluator)
+    manifest = types.SimpleNamespace(files={"decoder_step.onnx": "ab" * 32})
+    monkeypatch.setattr(
+        "nuwa.runtime.bundle.open_bundle",
+        lambda path, verify: types.SimpleNamespace(manifest=manifest),
+    )
     return evaluator
 
 
@@ -319,8 +369,10 @@ def test_evaluate_hands_the_engine_to_the_evaluator(engine, evaluator, tmp_path,
     assert all(request.sampling.top_k == 2 for request in engine.admitted)
     assert evaluator.concurrency == 16 and engine.loaded == [("b", 8, None)]
     printed = capsys.readouterr().out
-    assert "t2v   class            model 0.500  low -" in printed
-    assert "t2v   class >= 0.9: 0.500 DOES NOT HOLD" in printed
+    assert "t2v   class            model 0.500  low -\n" in printed
+    bar = "t2v   class >= 0.9: 0.500 (margin -0.500 .. -, 8 samples) does what it does"
+    assert bar in printed
+    assert evaluator.about["files"] == {"decoder_step.onnx": "ab" * 32}
 
 
 def test_evaluate_gives_every_task_what_it_takes(engine, evaluator, tmp_path):
@@ -342,7 +394,9 @@ def test_evaluate_scores_the_best_of_several(engine, evaluator, capsys):
     assert run("evaluate", "b", *words, "--samples-per-prompt", 4, "--rank-by", "first") == 0
     np.testing.assert_array_equal(evaluator.results["t2i"], clip(511, 1))
     assert [each.task for each in engine.admitted].count(Task.I2I) == 1, "no prompt, no ranking"
-    assert (evaluator.about["samples_per_prompt"], evaluator.about["rank_by"]) == (4, "first")
+    assert evaluator.ranking == {"samples": 4, "rank_by": "first"}
+    assert run("evaluate", "b", "--tasks", "t2i") == 0
+    assert evaluator.ranking is None
 
 
 def test_evaluate_prints_json(engine, evaluator, capsys):
@@ -351,17 +405,39 @@ def test_evaluate_prints_json(engine, evaluator, capsys):
     assert evaluator.options == ("test", 1024, 0, "digits", None)
 
 
+def test_evaluate_asks_a_task_that_is_named_twice_once(engine, evaluator):
+    assert run("evaluate", "b", "--tasks", "t2v,t2i,t2v, t2i") == 0
+    assert [str(each.task) for each in engine.admitted] == ["t2v", "t2i"]
+
+
+def test_only_strict_evaluation_fails_where_a_bar_does_not_hold(engine, evaluator):
+    assert run("evaluate", "b", "--tasks", "t2i") == 0
+    assert run("evaluate", "b", "--tasks", "t2i", "--strict") == 1
+    for evaluator.holds in (True, None):
+        assert run("evaluate", "b", "--tasks", "t2i", "--strict") == 0
+
+
+def test_seeds_may_go_up_to_the_largest(engine, evaluator):
+    assert run("evaluate", "b", "--tasks", "t2i", "--samples", 2, "--seed", 2**63 - 2) == 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("b --set colour=red", "has no option 'colour'; it has"),
+        ("b --set colour=red", "--set colour: evaluator 'sprites' has no option 'colour'; it has "),
+        ("b --set samples=3", "has no option 'samples'; it has level"),
+        ("b --set out=here", "has no option 'out'; it has level"),
+        ("b --set long=3", "has no option 'long'; it has level"),
+        ("b --seed -1", "--seed -1 with 1024 samples: seeds -1 to 1022 are not all in [0, "),
+        (f"b --samples 2 --seed {2**63 - 1}", f"to {2**63} are not all in [0, {2**63 - 1}]"),
+        (f"b --samples 2 --long 3 --seed {2**63 - 2}", "are not all in [0, "),
         ("b --set colour", "is not NAME=VALUE"),
         ("b --tasks t2i,t2w", "unknown task 't2w'"),
         ("b --samples 0", "0 is not at least 1"),
         ("b --samples-per-prompt 4", "--samples-per-prompt (above 1) and --rank-by go together"),
         ("b --rank-by first", "--samples-per-prompt (above 1) and --rank-by go together"),
         ("b --samples-per-prompt 4 --rank-by best", "'best' is not one of the bundle's rankers"),
-        ("b --i3d-weights i3d.pt", "has no option 'weights'; it has"),
+        ("b --i3d-weights i3d.pt", "evaluator 'sprites' has no use for weight files"),
         ("b --samples many", "invalid whole number value: 'many'"),
     ],
 )

@@ -9,15 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from nuwa.training import evaluate as evaluation
 from nuwa.training import published
 from nuwa.training.evaluate import TASKS, evaluate, find_judge
+from nuwa.training.evaluation import measuring
+from nuwa.training.evaluation.manipulation import in_whole_cells
 from nuwa.training.evaluation.parts import parts_of
+from nuwa.training.judge import Judge
+from nuwa.training.metrics import mean_iou, wilson_interval
 from nuwa.training.report import format_report
 from nuwa.training.sprites.world import SpriteWorld
 
@@ -28,7 +33,7 @@ PARTS = {part.name: part for part in parts_of(TASKS, WORLD, sketch_prompt="capti
 
 @pytest.fixture(autouse=True)
 def _few_reference_samples(monkeypatch):
-    monkeypatch.setattr(evaluation, "REFERENCE_SAMPLES", 12)
+    monkeypatch.setattr(measuring, "REFERENCE_SAMPLES", 12)
 
 
 class Perfect:
@@ -72,14 +77,18 @@ def _model(report, part):
 
 
 def _missed(report):
-    return {(bar["part"], bar["score"]) for bar in report["bars"] if not bar["holds"]}
+    return {(bar["part"], bar["score"]) for bar in report["bars"] if bar["holds"] is False}
+
+
+def _bars(report):
+    return {(bar["part"], bar["bar"]): bar for bar in report["bars"]}
 
 
 @pytest.fixture(scope="module")
 def perfect():
     generate = Perfect()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "REFERENCE_SAMPLES", 12)
+        patch.setattr(measuring, "REFERENCE_SAMPLES", 12)
         return generate, _evaluate(generate, reconstruct=lambda clip: clip, about={"bundle": "b"})
 
 
@@ -92,16 +101,29 @@ def test_real_answers_score_the_ceilings_and_meet_every_bar(perfect):
             if not name.startswith(("psnr", "ssim")):
                 assert score["model"] == score["real"]
             if not name.endswith("_judge"):
-                assert score["low"] <= score["model"] <= score["high"]
+                assert score["low"] - 1e-9 <= score["model"] <= score["high"] + 1e-9
                 assert score["samples"] <= SAMPLES
-    assert not _missed(report) and all(
-        bar["holds_against_real"] in (True, None) for bar in report["bars"]
-    )
+    # The half that is visible may be enough for the judge.
+    assert _missed(report) <= {("i2i", "class")}
+    assert all(bar["holds_against_real"] in (True, None) for bar in report["bars"])
+    assert all(bar["samples"] <= SAMPLES and bar["verdict"] for bar in report["bars"])
     barred = {(bar["part"], bar["score"]) for bar in report["bars"]}
     assert {("t2i", "joint"), ("t2v", "joint"), ("s2i", "miou"), ("s2v", "miou")} <= barred
     assert {("s2i", "class"), ("i2i", "class"), ("i2i", "known_identical")} <= barred
     assert {("ti2i", "edited_class"), ("tv2v", "edited_motion"), ("tv2v", "kept_motion")} <= barred
-    assert {("v2v", "identity"), ("v2v_captioned", "psnr")} <= barred
+    assert {("s2i", "miou_sample"), ("s2v", "miou_sample")} <= barred
+    assert {("v2v", "identity"), ("v2v", "psnr_one_way"), ("v2v_captioned", "psnr")} <= barred
+    assert "class > visible" in {bar["bar"] for bar in report["bars"] if bar["part"] == "i2i"}
+    assert set(report["tasks"]["i2i"]["scores"]["class_cut"]) >= {
+        "model",
+        "real",
+        "reconstructed",
+        "visible",
+    }
+    every = _bars(report)["i2i", "known_identical in every sample"]
+    assert every["verdict"] == "holds" and every["margin_low"] is None
+    joint = _bars(report)["t2v", "joint >= 0.95 x ceiling"]
+    assert joint["verdict"] == "holds, within noise", "of nine samples"
     assert _model(report, "v2v_captioned")["psnr"] == 100.0
 
 
@@ -131,7 +153,9 @@ def test_black_frames_miss_everything_but_what_is_given():
     held = {(bar["part"], bar["score"]) for bar in report["bars"] if bar["holds"]}
     # All backgrounds of this level are black, and half of a sprite may still tell its class.
     assert {score for _, score in held} <= {"known_identical", "kept_background", "class"}
-    assert ("s2i", "class") not in held and ("s2v", "class") not in held
+    assert not {("s2i", "class"), ("s2v", "class")} & held
+    visible = _bars(report)["i2i", "class > visible"]
+    assert visible["value"] == visible["threshold"] and not visible["holds"], "nothing was painted"
     for part in ("t2i", "t2v", "s2i", "s2v", "ti2i", "tv2v"):
         assert _model(report, part)["joint"] == 0.0
     assert _model(report, "s2v")["sprite_iou"] == 0.0 and _model(report, "v2v")["identity"] == 0.0
@@ -163,7 +187,7 @@ def test_swapped_colour_costs_colour_and_nothing_else():
 
 def test_a_shifted_sprite_costs_the_overlap_and_not_the_class():
     report = _evaluate(Spoiled(lambda clip: np.roll(clip, 3, axis=2)), tasks=["s2v"])
-    assert _missed(report) == {("s2v", "miou")}
+    assert _missed(report) == {("s2v", "miou"), ("s2v", "miou_sample")}
     assert 0.2 < _model(report, "s2v")["sprite_iou"] < 0.7
 
 
@@ -173,7 +197,11 @@ def test_a_still_clip_costs_motion_and_psnr_and_not_identity():
         tasks=["t2v", "v2v"],
         reconstruct=lambda clip: clip,
     )
-    assert _missed(report) == {("t2v", "joint"), ("v2v_captioned", "psnr")}
+    assert _missed(report) == {
+        ("t2v", "joint"),
+        ("v2v", "psnr_one_way"),
+        ("v2v_captioned", "psnr"),
+    }
     scores = _model(report, "v2v_captioned")
     assert scores["motion"] == 0.0 and 5 < scores["psnr"] < 25 and scores["ssim"] < 0.9
     assert _model(report, "v2v")["identity"] >= 0.9
@@ -187,7 +215,7 @@ def test_ignored_edits_miss_the_edited_factor_only():
         def __call__(self, **request):
             return request["frames"]
 
-    missed = _missed(_evaluate(Original(), tasks=["ti2i", "tv2v"]))
+    missed = _missed(_evaluate(Original(), tasks=["ti2i", "tv2v"], samples=16))
     assert missed == {
         (part, f"edited_{factor}")
         for part, factors in (
@@ -207,7 +235,8 @@ def test_one_changed_known_pixel_is_seen():
             return clip
 
     report = _evaluate(Careless(), tasks=["i2i", "ti2i", "tv2v"])
-    assert _missed(report) == {(part, "known_identical") for part in ("i2i", "ti2i", "tv2v")}
+    missed = {(part, "known_identical") for part in ("i2i", "ti2i", "tv2v")}
+    assert missed <= _missed(report) <= missed | {("i2i", "class")}
     assert _model(report, "i2i")["known_identical"] == 0.0
 
 
@@ -217,11 +246,11 @@ def test_ceilings_keep_known_pixels_and_scale_the_bars():
     scores = report["tasks"]["i2i"]["scores"]
     assert scores["known_identical"]["reconstructed"] == 1.0
     assert scores["class"]["reconstructed"] == scores["class"]["visible"]
-    bars = {(bar["part"], bar["score"]): bar for bar in report["bars"]}
-    assert bars["t2i", "joint"]["threshold"] == 0.0 and bars["t2i", "joint"]["holds"]
-    nothing = _evaluate(Spoiled(np.zeros_like), tasks=["t2i"], reconstruct=np.zeros_like)
-    assert _missed(nothing) == {("t2i", "joint")}, "a share of nothing is nothing"
-    assert bars["i2i", "class"]["threshold"] == 0.9 * scores["class"]["visible"]
+    bars = _bars(report)
+    joint = bars["t2i", "joint >= 0.95 x ceiling"]
+    assert joint["threshold"] == 0.0 and not joint["holds"], "a share of nothing is nothing"
+    assert joint["tokenizer_keeps"] is False and joint["holds_against_real"]
+    assert bars["i2i", "class >= 0.9 x ceiling"]["threshold"] == 0.9 * scores["class"]["visible"]
 
 
 def test_the_novel_split_has_a_lower_bar_for_text():
@@ -245,17 +274,142 @@ def test_the_same_whatever_the_concurrency():
     assert reports[0] == reports[1]
 
 
+def test_a_sprite_that_vanishes_is_not_right():
+    def vanishing(clip):
+        clip[3:] = 0
+        return clip
+
+    tasks = ["t2v", "s2v", "v2v"]
+    report = _evaluate(Spoiled(vanishing), tasks=tasks)
+    for part in tasks:
+        scores = _model(report, part)
+        assert scores["class"] == scores["colour"] == 0.0 and scores["background"] == 1.0
+    assert _model(report, "t2v")["joint"] == _model(report, "v2v")["identity"] == 0.0
+    assert {("t2v", "joint"), ("s2v", "class"), ("v2v", "identity")} <= _missed(report)
+
+
+def test_a_sprite_that_is_gone_for_one_frame_is_still_there():
+    def blinking(clip):
+        clip[4] = 0
+        return clip
+
+    report = _evaluate(Spoiled(blinking), tasks=["t2v"])
+    assert _model(report, "t2v")["joint"] == _real(report, "t2v", "joint")
+
+
+def test_miou_pools_the_pixels_and_reads_each_frame():
+    """Every clip becomes another one halfway: half of its labels are wrong."""
+    other = WORLD.sample(SAMPLES + 1)
+
+    def turning(clip):
+        return np.concatenate([clip[:5], other.frames[5:]])
+
+    report = _evaluate(Spoiled(turning), tasks=["s2v"])
+    judge = Judge.load(find_judge("digits"))
+    labels, sketches = [], []
+    for index in range(SAMPLES):
+        sample = WORLD.sample(index)
+        verdict = judge.read(turning(sample.frames))
+        sprite = verdict.layout.ink_FSS >= 0.5
+        labels.append(sprite * (verdict.classes_F[:, None, None] + 1))
+        sketches.append(sample.segmentation)
+    each = [mean_iou(a, b, 21) for a, b in zip(labels, sketches, strict=True)]
+    pooled = mean_iou(np.stack(labels), np.stack(sketches), 21)
+    scores = report["tasks"]["s2v"]["scores"]
+    assert scores["miou"]["model"] == pytest.approx(pooled)
+    assert scores["miou_sample"]["model"] == pytest.approx(np.mean(each))
+    assert abs(pooled - np.mean(each)) > 0.01, "they are not the same"
+    assert scores["miou"]["low"] < pooled < scores["miou"]["high"]
+    assert scores["miou"]["real"] > 0.9
+
+
+@pytest.mark.parametrize("task", ["ti2i", "tv2v"])
+def test_boxes_hold_the_sprite_before_and_after_the_edit(task):
+    part = PARTS[task]
+    masks = []
+    for index in range(60):
+        question = part.question(index)
+        for clip in (question.frames, question.real):
+            assert not clip[:, ~question.mask].any(), "the background is black"
+        masks.append(question.mask)
+    off_cells = [mask for mask in masks if not in_whole_cells(mask)]
+    assert 20 <= len(off_cells) <= 40
+    for mask in off_cells:
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        assert mask.sum() == len(rows) * len(columns)
+        # A tile of 24 pixels, at most 36 more of its way, and 1 to 3 to spare on each side.
+        assert max(len(rows), len(columns)) <= 24 + 36 + 6
+
+
+def test_the_edit_does_not_follow_the_frame():
+    frames = {}
+    for index in range(120):
+        frames.setdefault(PARTS["ti2i"].question(index).edited, set()).add(index % 10)
+    assert frames == {"colour": set(range(10)), "class": set(range(10))}
+
+
+def test_answers_off_the_cells_are_scored_apart(perfect):
+    _, report = perfect
+    for part in ("ti2i", "tv2v"):
+        scores = report["tasks"][part]["scores"]
+        masks = [PARTS[part].question(index).mask for index in range(SAMPLES)]
+        expected = sum(not in_whole_cells(mask) for mask in masks)
+        assert 0 < scores["joint_off_cells"]["samples"] == expected < SAMPLES
+
+
+def test_a_bar_without_samples_is_shown():
+    """Two questions cannot have all three edits."""
+    report = _evaluate(Perfect(), tasks=["tv2v"], samples=2)
+    rows = {bar["score"]: bar for bar in report["bars"]}
+    unmeasured = [
+        score for score in ("edited_colour", "edited_class", "edited_motion")
+        if rows[score]["holds"] is None
+    ]  # fmt: skip
+    assert unmeasured
+    assert rows[unmeasured[0]]["verdict"] == "not measured (0 samples)"
+    assert f"| tv2v | {unmeasured[0]} >= 0.9 | - |" in format_report(report)
+
+
 def test_long_clips_are_scored_window_by_window():
     def fading(clip):
         return np.concatenate([clip[:60], np.zeros_like(clip[60:])]) if len(clip) == 100 else clip
 
-    kept = _evaluate(Perfect(), tasks=["v2v"], samples=2, long=3)["long"]
-    lost = _evaluate(Spoiled(fading), tasks=["v2v"], samples=2, long=3)["long"]
+    reports = [
+        _evaluate(generate, tasks=["v2v"], samples=2, long=3, reconstruct=lambda clip: clip)
+        for generate in (Perfect(), Spoiled(fading))
+    ]
+    kept, lost = (report["long"]["scores"] for report in reports)
     for name in ("class", "colour", "axis"):
-        assert kept["scores"][name]["model"] == kept["scores"][name]["real"] == [1.0] * 10
-        assert kept["scores"][name]["holds"] and not lost["scores"][name]["holds"]
-        assert lost["scores"][name]["model"] == [1.0] * 6 + [0.0] * 4
-        assert lost["scores"][name]["change"] == -1.0
+        assert kept[name]["model"] == kept[name]["real"] == [1.0] * 10
+        assert lost[name]["model"] == [1.0] * 6 + [0.0] * 4
+        assert kept[name]["change"] == 0.0 and lost[name]["change"] == -1.0
+        assert kept[name]["change_low"] == pytest.approx(wilson_interval(1.0, 3)[0] - 1)
+        for against in (f"{name}_first", "ceiling"):
+            bars = [_bars(each)["v2v_long", f"{name}_last >= 0.95 x {against}"] for each in reports]
+            assert bars[0]["verdict"] == "holds, within noise", "three clips"
+            assert bars[1]["holds"] is False and bars[1]["samples"] == 3
+
+
+def test_a_long_clip_that_was_never_right_is_no_success():
+    report = _evaluate(Spoiled(np.zeros_like), tasks=["v2v"], samples=2, long=3)
+    assert report["long"]["scores"]["class"]["first"] == 0.0
+    long = {bar["bar"]: bar for bar in report["bars"] if bar["part"] == "v2v_long"}
+    assert long["class_last >= 0.95 x class_first"]["holds"] is False
+    assert not any(bar["holds"] for bar in long.values())
+
+
+def test_a_long_clip_must_keep_up_with_real_ones():
+    """Never right in colour, but for one clip of four, and that to the end: nothing is lost."""
+
+    def mostly_swapped(**request):
+        clip = Perfect()(**request)
+        return clip if request["seed"] == SEED or len(clip) < 100 else clip[..., [2, 0, 1]]
+
+    report = _evaluate(mostly_swapped, tasks=["v2v"], samples=2, long=4)
+    assert report["long"]["scores"]["colour"]["model"] == [0.25] * 10
+    bars = _bars(report)
+    assert bars["v2v_long", "colour_last >= 0.95 x colour_first"]["holds"]
+    assert not bars["v2v_long", "colour_last >= 0.95 x ceiling"]["holds"]
 
 
 def test_a_sprite_that_stops_loses_its_axis():
@@ -276,14 +430,16 @@ def test_written_files(tmp_path, perfect):
         long=2,
         out=tmp_path,
         about={"bundle_hash": "abc"},
+        ranking={"samples": 4, "rank_by": "clip"},
         progress=lambda count, total: done.append((count, total)),
     )
     assert done == [(3, 11), (6, 11), (9, 11), (11, 11)]
     assert json.loads((tmp_path / "report.json").read_text()) == report
     table = (tmp_path / "report.md").read_text()
     assert table == format_report(report)
-    assert "- bundle_hash: abc" in table
-    assert "| i2i | known_identical >= 1 | 1.000 | 1.000 | 1.000 | yes | yes |" in table
+    assert "- bundle_hash: abc" in table and "NOT MEASURED" not in table
+    known = "| i2i | known_identical in every sample | 1.000 | 1.000 | 1.000 | - | 3 | holds | - |"
+    assert known in table
     assert "| axis, model | 1.000 |" in table
     names = {path.name for path in tmp_path.iterdir()}
     sheets = {"i2i.png", "v2v.png", "v2v_captioned.png", "v2v_long.png"}
@@ -292,6 +448,63 @@ def test_written_files(tmp_path, perfect):
     frames = WORLD.sample(0).frames
     np.testing.assert_array_equal(sheet[:64, :64], frames[0])  # given
     np.testing.assert_array_equal(sheet[65:129, 9 * 65 : 9 * 65 + 64], frames[9])  # made
+    # Only where there is a prompt can answers be ranked.
+    per_prompt = {part: each["samples_per_prompt"] for part, each in report["tasks"].items()}
+    assert per_prompt == {"i2i": 1, "v2v": 1, "v2v_captioned": 4}
+    assert report["judge"]["folder"] == "judge-digits" and "weights_sha256" in report["judge"]
+
+
+class Killed(Perfect):
+    """Stops at the first question of a task."""
+
+    def __init__(self, task):
+        super().__init__()
+        self.task = task
+
+    def __call__(self, **request):
+        if request["task"] == self.task:
+            raise KeyboardInterrupt
+        return super().__call__(**request)
+
+
+def test_a_killed_evaluation_goes_on_with_the_next_part(tmp_path, capsys):
+    options = {"tasks": ["t2i", "s2i", "i2i"], "samples": 3}
+    with pytest.raises(KeyboardInterrupt):
+        _evaluate(Killed("i2i"), out=tmp_path, **options)
+    partial = json.loads((tmp_path / "report.json").read_text())
+    assert list(partial["tasks"]) == ["t2i", "s2i"] and partial["unfinished"] == ["i2i"]
+    assert "NOT MEASURED YET: i2i" in (tmp_path / "report.md").read_text()
+    capsys.readouterr()
+    generate, done = Perfect(), []
+    report = _evaluate(generate, out=tmp_path, progress=lambda *of: done.append(of), **options)
+    assert {request["task"] for request in generate.requests} == {"i2i"} and done == [(3, 3)]
+    assert report == _evaluate(Perfect(), **options)
+    assert "has the same settings; kept as measured: t2i, s2i" in capsys.readouterr().err
+    # Nothing but the seed is another: nothing is kept.
+    _evaluate(lambda **request: Perfect()(**request | {"seed": SEED}), out=tmp_path, seed=7,
+              **options)  # fmt: skip
+    assert "differs in seed, seeds and is replaced" in capsys.readouterr().err
+    (tmp_path / "report.json").write_text("{")
+    _evaluate(Perfect(), out=tmp_path, tasks=["t2i"], samples=2)
+    assert "cannot be read and is replaced" in capsys.readouterr().err
+
+
+def test_long_clips_are_kept_and_remade_as_their_number_says(tmp_path):
+    options = {"tasks": ["v2v"], "samples": 2, "out": tmp_path}
+    first = _evaluate(Perfect(), long=2, **options)
+    again = Perfect()
+    assert _evaluate(again, long=2, **options) == first and not again.requests
+    more = _evaluate(again, long=3, **options)
+    assert len(again.requests) == 3 and more["long"]["samples"] == 3
+    assert [bar["samples"] for bar in more["bars"] if bar["part"] == "v2v_long"] == [3] * 6
+
+
+def test_a_folder_that_cannot_be_is_found_before_anything_is_asked(tmp_path):
+    (tmp_path / "file").write_text("")
+    generate = Perfect()
+    with pytest.raises(FileExistsError):
+        _evaluate(generate, tasks=["t2i"], out=tmp_path / "file")
+    assert not generate.requests
 
 
 def test_wrong_requests_and_results_are_refused():
@@ -330,34 +543,67 @@ def test_published_metrics_only_from_the_published_files(tmp_path, monkeypatch):
         published.Published({"inception": path})
 
 
-def test_published_metrics_of_real_answers():
-    """Networks that are means of colours: equal clips are at distance 0."""
-
-    def inception(pictures):
-        means = pictures.mean((1, 2))
-        return means, means
-
-    networks = published.Networks(
-        inception=inception,
-        clip=lambda pictures, prompts: np.full(len(pictures), 0.25),
-        i3d=lambda clips: clips.mean((1, 2, 3)),
+def _fidelity(monkeypatch):
+    """Stands in for torch-fidelity: the squared distance of the means; the largest logit."""
+    fid = types.SimpleNamespace(
+        KEY_METRIC_FID="fid",
+        fid_features_to_statistics=lambda features: features.mean(0),
+        fid_statistics_to_metric=lambda a, b, verbose: {"fid": float(((a - b) ** 2).sum())},
     )
-    collector = published.Collector(networks)
-    questions = [PARTS["t2v"].question(index) for index in range(4)]
-    collector.add([each.real for each in questions[:2]], questions[:2])
-    collector.add([each.real for each in questions[2:]], questions[2:])
-    scores = collector.scores()
-    assert list(scores) == ["FID-img", "IS", "FVD", "CLIPSIM"]
-    assert scores["FVD"]["model"] == pytest.approx(0, abs=1e-6) and scores["FVD"]["samples"] == 4
-    assert scores["FID-img"]["samples"] == 40
+
+    def isc(logits, splits, shuffle):
+        assert torch.is_tensor(logits) and splits == min(10, len(logits)) and shuffle
+        return {"mean": float(logits.max())}
+
+    module = types.ModuleType("torch_fidelity")
+    module.metric_fid = fid
+    module.metric_isc = types.SimpleNamespace(
+        KEY_METRIC_ISC_MEAN="mean", isc_features_to_metric=isc
+    )
+    monkeypatch.setitem(sys.modules, "torch_fidelity", module)
+
+
+class ByColour:
+    """Published metrics from networks that take mean colours for features."""
+
+    files: dict = {}
+
+    def collector(self):
+        return published.Collector(
+            published.Networks(
+                inception=lambda pictures: (pictures.mean((1, 2)),) * 2,
+                clip=lambda pictures, prompts: np.full(len(pictures), 0.25),
+                i3d=lambda clips: clips.mean((1, 2, 3)),
+            )
+        )
+
+
+def test_published_metrics_are_of_judged_frames_against_other_answers(monkeypatch):
+    _fidelity(monkeypatch)
+    monkeypatch.setattr("nuwa.training.evaluate.Published", lambda weights: ByColour())
+    report = _evaluate(Perfect(), tasks=["t2v", "v2v"], samples=4)
+    part = PARTS["v2v"]
+    measured, reference = (
+        np.concatenate([part.question(i).real[2:].mean((1, 2)) for i in indices])
+        for indices in (range(4), range(4, 16))
+    )
+    scores = report["tasks"]["v2v"]["scores"]
+    expected = np.square(measured.mean(0) - reference.mean(0)).sum()
+    assert scores["FID-img"]["model"] == pytest.approx(expected) != 0
+    assert scores["FID-img"]["real"] == scores["FID-img"]["model"]
+    assert scores["FID-img"]["samples"] == 32 and "note" not in scores["FID-img"]
+    assert scores["IS"]["model"] == pytest.approx(measured.max())
+    assert "FVD" not in scores, "eight frames are too few"
+    assert "CLIPSIM" not in scores, "nothing was said"
+    scores = report["tasks"]["t2v"]["scores"]
+    assert scores["FVD"]["model"] == scores["FVD"]["real"] > 0
     assert scores["CLIPSIM"]["model"] == scores["CLIPSIM"]["real"] == 0.25
-    assert scores["IS"]["model"] == scores["IS"]["real"] >= 1.0
 
 
-def test_inception_score_by_hand():
-    sure, even = np.log([[0.97, 0.01, 0.02]] * 4), np.zeros((4, 3))
-    assert published.inception_score(sure, 2) == pytest.approx(1.0)
-    assert published.inception_score(even, 2) == pytest.approx(1.0)
-    one_hot = 50.0 * np.eye(4)
-    assert published.inception_score(one_hot, 1) == pytest.approx(4.0)
-    assert published.inception_score(np.tile(one_hot, (3, 1)), 3) == pytest.approx(4.0)
+def test_too_few_samples_for_a_covariance_are_noted(monkeypatch):
+    _fidelity(monkeypatch)
+    monkeypatch.setattr("nuwa.training.evaluate.Published", lambda weights: ByColour())
+    report = _evaluate(Perfect(), tasks=["t2i"], samples=2)
+    score = report["tasks"]["t2i"]["scores"]["FID"]
+    assert score["note"].startswith("2 samples do not determine a covariance of 3 features")
+    assert f"- t2i, FID: {score['note']}." in format_report(report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -62,9 +63,38 @@ def test_clip_features_see_shape_change_and_steps(stored):
     assert np.abs(backwards[-18:] - moving[-18:]).sum() > 20
 
 
+@pytest.mark.parametrize("split", ["test", "novel"])
+def test_every_frame_of_a_real_clip_shows_a_sprite(stored, split):
+    world = SpriteWorld("digits", split)
+    for verdict in stored.read_many([world.sample(index).frames for index in range(100)]):
+        assert verdict.seen == 1.0 and NO_CLASS not in verdict.classes_F
+
+
+def test_a_sprite_that_vanishes_is_not_seen(stored):
+    frames = SpriteWorld("digits", "test").sample(0).frames.copy()
+    before = stored.read(frames)
+    frames[3:] = 0
+    verdict = stored.read(frames)
+    assert verdict.class_index == before.class_index, "of what is left of it"
+    assert verdict.seen == pytest.approx(0.3)
+    assert (verdict.classes_F[:3] == before.class_index).all()
+    assert (verdict.classes_F[3:] == NO_CLASS).all()
+
+
+def test_each_frame_has_a_class_of_its_own(stored):
+    world = SpriteWorld("digits", "test")
+    one = world.sample(0)
+    class_index = one.factors.class_index
+    other = next(s for s in map(world.sample, range(99)) if s.factors.class_index != class_index)
+    verdict = stored.read(np.concatenate([one.frames[:7], other.frames[7:]]))
+    expected = [class_index] * 7 + [other.factors.class_index] * 3
+    assert verdict.classes_F.tolist() == expected
+
+
 def test_an_empty_clip_has_no_class(stored):
     verdict = stored.read(np.zeros((10, 64, 64, 3), np.uint8))
-    assert verdict.class_index == NO_CLASS
+    assert verdict.class_index == NO_CLASS and verdict.seen == 0.0
+    assert (verdict.classes_F == NO_CLASS).all()
     assert verdict.colour == verdict.motion == "none" and not verdict.features.any()
 
 
@@ -72,6 +102,8 @@ def test_save_and_load_give_the_same_judge(stored, tmp_path):
     stored.save(tmp_path)
     again = Judge.load(tmp_path)
     assert again.level == stored.level and again.metadata == stored.metadata
+    digest = hashlib.sha256((STORED / "judge.safetensors").read_bytes()).hexdigest()
+    assert stored.source == {"folder": "judge-digits", "weights_sha256": digest}
     frames = SpriteWorld("digits", "val").sample(0).frames
     assert np.array_equal(again.read(frames).features, stored.read(frames).features)
 

@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 
 from nuwa.training.metrics import (
-    bootstrap_interval,
+    confusion,
     frechet_distance,
     mean_iou,
+    mean_iou_of,
+    percentile_interval,
     psnr,
+    resampled_means,
     ssim,
+    wilson_interval,
 )
 
 
@@ -94,13 +98,40 @@ def test_mean_iou_by_hand():
     assert mean_iou(target, target, 4) == 1.0
 
 
+def test_iou_of_many_matrices_is_that_of_each():
+    rng = np.random.default_rng(0)
+    maps = rng.integers(0, 3, (4, 2, 5, 5))
+    each = [confusion(labels, target, 5) for labels, target in maps]
+    assert each[0][maps[0, 0, 0, 0], maps[0, 1, 0, 0]] > 0, "by label, then by target"
+    expected = [mean_iou(labels, target, 5) for labels, target in maps]
+    np.testing.assert_allclose(mean_iou_of(np.stack(each)), expected)
+    together = mean_iou(maps[:, 0], maps[:, 1], 5)
+    assert mean_iou_of(np.sum(each, axis=0)) == pytest.approx(together)
+
+
 def test_bootstrap_interval_covers_as_the_normal_approximation_does():
     values = np.repeat([1.0, 0.0], [300, 100])
-    low, high = bootstrap_interval(values)
+    low, high = percentile_interval(resampled_means(values))
     half = 1.96 * math.sqrt(0.75 * 0.25 / 400)
     assert low == pytest.approx(0.75 - half, abs=0.006)
     assert high == pytest.approx(0.75 + half, abs=0.006)
-    assert bootstrap_interval(np.ones(5)) == (1.0, 1.0)
-    assert bootstrap_interval(values) == (low, high)
     with pytest.raises(ValueError, match="no values"):
-        bootstrap_interval(np.array([]))
+        resampled_means(np.array([]))
+
+
+def test_arrays_of_one_length_are_resampled_alike():
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=(2, 50))
+    means = resampled_means(np.stack([a, b], axis=1))
+    assert means.shape == (2000, 2)
+    np.testing.assert_allclose(means[:, 0] - means[:, 1], resampled_means(a - b))
+    # A difference that is the same everywhere has no spread, however much both have.
+    low, high = percentile_interval(resampled_means(a + 1) - resampled_means(a))
+    assert low == pytest.approx(1) and high == pytest.approx(1)
+
+
+def test_wilson_interval_of_known_counts():
+    """Values of R's prop.test(8, 10, correct = FALSE), and n / (n + 1.96^2) where all are alike."""
+    assert wilson_interval(0.8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
+    assert wilson_interval(1.0, 10) == pytest.approx((10 / (10 + 3.841459), 1.0), abs=1e-6)
+    assert wilson_interval(0.0, 10) == pytest.approx((0.0, 3.841459 / 13.841459), abs=1e-6)

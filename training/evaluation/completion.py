@@ -1,21 +1,22 @@
 """I2I: half of a picture is hidden and is to be made up, without a word about it.
 
 The hidden half is one of those (upper, lower, left, right) that leave at least half of the
-sprite's pixels visible, so that the class can mostly be told; there always is one.
+sprite's pixels visible, so that the class can mostly be told; there always is one. What the judge
+makes of that half alone is the baseline "visible": to be as good as it, nothing need be painted.
 
 Shapes: S = 64.
 """
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 
 from ..judge import Verdict
 from ..readers import median_colour
 from ..sprites.world import FRAMES, SIDE
-from .question import Bar, Part, Question
+from .bars import Bar
+from .question import Part, Question, drawn
+from .scoring import Score
 
 HALVES = (
     (slice(0, SIDE // 2), slice(None)),
@@ -38,7 +39,11 @@ class Completion(Part):
 
     @property
     def bars(self) -> tuple[Bar, ...]:
-        return (Bar("class", 0.90), Bar("known_identical", 1.0, "value"))
+        return (
+            Bar("class", 0.90),
+            Bar("class", kind="baseline", against="visible"),
+            Bar("known_identical", kind="every"),
+        )
 
     def question(self, index: int) -> Question:
         sample, frame = self.world.sample(index), index % FRAMES
@@ -48,7 +53,7 @@ class Completion(Part):
         given = np.where(mask[..., None], np.uint8(0), real)
         return Question(real, sample.factors, frames=given, mask=mask)
 
-    def scores(self, question: Question, clip: np.ndarray, verdict: Verdict) -> dict[str, float]:
+    def scores(self, question: Question, clip: np.ndarray, verdict: Verdict) -> dict[str, Score]:
         assert question.mask is not None, "this part asks with a mask"
         scores = super().scores(question, clip, verdict)
         if hidden_share(question.real[0], question.mask) >= CUT:
@@ -74,7 +79,7 @@ def _half(picture: np.ndarray, name: str) -> np.ndarray:
     for mask, half in zip(masks, HALVES, strict=True):
         mask[half] = True
     fit = [mask for mask in masks if hidden_share(picture, mask) <= 1 - LEAST_VISIBLE]
-    return fit[hashlib.sha256(name.encode()).digest()[0] % len(fit)]
+    return fit[drawn(name, len(fit))]
 
 
 def _background(picture: np.ndarray) -> np.ndarray:

@@ -16,9 +16,9 @@ TASKS = ("t2i", "s2i", "i2i", "ti2i", "t2v", "s2v", "v2v", "tv2v")
 
 
 def parts_of(tasks: Sequence[str], world: SpriteWorld, *, sketch_prompt: str) -> list[Part]:
-    """The parts of `tasks`, in their order; ValueError for an unknown task."""
+    """The parts of `tasks`, in their order, each once; ValueError for an unknown task."""
     parts: list[Part] = []
-    for task in tasks:
+    for task in dict.fromkeys(tasks):
         match task:
             case "t2i" | "t2v":
                 parts.append(FromText(world, task))

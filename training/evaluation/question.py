@@ -1,4 +1,4 @@
-"""The nouns of the evaluation: a question to a generator, a part of the test, a bar.
+"""The nouns of the evaluation: a question to a generator, and a part of the test.
 
 A part is one way to test one task: it says what is asked and what is right. Knows no generator,
 no model and no file.
@@ -8,6 +8,7 @@ Shapes: F frames, S = 64.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -15,6 +16,10 @@ import numpy as np
 
 from ..judge import Verdict
 from ..sprites.world import Factors, SpriteWorld
+from .bars import Bar
+from .scoring import Score
+
+LEAST_SEEN = 0.9  # share of the judged frames that must show a sprite: 9 of 10, all of 8
 
 
 @dataclass(frozen=True)
@@ -50,30 +55,6 @@ class Question:
         return bool((clip[known_FSS] == self.real[known_FSS]).all())
 
 
-@dataclass(frozen=True)
-class Bar:
-    """What a score must reach. kind says what `least` is:
-
-    "ceiling": share of the ceiling; "value": the score itself; "decibels": how many dB below the
-    ceiling it may stay.
-    """
-
-    score: str
-    least: float
-    kind: str = "ceiling"
-
-    def __str__(self) -> str:
-        if self.kind == "decibels":
-            return f"{self.score} >= ceiling - {self.least:g} dB"
-        return f"{self.score} >= {self.least:g}" + (" x ceiling" if self.kind == "ceiling" else "")
-
-    def threshold(self, ceiling: float) -> float:
-        """The least value that holds. `ceiling` does not matter for kind "value"."""
-        if self.kind == "decibels":
-            return ceiling - self.least
-        return self.least * (ceiling if self.kind == "ceiling" else 1.0)
-
-
 class Part(ABC):
     """One way to test one task.
 
@@ -103,15 +84,15 @@ class Part(ABC):
         """The frames whose content is the generator's own."""
         return clip
 
-    def scores(self, question: Question, clip: np.ndarray, verdict: Verdict) -> dict[str, float]:
+    def scores(self, question: Question, clip: np.ndarray, verdict: Verdict) -> dict[str, Score]:
         """The scores of one answer; `verdict` is the judge's on `judged(clip)`."""
         right = self.right(question, verdict)
         return {name: float(value) for name, value in right.items()}
 
     def right(self, question: Question, verdict: Verdict) -> dict[str, bool]:
         """Which factors are right, and whether all are."""
-        read, expected = factors_of(verdict), expected_factors(question.expected)
-        right = {name: read[name] == expected[name] for name in self.factors}
+        all_right = right_factors(verdict, question.expected)
+        right = {name: all_right[name] for name in self.factors}
         return right | {self.whole: all(right.values())}
 
     def baselines(self, question: Question) -> dict[str, np.ndarray]:
@@ -119,21 +100,21 @@ class Part(ABC):
         return {}
 
 
-def factors_of(verdict: Verdict) -> dict[str, object]:
-    """A verdict by the names that scores have."""
+def right_factors(verdict: Verdict, expected: Factors) -> dict[str, bool]:
+    """Which factors are right, by the names that scores have.
+
+    The judge reads class and colour where there is a sprite; one that is gone from too many frames
+    is not what was asked for, whatever it was before.
+    """
+    there = verdict.seen >= LEAST_SEEN
     return {
-        "class": verdict.class_index,
-        "colour": verdict.colour,
-        "background": verdict.background,
-        "motion": verdict.motion,
+        "class": there and verdict.class_index == expected.class_index,
+        "colour": there and verdict.colour == expected.colour,
+        "background": verdict.background == expected.background,
+        "motion": verdict.motion == expected.motion,
     }
 
 
-def expected_factors(factors: Factors) -> dict[str, object]:
-    """Factors by the names that scores have."""
-    return {
-        "class": factors.class_index,
-        "colour": factors.colour,
-        "background": factors.background,
-        "motion": factors.motion,
-    }
+def drawn(name: str, choices: int) -> int:
+    """0 .. choices - 1, by the SHA-256 of `name`: independent of every other name's."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % choices

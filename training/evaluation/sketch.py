@@ -1,14 +1,22 @@
-"""S2I and S2V: the class maps of a real sample, and a picture or clip that has them."""
+"""S2I and S2V: the class maps of a real sample, and a picture or clip that has them.
+
+The answer is segmented again, frame by frame: pixels of at least half ink are the sprite's, their
+label is the class that the judge reads in that frame.
+
+Shapes: F frames, S = 64, C classes with the background.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
 from ..judge import Verdict
-from ..metrics import mean_iou, ssim
+from ..metrics import confusion, mean_iou_of, ssim
 from ..sprites.world import CLASSES, FRAMES, SpriteWorld
+from .bars import Bar
 from .quality import capped_psnr
-from .question import Bar, Part, Question
+from .question import Part, Question
+from .scoring import Score
 
 PROMPTS = ("caption", "none")
 INK = 0.5  # a pixel belongs to the sprite when at least half of it is ink, as in the class maps
@@ -32,7 +40,11 @@ class FromSketch(Part):
 
     @property
     def bars(self) -> tuple[Bar, ...]:
-        return (Bar("miou", 0.85, "value"), Bar("class", 0.95))
+        return (
+            Bar("miou", 0.85, "value"),
+            Bar("miou_sample", 0.85, "value"),
+            Bar("class", 0.95),
+        )
 
     def question(self, index: int) -> Question:
         sample = self.world.sample(index)
@@ -45,13 +57,16 @@ class FromSketch(Part):
             sketch=sample.segmentation[frames],
         )
 
-    def scores(self, question: Question, clip: np.ndarray, verdict: Verdict) -> dict[str, float]:
+    def scores(self, question: Question, clip: np.ndarray, verdict: Verdict) -> dict[str, Score]:
+        """miou is of the pixels of all samples together, miou_sample the mean over samples."""
         assert question.sketch is not None, "a sketch part asks with a sketch"
-        sprite = verdict.layout.ink_FSS >= INK
-        labels = sprite * (verdict.class_index + 1)  # NO_CLASS: all background
+        sprite_FSS = verdict.layout.ink_FSS >= INK
+        labels_FSS = sprite_FSS * (verdict.classes_F + 1)[:, None, None]  # NO_CLASS: background
+        pixels_CC = confusion(labels_FSS, question.sketch, len(CLASSES) + 1)
         scores = super().scores(question, clip, verdict) | {
-            "miou": mean_iou(labels, question.sketch, len(CLASSES) + 1),
-            "sprite_iou": _iou(sprite, question.sketch > 0),
+            "miou": pixels_CC,
+            "miou_sample": float(mean_iou_of(pixels_CC)),
+            "sprite_iou": _iou(sprite_FSS, question.sketch > 0),
         }
         if self.captioned:
             scores |= {

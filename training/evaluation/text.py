@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..sprites.world import FRAMES, SpriteWorld
-from .question import Bar, Part, Question
+from .bars import Bar
+from .question import Part, Question
 
 
 class FromText(Part):
