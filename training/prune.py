@@ -17,6 +17,7 @@ import torch
 from .vqgan import VQGAN, to_signed
 
 Pixels = npt.NDArray[np.uint8]
+PLAIN = 8  # levels of a channel that a plain cell may span
 
 
 @torch.no_grad()
@@ -26,8 +27,8 @@ def prune_codebook(
     """A copy with fewer codes; pixels change only where a dropped code was used.
 
     clips: frames u8 [F, H, W, 3] and class maps u8 [F, H, W]. A code is dropped if more than
-    `threshold` of its cells are background, or if it is never used; the code nearest to the mean
-    background feature stays.
+    `threshold` of its cells are plain background, or if it is never used; the code nearest to the
+    mean background feature stays.
     """
     if not 0.0 < threshold < 1.0:
         raise ValueError(f"threshold {threshold} is not between 0 and 1")
@@ -36,8 +37,7 @@ def prune_codebook(
     total, cells = torch.zeros(vqgan.config.embedding_dim), 0
     for frames, classes in clips:
         encoded = vqgan.encode(to_signed(torch.from_numpy(frames)))
-        blocks = classes.reshape(len(classes), -1, patch, classes.shape[2] // patch, patch)
-        empty = ~blocks.any(axis=(2, 4))
+        empty = ~_cells(classes, patch).any(axis=(2, 4)) & _plain(frames, patch)
         codes = encoded.codes.numpy()
         for row, where in enumerate((empty, ~empty)):
             counts[row] += np.bincount(codes[where], minlength=size)
@@ -49,6 +49,19 @@ def prune_codebook(
     keep = (used > 0) & (counts[0] <= threshold * used)
     keep[stays] = True
     return _with_codes(vqgan, torch.from_numpy(np.flatnonzero(keep)))
+
+
+def _cells(values: npt.NDArray, patch: int) -> npt.NDArray:
+    """[F, H, W, ...] -> [F, h, patch, w, patch, ...]."""
+    frames, height, width, *rest = values.shape
+    return values.reshape(frames, height // patch, patch, width // patch, patch, *rest)
+
+
+def _plain(frames: Pixels, patch: int) -> npt.NDArray[np.bool_]:
+    """bool [F, h, w]: cells of one colour; an object's faint edge alone has no class, but shows."""
+    cells = _cells(frames, patch)
+    spread = cells.max(axis=(2, 4)).astype(int) - cells.min(axis=(2, 4))
+    return (spread <= PLAIN).all(axis=-1)
 
 
 def _with_codes(vqgan: VQGAN, chosen: torch.Tensor) -> VQGAN:

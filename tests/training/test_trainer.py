@@ -119,7 +119,7 @@ def test_a_finished_model_run_is_a_whole_checkpoint(folder):
 def test_two_processes_train_one_model(folder):
     run = folder / "model-team"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launcher += ["--nproc-per-node", "2", "--no-python"]
+    launcher += ["--nproc-per-node", "2", "--no-python", "--"]
     words = command(folder, "model", run)
     subprocess.run([*launcher, *words, "--stop-after", "5"], check=True, capture_output=True)
     subprocess.run([*launcher, *words], check=True, capture_output=True)
