@@ -15,6 +15,7 @@ from .vqgan import VQGAN, one_hot, to_signed
 
 SAMPLED = 3000  # pictures, and class maps, that two tokenizers are compared on
 BATCH = 100
+UNSEEN = 0.5  # cells that a code counts as having had if it had none
 
 
 @torch.no_grad()
@@ -60,7 +61,7 @@ def load_start(
         "embedding.codes.weight": pictures.embedding,
         "visual.embedding.codes.weight": pictures.embedding,
         "head.weight": pictures.rows,
-        "head.bias": pictures.rows,
+        "head.bias": pictures.logits,
     }
     sketches = "visual.embedding.sketches.weight"
     if start.sketch_vqgan is not None and sketch_vqgan is not None:
@@ -83,11 +84,13 @@ def load_start(
 class Translation:
     """From the codes of one tokenizer to those of another.
 
-    code_K: for each of the K new codes an old one; moved_KE: how far apart their vectors are, in
-    units of the old codebook.
+    code_K: for each of the K new codes an old one; log_share_K: log of the share of the old code's
+    cells that get the new one; moved_KE: how far apart their vectors are, in units of the old
+    codebook.
     """
 
     code_K: Tensor
+    log_share_K: Tensor
     moved_KE: Tensor
 
     @classmethod
@@ -95,18 +98,26 @@ class Translation:
         """batches: inputs [B, C, H, W] of both; codes in none of them take the nearest vector."""
         before, after = (each.quantize.embedding.weight for each in (old, new))
         code_K = torch.cdist(after, before).argmin(dim=1)
-        if before.shape != after.shape or not torch.equal(before, after):
-            together_KJ = torch.zeros(len(after), len(before))
-            for inputs in batches:
-                pair = new.encode(inputs).codes.flatten(), old.encode(inputs).codes.flatten()
-                together_KJ.index_put_(pair, torch.ones(()), accumulate=True)
-            seen = together_KJ.any(dim=1)
-            code_K[seen] = together_KJ[seen].argmax(dim=1)
-        return cls(code_K, (after - before[code_K]) / before.std())
+        if before.shape == after.shape and torch.equal(before, after):
+            return cls(code_K, torch.zeros(len(after)), torch.zeros_like(after))
+        together_KJ = torch.zeros(len(after), len(before))
+        for inputs in batches:
+            pair = new.encode(inputs).codes.flatten(), old.encode(inputs).codes.flatten()
+            together_KJ.index_put_(pair, torch.ones(()), accumulate=True)
+        seen = together_KJ.any(dim=1)
+        code_K[seen] = together_KJ[seen].argmax(dim=1)
+        count_K = together_KJ.gather(1, code_K[:, None])[:, 0].clamp_min(UNSEEN)
+        total_J = torch.zeros(len(before)).index_add_(0, code_K, count_K)
+        log_share_K = (count_K / total_J[code_K]).log()
+        return cls(code_K, log_share_K, (after - before[code_K]) / before.std())
 
     def rows(self, value: Tensor) -> Tensor:
         """Rows by old code [J, ...] -> by new code [K, ...]."""
         return value[self.code_K]
+
+    def logits(self, value: Tensor) -> Tensor:
+        """The same of biases of logits: new codes of one old code share its probability."""
+        return self.rows(value) + self.log_share_K
 
     def embedding(self, value: Tensor) -> Tensor:
         """The same of code vectors: new codes of one old code stay apart as the codebooks have it.

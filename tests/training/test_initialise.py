@@ -31,6 +31,7 @@ def test_codes_that_only_changed_places_are_found_again():
     found = Translation.of(old, new, inputs())
     assert torch.equal(found.code_K, order)
     assert torch.equal(found.moved_KE, torch.zeros_like(found.moved_KE))
+    assert torch.equal(found.log_share_K, torch.zeros_like(found.log_share_K))
     rows = torch.arange(TINY_VQGAN.codebook_size)
     assert torch.equal(found.rows(rows), order)
 
@@ -59,6 +60,9 @@ def test_new_codes_of_one_old_code_stay_apart():
     found = Translation.of(old, new, [])
     assert found.code_K[:2].tolist() == [5, 5]
     value = torch.randn_like(old.quantize.embedding.weight)
+    logits = found.logits(torch.zeros(TINY_VQGAN.codebook_size))
+    shares = logits.exp()[found.code_K == 5]
+    torch.testing.assert_close(shares.sum(), torch.tensor(1.0))
     rows = found.embedding(value)
     torch.testing.assert_close(rows[0], value[5])
     assert (rows[1] - rows[0]).abs().min() > 0
