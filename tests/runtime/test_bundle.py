@@ -139,7 +139,7 @@ def test_file_in_place_of_the_folder(folder):
 
 def test_manifest_of_another_version(folder):
     edit_manifest(folder, format_version=1)
-    with pytest.raises(BundleError, match="format version 1, .* reads 2; install"):
+    with pytest.raises(BundleError, match="format version 1, .* reads 3; install"):
         open_bundle(folder)
 
 
