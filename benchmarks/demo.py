@@ -32,7 +32,6 @@ from nuwa.training.sprites.world import CLASSES, COLOURS, FRAMES, MOTIONS, Sprit
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "checkpoints" / "sprites"
-SAMPLING = {"guidance_scale": 2.0, "temperature": 0.7}
 SCALE = 3
 SPEED = 5  # frames a second
 PATCH = 8  # pixels of a token
@@ -170,7 +169,7 @@ def text_to_image(client: Client, world: SpriteWorld, demo: Demo) -> None:
     for digit in range(10):
         for colour in (world.colours[digit % 4], world.colours[(digit + 2) % 4]):
             caption = f"a {colour} {digit} on a black background ."
-            image(client, demo, "t2i", caption, [], seed=digit, **SAMPLING)
+            image(client, demo, "t2i", caption, [], seed=digit)
 
 
 def sketches(client: Client, world: SpriteWorld, demo: Demo) -> None:
@@ -178,9 +177,7 @@ def sketches(client: Client, world: SpriteWorld, demo: Demo) -> None:
         sample = world.sample(index)
         sketch = sample.segmentation[index % FRAMES]
         given = [paint(sketch[None])]
-        image(
-            client, demo, "s2i", sample.image_caption, given, sketch=sketch, seed=index, **SAMPLING
-        )
+        image(client, demo, "s2i", sample.image_caption, given, sketch=sketch, seed=index)
 
 
 def completion(client: Client, world: SpriteWorld, demo: Demo) -> None:
@@ -189,7 +186,7 @@ def completion(client: Client, world: SpriteWorld, demo: Demo) -> None:
         frame, inside = sample.frames[index], sample.segmentation[index] > 0
         mask = half_mask(inside, index)
         given = [masked(frame[None], mask)]
-        image(client, demo, "i2i", "", given, image=frame, mask=mask, seed=index, temperature=0.7)
+        image(client, demo, "i2i", "", given, image=frame, mask=mask, seed=index)
 
 
 def image_manipulation(client: Client, world: SpriteWorld, demo: Demo) -> None:
@@ -199,18 +196,18 @@ def image_manipulation(client: Client, world: SpriteWorld, demo: Demo) -> None:
         caption = changed(sample.image_caption, index)
         mask = box_mask(inside)
         given = [frame[None], masked(frame[None], mask)]
-        image(client, demo, "ti2i", caption, given, image=frame, mask=mask, seed=index, **SAMPLING)
+        image(client, demo, "ti2i", caption, given, image=frame, mask=mask, seed=index)
 
 
 def text_to_video(client: Client, world: SpriteWorld, demo: Demo) -> None:
     for number, motion in enumerate(MOTIONS):
         colour, digit = world.colours[number % 4], (3 * number + 2) % 10
         caption = f"a {colour} {digit} on a black background moving {motion} ."
-        clip(client, demo, "t2v", caption, [], seed=number, **SAMPLING)
+        clip(client, demo, "t2v", caption, [], seed=number)
     for number in range(2):
         wave = demo.of("t2v")[number]
         raster = Demo()
-        options = {"seed": number, "schedule": "raster", **SAMPLING}
+        options = {"seed": number, "schedule": "raster"}
         clip(client, raster, "t2v", wave.caption, [], **options)
         demo.rasters += raster.shown
         same = np.array_equal(raster.shown[0].frames, wave.frames)
@@ -221,7 +218,7 @@ def sketch_clips(client: Client, world: SpriteWorld, demo: Demo) -> None:
     for index in range(4):
         sample = world.sample(index + 24)
         sketch, caption = sample.segmentation, sample.video_caption
-        clip(client, demo, "s2v", caption, [paint(sketch)], sketch=sketch, seed=index, **SAMPLING)
+        clip(client, demo, "s2v", caption, [paint(sketch)], sketch=sketch, seed=index)
 
 
 def prediction(client: Client, world: SpriteWorld, demo: Demo) -> None:
@@ -230,7 +227,7 @@ def prediction(client: Client, world: SpriteWorld, demo: Demo) -> None:
         given = sample.frames[:2]
         name = f"{count} frames from 2" + (f", {sample.video_caption}" if index == 0 else "")
         prompt = sample.video_caption if index == 0 else ""
-        options = {"video": given, "frame_count": count, "seed": index, "temperature": 0.7}
+        options = {"video": given, "frame_count": count, "seed": index}
         clip(client, demo, "v2v", name, [given], prompt=prompt, **options)
 
 
@@ -240,7 +237,7 @@ def clip_manipulation(client: Client, world: SpriteWorld, demo: Demo) -> None:
         caption = changed(sample.video_caption, index)
         mask = box_mask(sample.segmentation.any(axis=0))
         given = [sample.frames, masked(sample.frames, mask)]
-        options = {"video": sample.frames, "mask": mask, "seed": index, **SAMPLING}
+        options = {"video": sample.frames, "mask": mask, "seed": index}
         clip(client, demo, "tv2v", caption, given, **options)
 
 

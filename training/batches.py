@@ -52,15 +52,17 @@ class Rows:
     """How many rows of each kind a batch of images, or of clips, has; shares of captions dropped.
 
     captioned_sketches, captioned_hidden: shares of those rows whose prompt is the caption, not
-    "none"; none: share of the text rows whose prompt is "none"; for clips, half of these are cut
-    from anywhere in a longer clip.
+    "none"; captioned_covered: the same where the mask leaves nothing of the object, so that only a
+    caption tells what to draw; none: share of the text rows whose prompt is "none"; for clips, half
+    of these are cut from anywhere in a longer clip.
     """
 
     text: int
     sketches: int = 0
     hidden: int = 0
     captioned_sketches: float = 0.7
-    captioned_hidden: float = 0.6
+    captioned_hidden: float = 0.4
+    captioned_covered: float = 0.9
     none: float = 0.1
 
 
@@ -100,7 +102,9 @@ class Batches:
             codes = self.clips.sketches(spans[: rows.sketches])
             visual += list(codes + self.config.image.codebook_size)
         for row in range(rows.sketches, rows.sketches + rows.hidden):
-            known, codes = self._hide(draw, *spans[row])
+            known, codes, covered = self._hide(draw, *spans[row])
+            if covered:
+                none[row] = draw.random() >= rows.captioned_covered
             fed[row] = np.where(known, codes, target[row])
             weight[row] = ~known
             visual.append(np.where(known, codes, self.config.hidden))
@@ -129,9 +133,13 @@ class Batches:
             torch.from_numpy(time) if time.any() else None,
         )
 
-    def _hide(self, draw: Draw, index: int, span: range) -> tuple[Bool, np.ndarray]:
-        """Which tokens of a clip stay known [F, C], and the tokens once the rest is blanked."""
-        pixels, classes = self.clips.source.clip(index, span)
+    def _hide(self, draw: Draw, index: int, span: range) -> tuple[Bool, np.ndarray, bool]:
+        """Which tokens of a clip stay known [F, C], the tokens once the rest is blanked.
+
+        Also whether nothing of the object is left.
+        """
+        pixels, shown = self.clips.source.clip(index, span)
+        classes = shown
         grid = self.config.decoder.grid
         if draw.random() < 0.5:  # room for the object wherever its clip takes it
             _, classes = self.clips.source.clip(index, range(self.clips.source.frames))
@@ -139,7 +147,8 @@ class Batches:
         known_hw = known_cells(mask, grid.height, grid.width)
         known = np.broadcast_to(known_hw, (len(span), grid.height, grid.width))
         codes = encode_frames(self.vqgan, blank_hidden(pixels, known)).astype(np.int64)
-        return known.reshape(len(span), -1), codes
+        covered = not (shown.astype(bool) & ~mask).any()
+        return known.reshape(len(span), -1), codes, covered
 
 
 def draw_mask(draw: Draw, inside_HW: Bool, patch: int) -> Bool:
