@@ -27,6 +27,7 @@ from hardware import hardware
 from random_model import config, write_random_checkpoint
 
 from nuwa.export.bundle import export_bundle
+from nuwa.runtime.backends.base import AUTO, BACKENDS
 from nuwa.runtime.core import GenerationRequest
 from nuwa.runtime.engine import Engine, load_engine
 from nuwa.spec.config import ModelConfig
@@ -73,6 +74,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--codebook", type=int, default=1024)
+    parser.add_argument("--backend", choices=BACKENDS, default=AUTO)
     parser.add_argument("--spinning", action="store_true", help="idle threads wait actively")
     parser.add_argument("--peer", action="store_true", help="time nuwa-pytorch too (minutes)")
     parser.add_argument("--peer-repeats", type=int, default=3)
@@ -106,7 +108,10 @@ def measure(workload: Workload, options: argparse.Namespace) -> dict:
         write_random_checkpoint(Path(folder) / "checkpoint", model)
         export_bundle(Path(folder) / "checkpoint", Path(folder) / "bundle")
         engine = load_engine(
-            Path(folder) / "bundle", threads=options.threads, spinning=options.spinning
+            Path(folder) / "bundle",
+            threads=options.threads,
+            spinning=options.spinning,
+            backend=options.backend,
         )
         floor = {kind: ceiling(model, workload.grid, kind, options.threads) for kind in KINDS}
         for kind in KINDS:
@@ -122,7 +127,7 @@ def measure(workload: Workload, options: argparse.Namespace) -> dict:
                 seconds[kind].append(spent)
                 assert steps == decode_plan(model.decoder, workload.grid, kind).steps
             equal &= np.array_equal(tokens["wave"], tokens["raster"])
-    result: dict = {"tokens_equal": equal}
+    result: dict = {"tokens_equal": equal, "backend": engine.info.backend}
     for kind in KINDS:
         steps = decode_plan(model.decoder, workload.grid, kind).steps
         median = statistics.median(seconds[kind])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import logging
 import warnings
 from contextlib import contextmanager, redirect_stdout
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,7 @@ from nuwa.spec.manifest import (
     TEXT_ENCODER,
     VISUAL_ENCODER,
     VISUAL_ENCODER_INPUTS,
+    WEIGHT_ALIASES,
     condition_outputs,
     decoder_step_inputs,
     decoder_step_outputs,
@@ -299,9 +302,31 @@ def write_graph(graph: Graph, path: Path, inline_limit: int = INLINE_LIMIT) -> N
         )
     assert program is not None, "dynamo=True returns a program"
     operators.attach(program.model)
+    _note_aliases(program.model, graph.module)
     weights = program.model.graph.initializers.values()
     size = sum(value.const_value.nbytes for value in weights if value.const_value is not None)
     ir.save(program.model, path, external_data=f"{path.name}.data" if size > inline_limit else None)
+
+
+def _note_aliases(model: ir.Model, module: nn.Module) -> None:
+    """Of parameters that are equal the exporter keeps one: metadata names it for the others.
+
+    For readers that look weights up by name; `nuwa.aliases` is JSON, {parameter: initializer}.
+    """
+    kept = {name: value.const_value for name, value in model.graph.initializers.items()}
+    aliases = {}
+    for name, parameter in module.named_parameters():
+        if name in kept:
+            continue
+        wanted = parameter.detach().numpy()
+        for other, constant in kept.items():
+            if constant is None or tuple(constant.shape) != wanted.shape:
+                continue
+            if constant.numpy().dtype == wanted.dtype and np.array_equal(constant.numpy(), wanted):
+                aliases[name] = other
+                break
+    if aliases:
+        model.metadata_props[WEIGHT_ALIASES] = json.dumps(aliases)
 
 
 @contextmanager

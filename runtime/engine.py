@@ -28,8 +28,8 @@ from nuwa.spec.plan import (
 )
 from nuwa.spec.tasks import UNCONDITIONAL_PROMPT, Task
 
-from .backends.base import Backend
-from .backends.onnxruntime_cpu import OnnxRuntimeCpu
+from .backends.base import AUTO, Backend
+from .backends.choice import make_backend
 from .batch import CrossColumns, assemble
 from .bundle import Bundle, open_bundle
 from .check import check_request
@@ -49,24 +49,27 @@ def load_engine(
     threads: int | None = None,
     spinning: bool = False,
     verify: bool = True,
+    backend: str = AUTO,
 ) -> Engine:
-    """An engine on ONNX Runtime's CPU provider for the bundle folder `bundle`.
+    """An engine on this machine's processor for the bundle folder `bundle`.
 
     slots: requests that decode side by side; threads: None means one a core; spinning: threads
-    wait actively within a step; verify: hash the bundle's files. Raises BundleError, and ValueError
-    for slots or threads below 1.
+    wait actively within a step; verify: hash the bundle's files; backend: one of BACKENDS. Raises
+    BundleError, UnavailableError where a backend that was asked for is not to be had, and
+    ValueError for slots or threads below 1 and for an unknown backend.
     """
     if slots < 1:
         raise ValueError(f"slots {slots} is not at least 1")
     opened = open_bundle(bundle, verify)
-    backend = OnnxRuntimeCpu(
+    made = make_backend(
+        backend,
         opened,
         cache_slots=cache_slots(slots),
         condition_slots=slots,
         threads=threads,
         spinning=spinning,
     )
-    return Engine(opened, backend, slots=slots)
+    return Engine(opened, made, slots=slots)
 
 
 def cache_slots(slots: int) -> int:

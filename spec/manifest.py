@@ -38,6 +38,7 @@ STEP_ROW_INPUTS = (
     *("condition_slot", "cross_neighbours"),
     *("temperature", "top_k", "top_p", "uniform", "guidance", "unconditional_row"),
 )
+WEIGHT_ALIASES = "nuwa.aliases"  # metadata of a graph: weights that go by another one's name
 VISUAL_ENCODER_INPUTS = ("tokens", "coordinates", "neighbours")
 RANKER_INPUTS = ("tokens", "frames")
 

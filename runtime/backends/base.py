@@ -21,6 +21,10 @@ from ..core import Pixels
 
 Float = npt.NDArray[np.float32]
 
+AUTO = "auto"
+NATIVE_CPU, ONNXRUNTIME_CPU = "native-cpu", "onnxruntime-cpu"
+BACKENDS = (AUTO, NATIVE_CPU, ONNXRUNTIME_CPU)  # what choice.make_backend takes
+
 
 @dataclass(frozen=True, eq=False)
 class StepBatch:

@@ -7,6 +7,8 @@ from typing import Any
 
 from nuwa.spec.sampling import SAMPLING_NAMES
 
+from ..backends.base import AUTO, BACKENDS
+
 
 def positive(text: str) -> int:
     """An integer of at least 1."""
@@ -20,8 +22,14 @@ positive.__name__ = "whole number"  # argparse says "invalid whole number value:
 
 
 def add_engine(parser: argparse.ArgumentParser, *, slots: bool) -> None:
-    """--threads, and --slots where several requests may run at a time."""
+    """--threads, --backend, and --slots where several requests may run at a time."""
     group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default=AUTO,
+        help="what decodes (default: %(default)s, the fastest that this machine has)",
+    )
     group.add_argument(
         "--threads", type=positive, metavar="N", help="CPU threads (default: one a core)"
     )
@@ -33,6 +41,11 @@ def add_engine(parser: argparse.ArgumentParser, *, slots: bool) -> None:
             metavar="N",
             help="samples that are decoded at a time; others wait (default: %(default)s)",
         )
+
+
+def engine(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of add_engine that load_engine takes, --slots aside."""
+    return {"threads": arguments.threads, "backend": arguments.backend}
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     from ..bundle import open_bundle
     from ..engine import load_engine
 
-    engine = load_engine(args.bundle, slots=args.slots, threads=args.threads)
+    engine = load_engine(args.bundle, slots=args.slots, **arguments.engine(args))
     files = open_bundle(args.bundle, verify=False).manifest.files  # load_engine has hashed them
     sampling = arguments.sampling(args)
     ranking = {}

@@ -231,7 +231,7 @@ def _client(args: argparse.Namespace) -> BaseClient:
     from ..engine import load_engine
 
     slots = max(1, min(args.samples or 1, LOCAL_SLOTS))
-    return LocalClient(load_engine(args.bundle, slots=slots, threads=args.threads))
+    return LocalClient(load_engine(args.bundle, slots=slots, **arguments.engine(args)))
 
 
 @contextmanager

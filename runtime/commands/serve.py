@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
     logging.getLogger("nuwa").setLevel(logging.INFO)
     started = time.perf_counter()
-    engine = load_engine(args.bundle, slots=args.slots, threads=args.threads)
+    engine = load_engine(args.bundle, slots=args.slots, **arguments.engine(args))
     server = Server(engine, host=args.host, port=args.port, queue_size=args.queue_size)
     serve_until_signal(
         server, load_seconds=time.perf_counter() - started, grace=max(0.0, args.grace)

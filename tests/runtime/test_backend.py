@@ -1,4 +1,4 @@
-"""The ONNX Runtime CPU backend and the batches it is fed: caches in place, rows by themselves."""
+"""The CPU backends and the batches it is fed: caches in place, rows by themselves."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nuwa.runtime.backends.base import StepBatch
+from nuwa.runtime.backends.native_cpu import LEVELS, NativeCpu, UnavailableError
 from nuwa.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from nuwa.runtime.batch import CrossColumns, assemble
 from nuwa.runtime.bundle import open_bundle
@@ -34,18 +35,37 @@ def plain(plain_bundle):
     return open_bundle(plain_bundle)
 
 
+KINDS = ("onnxruntime", *(f"native level {level}" for level in LEVELS))
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
 @pytest.fixture
-def backend(bundle):
-    return loaded(bundle)
+def backend(bundle, kind):
+    return loaded(bundle, kind)
 
 
-def loaded(bundle) -> OnnxRuntimeCpu:
+def made_as(kind: str, bundle, **arguments):
+    """A backend of one of KINDS; skips the test where the machine has none."""
+    if kind == "onnxruntime":
+        return OnnxRuntimeCpu(bundle, **arguments)
+    try:
+        return NativeCpu(bundle, **arguments, level=int(kind.split()[-1]))
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+
+def loaded(bundle, kind: str, threads: int = 1):
     """A backend whose condition slots hold PROMPTS, and volumes of random ids if it sees any."""
-    made = OnnxRuntimeCpu(
+    made = made_as(
+        kind,
         bundle,
         cache_slots=SLOTS,
         condition_slots=CONDITIONS,
-        threads=1,
+        threads=threads,
         spinning=False,
         logits=True,
     )
@@ -100,17 +120,15 @@ def test_caches_are_written_in_place(bundle, backend):
     where = {name: array.ctypes.data for name, array in backend.caches.items()}
     batch = batch_of(bundle, [sequence(bundle, Lane(2, 1, 5), calls=4)])
     backend.step(batch)
-    outputs = dict(
-        zip(
-            [each.name for each in backend._decoder.get_outputs()][2:],
-            backend._binding.get_outputs()[:-2],  # the tokens and logits are bound anew each step
-            strict=True,
-        )
-    )
+    if isinstance(backend, OnnxRuntimeCpu):
+        # The tokens and logits are bound anew each step.
+        bound = [each.data_ptr() for each in backend._binding.get_outputs()[:-2]]
+        names = [each.name for each in backend._decoder.get_outputs()][2:]
+        outputs = dict(zip(names, bound, strict=True))
+        assert outputs == {f"{name}_out": address for name, address in where.items()}
     rows = batch.write_index
     for name, array in backend.caches.items():
-        bound = outputs[f"{name}_out"]
-        assert bound.data_ptr() == where[name] == array.ctypes.data
+        assert where[name] == array.ctypes.data
         assert (array[2, rows] != 0).any(axis=-1).all(), "this call's entries are in the array"
         untouched = np.ones(array.shape[:2], bool)
         untouched[2, rows] = False
@@ -194,24 +212,24 @@ def test_a_position_sees_only_what_is_near_it(bundle, backend):
     assert {position for position in before if before[position] != after[position]} == near
 
 
-@pytest.mark.parametrize("kind", ["text", "visual", "mixed", "plain"])
-def test_logits_have_the_same_bits_in_any_company(bundle, plain, kind):
+@pytest.mark.parametrize("sees", ["text", "visual", "mixed", "plain"])
+def test_logits_have_the_same_bits_in_any_company(bundle, plain, kind, sees):
     """What co-batching rests on: not close, equal. With other calls, prompts, caches beside.
 
     Some rows see text alone and some a sketch too, beside text of every length.
     """
-    bundle = plain if kind == "plain" else bundle
-    backend, config = loaded(bundle), bundle.manifest.config
+    bundle = plain if sees == "plain" else bundle
+    backend, config = loaded(bundle, kind), bundle.manifest.config
     rng = np.random.default_rng(1)
     for array in backend.caches.values():
         array[:] = rng.standard_normal(array.shape)
-    window = None if kind in ("plain", "text") else visual_window(config, config.decoder.grid)
+    window = None if sees in ("plain", "text") else visual_window(config, config.decoder.grid)
 
     def lane(slot: int) -> Lane:
         condition = slot % CONDITIONS
-        sees = kind == "visual" or slot in (1, 2, 5)
+        looks = sees == "visual" or slot in (1, 2, 5)
         return Lane(
-            slot, condition, backend.text_lengths[condition], visual=window if sees else None
+            slot, condition, backend.text_lengths[condition], visual=window if looks else None
         )
 
     crowd = [sequence(bundle, lane(s), seed=s, calls=2 * s, top_p=0.9) for s in range(SLOTS)]
@@ -286,7 +304,8 @@ def test_guided_rows_are_moved_away_from_their_partners(bundle, backend):
     u = logits(unconditional, scale=1.0)
     both = logits(dataclasses.replace(conditional, guided=True), unconditional, scale=2.5)
     width = len(c)
-    np.testing.assert_array_equal(both[:width], u + np.float32(2.5) * (c - u))
+    # To a rounding: a processor may multiply and add in one operation.
+    np.testing.assert_allclose(both[:width], u + np.float32(2.5) * (c - u), rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(both[width:], u)
 
 
@@ -305,12 +324,13 @@ def test_tokens_of_each_row_follow_its_own_settings(bundle, backend):
     assert (tokens[2] != likeliest[2]).any()
 
 
-def test_serving_binds_no_logits(bundle):
-    backend = OnnxRuntimeCpu(bundle, cache_slots=1, condition_slots=1, threads=1, spinning=False)
+def test_serving_binds_no_logits(bundle, kind):
+    backend = made_as(kind, bundle, cache_slots=1, condition_slots=1, threads=1, spinning=False)
     tokens = backend.step(batch_of(bundle, [sequence(bundle, Lane(0, 0, 3))]))
     assert tokens.dtype == np.int32 and tokens.shape == (1,)
     assert backend.logits is None
-    assert len(backend._binding.get_outputs()) == 1 + len(backend.caches)
+    if kind == "onnxruntime":
+        assert len(backend._binding.get_outputs()) == 1 + len(backend.caches)
 
 
 def test_codes_and_pixels_go_both_ways(bundle, backend):
@@ -331,12 +351,52 @@ def test_class_maps_become_sketch_codes(bundle, backend):
 
 
 def test_graphs_that_a_bundle_lacks_are_named(plain):
-    backend = loaded(plain)
+    backend = loaded(plain, "onnxruntime")
     with pytest.raises(ValueError, match="no graph 'sketch_tokenizer'; it has decoder_step, text"):
         backend.tokenize_sketch(np.zeros((1, 16, 16), np.uint8))
     assert {array.shape[1] for array in backend.conditions.values()} == {154}
 
 
-def test_threads_are_at_least_one(bundle):
+def test_threads_are_at_least_one(bundle, kind):
     with pytest.raises(ValueError, match="threads 0 is not at least 1"):
-        OnnxRuntimeCpu(bundle, cache_slots=1, condition_slots=1, threads=0)
+        made_as(kind, bundle, cache_slots=1, condition_slots=1, threads=0)
+
+
+@pytest.mark.parametrize("sees", ["visual", "plain"])
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_native_logits_are_those_of_onnxruntime(bundle, plain, kind, sees):
+    """Step by step through a guided clip beside a plain one, both backends fed the same tokens."""
+    bundle = plain if sees == "plain" else bundle
+    config = bundle.manifest.config
+    expected, native = loaded(bundle, "onnxruntime"), loaded(bundle, kind)
+    window = None if sees == "plain" else visual_window(config, config.decoder.grid)
+    length = expected.text_lengths[1]
+    guided = Lane(0, 1, length, visual=window, guided=True), Lane(1, 1, 3, 77, visual=window)
+    clips = [
+        sequence(bundle, *guided, guidance_scale=3.0, top_k=5),
+        sequence(bundle, Lane(2, 2, expected.text_lengths[2]), seed=1, top_p=0.7),
+    ]
+    same = []
+    for _ in range(clips[0].plan.steps):
+        batch = batch_of(bundle, clips)
+        same.append(expected.step(batch) == native.step(batch))
+        np.testing.assert_allclose(native.logits, expected.logits, rtol=1e-4, atol=1e-4)
+        for each in clips:
+            each.accept(np.zeros(each.width, np.int32))
+    for name, array in expected.caches.items():
+        np.testing.assert_allclose(native.caches[name], array, rtol=1e-4, atol=1e-4)
+    assert np.concatenate(same).mean() > 0.99  # all, unless a draw falls between two roundings
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_native_bits_do_not_depend_on_threads(bundle, kind):
+    alone, many = loaded(bundle, kind), loaded(bundle, kind, threads=3)
+    crowd = [
+        sequence(bundle, Lane(s, s % CONDITIONS, 5), seed=s, calls=2 * s) for s in range(SLOTS)
+    ]
+    for count in (1, 2, SLOTS):
+        batch = batch_of(bundle, crowd[:count])
+        assert (alone.step(batch) == many.step(batch)).all()
+        assert (alone.logits == many.logits).all()
+    for name, array in alone.caches.items():
+        assert (array == many.caches[name]).all()

@@ -29,7 +29,7 @@ def engine(monkeypatch):
     engine.loaded = []
     module = types.ModuleType("nuwa.runtime.engine")
 
-    def load_engine(bundle, *, slots=1, threads=None):
+    def load_engine(bundle, *, slots=1, threads=None, backend="auto"):
         engine.loaded.append((str(bundle), slots, threads))
         return engine
 
@@ -534,7 +534,7 @@ SERVE = """
 import sys, types
 from tests.runtime.fake_engine import FakeEngine
 module = types.ModuleType("nuwa.runtime.engine")
-module.load_engine = lambda bundle, *, slots, threads: FakeEngine(slots)
+module.load_engine = lambda bundle, *, slots, threads, backend: FakeEngine(slots)
 sys.modules["nuwa.runtime.engine"] = module
 from nuwa.runtime.cli import main
 sys.exit(main(["serve", "b", "--port", "0", "--slots", "3", "--queue-size", "5"]))

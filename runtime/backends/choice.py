@@ -1,0 +1,32 @@
+"""Which backend runs a bundle."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ..bundle import Bundle
+from .base import AUTO, BACKENDS, ONNXRUNTIME_CPU, Backend
+from .native_cpu import NativeCpu, UnavailableError
+from .onnxruntime_cpu import OnnxRuntimeCpu
+
+log = logging.getLogger("nuwa.runtime")
+
+
+def make_backend(name: str, bundle: Bundle, **arguments: Any) -> Backend:
+    """The backend of that name for a bundle; "auto" is the fastest that this machine has.
+
+    arguments: those of the backends, which all take the same. UnavailableError if the one that
+    `name` asks for is not to be had here.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
+    if name == ONNXRUNTIME_CPU:
+        return OnnxRuntimeCpu(bundle, **arguments)
+    try:
+        return NativeCpu(bundle, **arguments)
+    except UnavailableError as error:
+        if name != AUTO:
+            raise
+        log.info("decoding on ONNX Runtime: %s", error)
+        return OnnxRuntimeCpu(bundle, **arguments)

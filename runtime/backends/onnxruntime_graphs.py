@@ -1,0 +1,126 @@
+"""The graphs of a bundle that run once a request or a frame, on ONNX Runtime's CPU provider.
+
+What they put into condition slots stays here, as plain arrays, for whatever runs decoder_step. The
+CPU backends are made of this and of a way to run a step. Knows no request and no schedule.
+
+Legend: C condition slots, E their entries, d width, L layers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from nuwa.spec.conditions import ConditionLayout
+from nuwa.spec.grid import Int
+from nuwa.spec.manifest import (
+    IMAGE_DETOKENIZER,
+    IMAGE_TOKENIZER,
+    SKETCH_TOKENIZER,
+    TEXT_ENCODER,
+    VISUAL_ENCODER,
+    condition_outputs,
+    layer_names,
+)
+
+from ..bundle import Bundle
+from ..core import Pixels
+
+Layers = dict[str, npt.NDArray[np.floating]]
+
+
+class OnnxRuntimeGraphs:
+    """All of Backend but its step and its name.
+
+    threads: None means one a core that this process may use; spinning: idle threads wait actively;
+    conditions: [C, E, d] by name, cross_key_0 and so on, of type `storage`.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        condition_slots: int,
+        threads: int | None,
+        spinning: bool,
+        storage: npt.DTypeLike,
+    ) -> None:
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads {threads} is not at least 1")
+        config = bundle.manifest.config
+        self.bundle, self.threads = bundle, threads or cores()
+        self._options = _options(self.threads, spinning)
+        self._text = self.session(TEXT_ENCODER)
+        self._tokenizer = self.session(IMAGE_TOKENIZER)
+        self._detokenizer = self.session(IMAGE_DETOKENIZER)
+        self._layout = ConditionLayout.of(config)
+        layers = config.decoder.layers
+        shape = (condition_slots, self._layout.entries, config.decoder.width)
+        self._condition_names = condition_outputs(layers)
+        self.conditions = allocate(self._condition_names, shape, storage)
+
+    def encode_text(self, ids: Int, condition_slots: Sequence[int], first: int) -> None:
+        encoded = self._text.run(self._condition_names, {"tokens": ids})
+        for name, rows in zip(self._condition_names, encoded, strict=True):
+            self.conditions[name][list(condition_slots), first : first + rows.shape[1]] = rows
+
+    def encode_visual(
+        self, tokens: Int, coordinates: Int, neighbours: Int, condition_slot: int
+    ) -> None:
+        inputs = {"tokens": tokens, "coordinates": coordinates, "neighbours": neighbours}
+        encoded = self._visual.run(self._condition_names, inputs)
+        first = self._layout.visual
+        for name, rows in zip(self._condition_names, encoded, strict=True):
+            self.conditions[name][condition_slot, first : first + len(rows)] = rows
+
+    def tokenize(self, pixels: Pixels) -> Int:
+        return self._tokenizer.run(["codes"], {"pixels": pixels})[0]
+
+    def tokenize_sketch(self, class_maps: npt.NDArray[np.uint8]) -> Int:
+        return self._sketches.run(["codes"], {"class_maps": class_maps})[0]
+
+    def detokenize(self, codes: Int) -> Pixels:
+        return self._detokenizer.run(["pixels"], {"codes": codes})[0]
+
+    def session(self, graph: str) -> ort.InferenceSession:
+        """A graph of the bundle, ready to run."""
+        path = self.bundle.graph(graph)
+        return ort.InferenceSession(path, self._options, providers=["CPUExecutionProvider"])
+
+    @cached_property
+    def _visual(self) -> ort.InferenceSession:
+        return self.session(VISUAL_ENCODER)
+
+    @cached_property
+    def _sketches(self) -> ort.InferenceSession:
+        return self.session(SKETCH_TOKENIZER)
+
+
+def allocate(names: Sequence[str], shape: tuple[int, ...], storage: npt.DTypeLike) -> Layers:
+    """One array of zeros by name: entries are read before they are written, and weighed with 0."""
+    return {name: np.zeros(shape, storage) for name in names}
+
+
+def cache_names(layers: int) -> list[str]:
+    """Names of the key and value caches of all layers."""
+    return [*layer_names("key_cache", layers), *layer_names("value_cache", layers)]
+
+
+def cores() -> int:
+    """Cores that this process may use, which in a container are fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _options(threads: int, spinning: bool) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    options.log_severity_level = 3  # errors
+    return options

@@ -1,0 +1,113 @@
+// Threads that run one function together and wait for each other inside it.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace nuwa {
+
+class Team {
+ public:
+  explicit Team(int size) : size_(size) {
+    try {
+      for (int member = 1; member < size; ++member)
+        threads_.emplace_back([this, member] { follow(member); });
+    } catch (...) {
+      dismiss();
+      throw;
+    }
+  }
+  ~Team() { dismiss(); }
+  Team(const Team&) = delete;
+  Team& operator=(const Team&) = delete;
+
+  int size() const { return size_; }
+
+  // task(member) for members 0 .. size - 1; the caller is member 0. It must not throw.
+  void run(const std::function<void(int)>& task) {
+    if (size_ > 1) {
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        task_ = &task;
+        ++round_;
+        busy_.store(size_ - 1, std::memory_order_relaxed);
+      }
+      wake_.notify_all();
+    }
+    task(0);
+    for (int turn = 0; busy_.load(std::memory_order_acquire); ++turn) pause(turn);
+  }
+
+  // Inside a task: waits until all members are here.
+  void meet() {
+    if (size_ == 1) return;
+    const int phase = phase_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+      arrived_.store(0, std::memory_order_relaxed);
+      phase_.store(phase + 1, std::memory_order_release);
+      return;
+    }
+    for (int turn = 0; phase_.load(std::memory_order_acquire) == phase; ++turn) pause(turn);
+  }
+
+ private:
+  // A meeting takes about a microsecond if all members run; where they share a core with others,
+  // waiting actively would keep the one that is waited for from running.
+  static void pause(int turn) {
+    constexpr int kActiveTurns = 4000;
+    if (turn >= kActiveTurns) {
+      std::this_thread::yield();
+      return;
+    }
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+
+  void follow(int member) {
+    for (long seen = 0;;) {
+      const std::function<void(int)>* task;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return dismissed_ || round_ != seen; });
+        if (dismissed_) return;
+        seen = round_;
+        task = task_;
+      }
+      (*task)(member);
+      busy_.fetch_sub(1, std::memory_order_acq_rel);
+    }
+  }
+
+  void dismiss() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      dismissed_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+  const int size_;
+  std::vector<std::thread> threads_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  const std::function<void(int)>* task_ = nullptr;
+  long round_ = 0;
+  bool dismissed_ = false;
+  alignas(64) std::atomic<int> busy_{0};
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<int> phase_{0};
+};
+
+}  // namespace nuwa
