@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 from .client import ClientError
 from .core import CancelledError, QueueFullError, UnsupportedTaskError
-from .errors import ShuttingDownError
+from .errors import ShuttingDownError, UnavailableError
 
 GROUP = "nuwa.commands"
 BUILT_IN = {
@@ -46,6 +46,7 @@ USER_ERRORS = (
     QueueFullError,
     CancelledError,
     ShuttingDownError,
+    UnavailableError,
 )
 
 

@@ -27,5 +27,9 @@ class ShuttingDownError(Exception):
     """The scheduler is closed, or closed before this request was finished."""
 
 
+class UnavailableError(Exception):
+    """This machine lacks what was asked for by name; the message says what and why."""
+
+
 class EngineError(RuntimeError):
     """The engine failed at work it had accepted: never the user's fault. See `__cause__`."""

@@ -26,8 +26,9 @@ class Sampling:
     guidance_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature <= 100.0:  # also refuses NaN
-            raise ValueError(f"temperature {self.temperature} is not in [0, 100]")
+        # Logits over a temperature must stay finite; the comparison also refuses NaN.
+        if self.temperature != 0.0 and not 0.001 <= self.temperature <= 100.0:
+            raise ValueError(f"temperature {self.temperature} is not in [0.001, 100], nor 0")
         if not 0 <= self.top_k < 2**31:
             raise ValueError(f"top_k {self.top_k} is not in [0, 2147483647]; 0 means no limit")
         if not 0.0 < self.top_p <= 1.0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,10 +20,13 @@ CAPTIONS = (
 )
 
 
-def make_tiny_checkpoint(folder: Path, *, visual: bool = True) -> Path:
+def make_tiny_checkpoint(
+    folder: Path, *, visual: bool = True, codes: int = 64, **decoder: Any
+) -> Path:
     """Writes a checkpoint: 2 layers of width 32 on a grid 3x4x4, 16x16 pixels, 64 codes.
 
-    With `visual`, also sketches of 5 classes in 48 codes, a visual encoder of 1 layer and a ranker.
+    decoder: what is different in its DecoderConfig. With `visual`, also sketches of 5 classes in 48
+    codes, a visual encoder of 1 layer and a ranker.
     Random weights, large enough that sampled tokens vary and every part shows in the logits.
     """
     torch = pytest.importorskip("torch")
@@ -44,7 +48,7 @@ def make_tiny_checkpoint(folder: Path, *, visual: bool = True) -> Path:
         attention_resolutions=(),
         z_channels=16,
         embedding_dim=16,
-        codebook_size=64,
+        codebook_size=codes,
     )
     config = ModelConfig(
         name="tiny",
@@ -66,6 +70,7 @@ def make_tiny_checkpoint(folder: Path, *, visual: bool = True) -> Path:
             relative_bias=True,
         ),
     )
+    config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, **decoder))
     if visual:
         config = dataclasses.replace(
             config,

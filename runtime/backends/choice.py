@@ -6,8 +6,9 @@ import logging
 from typing import Any
 
 from ..bundle import Bundle
+from ..errors import UnavailableError
 from .base import AUTO, BACKENDS, ONNXRUNTIME_CPU, Backend
-from .native_cpu import NativeCpu, UnavailableError
+from .native_cpu import NativeCpu
 from .onnxruntime_cpu import OnnxRuntimeCpu
 
 log = logging.getLogger("nuwa.runtime")

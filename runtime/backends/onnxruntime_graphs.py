@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,8 @@ from nuwa.spec.manifest import (
 
 from ..bundle import Bundle
 from ..core import Pixels
+
+_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # Linux control groups: microseconds of every so many
 
 Layers = dict[str, npt.NDArray[np.floating]]
 
@@ -113,9 +116,13 @@ def cache_names(layers: int) -> list[str]:
 
 def cores() -> int:
     """Cores that this process may use, which in a container are fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    affine = getattr(os, "sched_getaffinity", None)
+    count = len(affine(0)) if affine else os.cpu_count() or 1
+    try:
+        quota, period = _CPU_MAX.read_text().split()
+        return min(count, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max"
+        return count
 
 
 def _options(threads: int, spinning: bool) -> ort.SessionOptions:

@@ -268,7 +268,7 @@ void Decoder::add_product(const Array<float>& rows, const NuwaStep& call, const 
 
 namespace {
 
-// 0 if it worked, 1 without enough memory: nothing else throws here.
+// 0 if it worked, 1 without enough memory or threads: nothing else throws here.
 template <class Work>
 std::int32_t guarded(Work work) {
   try {
@@ -288,15 +288,20 @@ std::int32_t nuwa_lanes() { return nuwa::kLanes; }
 std::int32_t nuwa_best_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return 4;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("bmi2"))
-    return 3;
+#if defined(__clang__) || __GNUC__ < 12
+  const bool has3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  const bool has4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512vl");
+#else
+  const bool has3 = __builtin_cpu_supports("x86-64-v3");
+  const bool has4 = __builtin_cpu_supports("x86-64-v4");
 #endif
+  return has3 ? (has4 ? 4 : 3) : 0;
+#else
   return 0;
+#endif
 }
 
 void* nuwa_decoder_new(const NuwaShape* shape, const NuwaWeights* weights, std::int32_t threads) {

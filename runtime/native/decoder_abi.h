@@ -69,11 +69,12 @@ NUWA_EXPORT std::int32_t nuwa_lanes();
 // or 0 (anything else). The library of that level is the one to load.
 NUWA_EXPORT std::int32_t nuwa_best_level();
 
-// A decoder with `threads` threads, the caller's among them, or null without enough memory. Copies
-// what it needs of the weights.
+// A decoder with `threads` threads, the caller's among them, or null if there is no memory or there
+// are no threads for it. Copies what it needs of the weights.
 NUWA_EXPORT void* nuwa_decoder_new(const NuwaShape* shape, const NuwaWeights* weights, std::int32_t threads);
 
-// Runs a call; one at a time for a decoder. 0, or 1 without enough memory, with nothing written.
+// Runs a call; one at a time for a decoder, in the process that made it. 0, or 1 without enough
+// memory, with nothing written.
 NUWA_EXPORT std::int32_t nuwa_decoder_step(void* decoder, const NuwaStep* step);
 
 NUWA_EXPORT void nuwa_decoder_free(void* decoder);

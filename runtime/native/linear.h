@@ -1,7 +1,7 @@
 // Linear layers whose weights are packed for a register tile, and their products with T rows.
 //
 // An output is summed over its inputs in order, one multiply-add after the other, in one lane of a
-// vector. So its bits do not depend on how many rows there are, which thread has it, or where in a
+// vector, fused or not fused in every tile alike. So its bits do not depend on how many rows there are, which thread has it, or where in a
 // tile it lies: what a request draws does not depend on its company.
 #pragma once
 
@@ -46,7 +46,7 @@ struct Linear {
 
 typedef Floats Sums[2];  // one row's outputs of a panel
 
-// kTileRows rows at most times one panel. A function of its own for every number of rows, so that
+// M rows, at most kTileRows, times one panel. A function of its own for every number of rows, so that
 // all sums stay in registers.
 template <int M>
 __attribute__((noinline)) void tile(const float* rows, int in, const float* panel, Sums* sums) {
@@ -74,7 +74,7 @@ constexpr std::array<Tile, sizeof...(M)> tiles(std::integer_sequence<int, M...>)
 }
 
 constexpr std::array<Tile, kTileRows> kTiles = tiles(std::make_integer_sequence<int, kTileRows>());
-constexpr int kBlocksAtATime = 16;  // row blocks that a panel meets while it is in the first cache
+constexpr int kBlocksAtATime = 16;  // row blocks that a panel meets while it is in a near cache
 
 // Panels [first, last) of linear(rows [count][in]). done(row, panel, low, high) takes each row's
 // kPanel outputs, as two vectors.

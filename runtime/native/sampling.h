@@ -62,7 +62,8 @@ inline float cut_off(int codebook, float highest_logit, const Drawing& drawing,
   return sorted[std::max(kept - 1, 0)];
 }
 
-// logits: [codebook]; the token drawn, or the likeliest at temperature 0.
+// logits: [codebook]; the token drawn, or the likeliest at temperature 0. The last one where
+// logits are not finite numbers, which must not lead outside.
 inline std::int32_t draw(const float* logits, int codebook, const Drawing& drawing,
                          SamplingScratch& scratch) {
   if (!(drawing.temperature > 0.f)) {
@@ -78,6 +79,11 @@ inline std::int32_t draw(const float* logits, int codebook, const Drawing& drawi
   Floats top = load(scaled);
   for (int i = kLanes; i < padded; i += kLanes) top = max(top, load(scaled + i));
   const float highest_logit = highest(top);
+  Ints odd = Ints{};
+  for (int i = 0; i < padded; i += kLanes) odd |= ~(load(scaled + i) <= highest_logit);
+  for (int i = 0; i < kLanes; ++i)
+    if (odd[i]) return codebook - 1;
+  if (highest_logit == INFINITY) return codebook - 1;
   for (int i = 0; i < padded; i += kLanes)
     store(weight + i, whole(exp(load(scaled + i) - highest_logit)));
 
@@ -90,7 +96,7 @@ inline std::int32_t draw(const float* logits, int codebook, const Drawing& drawi
     running += scaled[i] >= cut ? weight[i] : 0;
     if (running * kOne > wanted) return i;
   }
-  return codebook - 1;  // logits that are not numbers must not lead outside
+  return codebook - 1;
 }
 
 }  // namespace nuwa

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <functional>
 #include <mutex>
@@ -49,7 +50,7 @@ class Team {
   // Inside a task: waits until all members are here.
   void meet() {
     if (size_ == 1) return;
-    const int phase = phase_.load(std::memory_order_relaxed);
+    const unsigned phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
       arrived_.store(0, std::memory_order_relaxed);
       phase_.store(phase + 1, std::memory_order_release);
@@ -62,7 +63,12 @@ class Team {
   // A meeting takes about a microsecond if all members run; where they share a core with others,
   // waiting actively would keep the one that is waited for from running.
   static void pause(int turn) {
-    constexpr int kActiveTurns = 4000;
+    constexpr int kActiveTurns = 4000, kYieldingTurns = 1000;
+    if (turn >= kActiveTurns + kYieldingTurns) {
+      // Whoever is waited for has no core: a container's quota, or a busy machine.
+      std::this_thread::sleep_for(std::chrono::microseconds(50));
+      return;
+    }
     if (turn >= kActiveTurns) {
       std::this_thread::yield();
       return;
@@ -107,7 +113,7 @@ class Team {
   bool dismissed_ = false;
   alignas(64) std::atomic<int> busy_{0};
   alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<int> phase_{0};
+  alignas(64) std::atomic<unsigned> phase_{0};
 };
 
 }  // namespace nuwa

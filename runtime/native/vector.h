@@ -49,12 +49,12 @@ inline float highest(Floats value) {
   return best;
 }
 
-// exp(x) to about one unit in the last place; 0 below -87, and x is at most 88. Range reduction and
+// exp(x) to about one unit in the last place; 0 below -87, and x is at most 88 or not a number. Range reduction and
 // polynomial as in the Cephes library.
 inline Floats exp(Floats x) {
   const Floats low = all(-87.33654f);
   const Ints under = x < low;
-  x = max(x, low);
+  x = under ? low : x;  // keeps what is not a number
   Floats n = x * 1.44269504088896341f;
   n += n < 0.f ? all(-.5f) : all(.5f);
   const Ints power = __builtin_convertvector(n, Ints);

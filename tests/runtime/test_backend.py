@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
+import shutil
+import types
 
 import numpy as np
 import pytest
 
+from nuwa.runtime.backends import native_cpu
 from nuwa.runtime.backends.base import StepBatch
-from nuwa.runtime.backends.native_cpu import LEVELS, NativeCpu, UnavailableError
+from nuwa.runtime.backends.native_cpu import LEVELS, NativeCpu
 from nuwa.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from nuwa.runtime.batch import CrossColumns, assemble
 from nuwa.runtime.bundle import open_bundle
+from nuwa.runtime.errors import UnavailableError
 from nuwa.runtime.sequence import Lane, Sequence
 from nuwa.spec.conditions import ConditionLayout, visual_neighbours, visual_window
-from nuwa.spec.grid import MASKED, Grid
+from nuwa.spec.grid import MASKED, Extent, Grid
 from nuwa.spec.manifest import STEP_ROW_INPUTS, step_call_inputs
 from nuwa.spec.philox import uniforms
 from nuwa.spec.plan import decode_plan
@@ -49,13 +54,15 @@ def backend(bundle, kind):
 
 
 def made_as(kind: str, bundle, **arguments):
-    """A backend of one of KINDS; skips the test where the machine has none."""
+    """A backend of one of KINDS; skips the test where the machine cannot have it."""
     if kind == "onnxruntime":
         return OnnxRuntimeCpu(bundle, **arguments)
-    try:
-        return NativeCpu(bundle, **arguments, level=int(kind.split()[-1]))
-    except UnavailableError as error:
-        pytest.skip(str(error))
+    level = int(kind.split()[-1])
+    if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
+        pytest.skip("no C++ compiler, so no native decoder")
+    if level > native_cpu._load(0).nuwa_best_level():
+        pytest.skip(f"this machine cannot run level {level}")
+    return NativeCpu(bundle, **arguments, level=level)
 
 
 def loaded(bundle, kind: str, threads: int = 1):
@@ -386,6 +393,113 @@ def test_native_logits_are_those_of_onnxruntime(bundle, plain, kind, sees):
     for name, array in expected.caches.items():
         np.testing.assert_allclose(native.caches[name], array, rtol=1e-4, atol=1e-4)
     assert np.concatenate(same).mean() > 0.99  # all, unless a draw falls between two roundings
+
+
+OTHER_MODELS = {
+    "wide": {"visual": False, "codes": 70, "width": 64, "heads": 2},
+    "two extents": {
+        "visual": True,
+        "extents": (Extent(3, 3, 3), Extent(1, 3, 3)),
+        "relative_bias": False,
+    },
+    "fp16": {},
+}
+
+
+@pytest.fixture(scope="module", params=OTHER_MODELS)
+def other(request, tmp_path_factory):
+    """Bundles of other architectures, and one of fp16 storage."""
+    from nuwa.export.bundle import export_bundle
+
+    from ..conftest import make_tiny_checkpoint
+
+    folder = tmp_path_factory.mktemp("other")
+    make_tiny_checkpoint(folder / "checkpoint", **OTHER_MODELS[request.param])
+    precision = "fp16" if request.param == "fp16" else "fp32"
+    export_bundle(folder / "checkpoint", folder / "bundle", precision=precision)
+    return open_bundle(folder / "bundle")
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_native_decoder_runs_other_models_too(other, kind):
+    bundle, config = other, other.manifest.config
+    expected, native = loaded(bundle, "onnxruntime"), loaded(bundle, kind, threads=2)
+    near = 3e-2 if bundle.manifest.precision == "fp16" else 1e-4
+    window = None if config.visual is None else visual_window(config, config.decoder.grid)
+    lanes = [Lane(s, s, expected.text_lengths[s], visual=window) for s in range(2)]
+    clips = [sequence(bundle, lane, seed=lane.cache_slot) for lane in lanes]
+    for _ in range(clips[0].plan.steps):
+        batch = batch_of(bundle, clips)
+        expected.step(batch)
+        native.step(batch)
+        np.testing.assert_allclose(native.logits, expected.logits, rtol=near, atol=near)
+        for each in clips:
+            each.accept(np.zeros(each.width, np.int32))
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_native_draws_are_right_for_their_logits(bundle, kind):
+    """By the judge of the export, in fp64, under settings of all sorts."""
+    from nuwa.export.draws import draw_errors
+
+    backend, rng = loaded(bundle, kind), np.random.default_rng(5)
+    crowd = [sequence(bundle, Lane(s, s % CONDITIONS, 5), seed=s, calls=5) for s in range(SLOTS)]
+    for _ in range(40):
+        batch = batch_of(bundle, crowd)
+        rows = len(batch.tokens)
+        settings = {
+            "temperature": rng.choice([0.0, 0.001, 0.5, 1.0, 100.0], rows).astype(np.float32),
+            "top_k": rng.choice([0, 0, 1, 3, 64, 1000], rows).astype(np.int32),
+            "top_p": rng.choice([1.0, 1.0, 0.9, 0.3, 1e-6], rows).astype(np.float32),
+            "uniform": rng.random(rows, np.float32),
+        }
+        tokens = backend.step(dataclasses.replace(batch, **settings))
+        errors = draw_errors(backend.logits, *settings.values(), tokens)
+        assert errors.max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_native_draws_stay_inside_when_logits_are_no_numbers(bundle, kind):
+    backend = loaded(bundle, kind)
+    for name, array in backend.conditions.items():
+        if name.startswith("cross_value"):
+            array[:] = np.nan
+    batch = batch_of(bundle, [sequence(bundle, Lane(0, 1, 5), calls=4, temperature=1.0)])
+    tokens = backend.step(batch)
+    assert np.isnan(backend.logits).all(), "they are not hidden"
+    assert ((tokens >= 0) & (tokens < 64)).all()
+
+
+def test_structures_are_as_large_as_the_header_says():
+    """As a C compiler lays out decoder_abi.h on a 64-bit machine."""
+    sizes = [native_cpu._Shape, native_cpu._Layer, native_cpu._Weights, native_cpu._Step]
+    assert [ctypes.sizeof(each) for each in sizes] == [56, 144, 56, 184]
+
+
+def test_a_bundle_that_does_not_name_its_weights_is_refused(plain, monkeypatch):
+    if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
+        pytest.skip("no C++ compiler, so no native decoder")
+    read = native_cpu.read_weights
+
+    def without(name):
+        return lambda path: {k: v for k, v in read(path).items() if not k.endswith(name)}
+
+    def reshaped(path):
+        return {k: v.T if k.endswith("ff_in.weight") else v for k, v in read(path).items()}
+
+    for found, says in ((without("0.bias"), "no weights"), (reshaped, r"shape \(32, 128\) as")):
+        monkeypatch.setattr(native_cpu, "read_weights", found)
+        with pytest.raises(UnavailableError, match=f"{says}.*export the checkpoint again"):
+            NativeCpu(plain, cache_slots=1, condition_slots=1, threads=1)
+
+
+def test_a_forked_process_is_told_to_load_its_own(bundle, monkeypatch):
+    backend = loaded(bundle, KINDS[-1])
+    batch = batch_of(bundle, [sequence(bundle, Lane(0, 0, 3))])
+    other = types.SimpleNamespace(getpid=lambda: backend._process + 1)
+    monkeypatch.setattr(native_cpu, "os", other)
+    with pytest.raises(RuntimeError, match="a forked process has none of the decoder's threads"):
+        backend.step(batch)
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])

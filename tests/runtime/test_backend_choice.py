@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
-from nuwa.runtime.backends import native_cpu
+from nuwa.runtime.backends import native_cpu, onnxruntime_graphs
 from nuwa.runtime.backends.choice import make_backend
-from nuwa.runtime.backends.native_cpu import NativeCpu, UnavailableError
+from nuwa.runtime.backends.native_cpu import NativeCpu
 from nuwa.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from nuwa.runtime.bundle import open_bundle
+from nuwa.runtime.cli import main
 from nuwa.runtime.engine import load_engine
+from nuwa.runtime.errors import UnavailableError
 
 SIZES = {"cache_slots": 1, "condition_slots": 1, "threads": 1}
 
@@ -29,7 +33,8 @@ def no_library(monkeypatch):
 
 def test_auto_takes_the_native_one_where_it_is_built(bundle):
     try:
-        NativeCpu(bundle, **SIZES)
+        if native_cpu._load(0).nuwa_best_level() < 3:
+            pytest.skip("no AVX2")
     except UnavailableError as error:
         pytest.skip(str(error))
     assert make_backend("auto", bundle, **SIZES).name == "native-cpu"
@@ -56,5 +61,36 @@ def test_sizes_that_fit_no_vector_are_named(bundle, monkeypatch):
         nuwa_lanes = staticmethod(lambda: 48)
 
     monkeypatch.setattr(native_cpu, "_load", lambda level: Library)
-    with pytest.raises(UnavailableError, match="the model has 2 heads in width 32"):
+    with pytest.raises(UnavailableError, match="the model's width, 32, is not a multiple of 96"):
         NativeCpu(bundle, **SIZES)
+
+
+def test_the_command_line_says_it_in_a_sentence(tiny_bundle, no_library, capsys):
+    assert main(["serve", str(tiny_bundle), "--backend", "native-cpu", "--port", "0"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("nuwa serve: ") and "was not built" in error
+    assert "Traceback" not in error
+
+
+def test_a_library_that_does_not_load_is_one_that_is_not_there(tmp_path, monkeypatch):
+    (tmp_path / "native").mkdir()
+    (tmp_path / "native" / "libnuwa_cpu.so").write_bytes(b"no library")
+    monkeypatch.setattr(sys.modules["nuwa.runtime"], "__path__", [str(tmp_path)])
+    native_cpu._load.cache_clear()
+    try:
+        with pytest.raises(UnavailableError, match="cannot be loaded"):
+            native_cpu._load(0)
+    finally:
+        native_cpu._load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("max 100000", 8), ("200000 100000", 2), ("50000 100000", 1), ("9999999 100000", 8), ("", 8)],
+)
+def test_threads_follow_a_containers_quota(tmp_path, monkeypatch, text, count):
+    quota = tmp_path / "cpu.max"
+    quota.write_text(f"{text}\n")
+    monkeypatch.setattr(onnxruntime_graphs, "_CPU_MAX", quota)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)), raising=False)
+    assert onnxruntime_graphs.cores() == count
