@@ -171,7 +171,7 @@ BAD_IMAGES = {
     "temperature negative": (
         sampled(temperature=-0.1),
         "sampling.temperature",
-        "-0.1 is not in [0, 100]",
+        "-0.1 is not in [0.001, 100]",
     ),
     "temperature nan": (sampled(temperature=NAN), "sampling.temperature", "nan is not in"),
     "temperature infinite": (sampled(temperature=INFINITY), "sampling.temperature", "inf is not"),
