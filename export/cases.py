@@ -76,7 +76,7 @@ def visual_volumes(config: ModelConfig, seed: int = 0) -> Iterator[Feeds]:
     clip = config.decoder.grid
     image = Grid(1, clip.height, clip.width)
     for grids in ((image,), (clip,), (clip, image, image)):
-        ids = [rng.integers(0, config.hidden + 1, grid.size) for grid in grids]
+        ids = [rng.integers(0, config.visual_ids, grid.size) for grid in grids]
         ids[-1][rng.random(len(ids[-1])) < 0.5] = config.hidden
         yield visual_feeds(config, zip(grids, ids, strict=True))
 

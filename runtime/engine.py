@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from nuwa.spec.conditions import ConditionLayout, visual_neighbours, visual_window
 from nuwa.spec.grid import Grid, Int
-from nuwa.spec.known import blank_hidden
+from nuwa.spec.known import blank_hidden, hidden_edges
 from nuwa.spec.manifest import BundleError, Manifest
 from nuwa.spec.philox import uniforms
 from nuwa.spec.plan import (
@@ -171,7 +171,12 @@ class Engine:
             codes = self._backend.tokenize_sketch(request.sketch).reshape(-1)
             return codes + np.int32(config.image.codebook_size)
         if request.task.needs_mask and known.any():
-            return np.where(known, tokens[:-1], np.int32(config.hidden))
+            assert request.mask is not None, "a checked request has the mask that its task needs"
+            grid = self._grid(request)
+            levels = config.visual.edge_levels
+            edges = hidden_edges(request.mask, grid.height, grid.width, levels)
+            hidden = np.int32(config.hidden) + np.tile(edges.reshape(-1), grid.frames)
+            return np.where(known, tokens[:-1], hidden)
         return None
 
     def _plan(self, request: GenerationRequest, known: Known) -> Plan:

@@ -153,7 +153,9 @@ class VisualConfig:
     """The visual encoder: 3DNA over the tokens of a sketch, or of the known part of a picture.
 
     It has the decoder's width and grid. extent: window of its self-attention; cross: the window in
-    which a decoder position attends to the result; relative_bias: of both.
+    which a decoder position attends to the result; relative_bias: of both. edge_levels: how finely
+    the id of a hidden token tells what a mask leaves visible at each edge of its patch (see
+    known.hidden_edges); 1: not at all, all hidden tokens have one id.
     """
 
     layers: int = 12
@@ -162,9 +164,11 @@ class VisualConfig:
     extent: Extent = Extent(3, 3, 3)
     cross: Extent = Extent(3, 3, 3)
     relative_bias: bool = False
+    edge_levels: int = 1
 
     def __post_init__(self) -> None:
         _require(self.layers >= 1, f"visual layers {self.layers} is not at least 1")
+        _require(1 <= self.edge_levels <= 8, f"edge_levels {self.edge_levels} is not in [1, 8]")
 
 
 @dataclass(frozen=True)
@@ -208,12 +212,19 @@ class ModelConfig:
 
     @property
     def hidden(self) -> int:
-        """The visual encoder's id of a token that is not known: past both codebooks.
+        """The visual encoder's id of a token whose whole patch is hidden: past both codebooks.
 
-        Its ids are the picture's codes, then the sketch's, then this one.
+        Its ids are the picture's codes, then the sketch's, then this one and those of tokens that
+        are hidden in part.
         """
         sketch = 0 if self.sketch is None else self.sketch.codebook_size
         return self.image.codebook_size + sketch
+
+    @property
+    def visual_ids(self) -> int:
+        """How many ids the visual encoder has."""
+        assert self.visual is not None, "this model has no visual encoder"
+        return self.hidden + self.visual.edge_levels**4
 
     @property
     def bos(self) -> int:
@@ -309,7 +320,7 @@ PRESETS: dict[str, ModelConfig] = {
         ),
         tasks=tuple(Task),
         sketch=dataclasses.replace(_SPRITES_VQGAN, channels=21),
-        visual=VisualConfig(layers=3, heads=4, ff_multiplier=2, relative_bias=True),
+        visual=VisualConfig(layers=3, heads=4, ff_multiplier=2, relative_bias=True, edge_levels=4),
     ),
     # The paper's NÜWA-336: 870.16 M parameters without the VQ-GANs and the visual encoder.
     "base": ModelConfig(name="base"),

@@ -21,6 +21,25 @@ def known_cells(mask_HW: Bool, height: int, width: int) -> Bool:
     return np.asarray(~patches.any(axis=(1, 3)))
 
 
+def hidden_edges(mask_HW: Bool, height: int, width: int, levels: int) -> npt.NDArray[np.int32]:
+    """int32 [h, w], in [0, levels**4): how much a mask leaves visible at the edges of each patch.
+
+    A mask that cuts through patches says where in them there is room for what is drawn: pixels
+    outside it come back as they were. The number has a digit of base `levels` for the top, bottom,
+    left and right edge: 0 where the hidden pixels reach it, levels - 1 where all but the last row
+    or column is visible from there. 0 for patches that are not hidden at all.
+    """
+    rows, columns = mask_HW.shape
+    patches = mask_HW.reshape(height, rows // height, width, columns // width)
+    number = np.zeros((height, width), np.int32)
+    for along in (patches.any(axis=3).swapaxes(1, 2), patches.any(axis=1)):  # [h, w, pixels]
+        most = max(1, along.shape[-1] - 1)
+        for from_edge in (along, along[..., ::-1]):
+            visible = from_edge.argmax(axis=-1)  # pixels before the first hidden one
+            number = number * levels + -(-visible * (levels - 1) // most)
+    return number.astype(np.int32)
+
+
 def blank_hidden(frames_FHW3: Pixels, known_Fhw: Bool) -> Pixels:
     """The frames with every patch whose token is not known in one plain colour.
 

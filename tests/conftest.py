@@ -77,7 +77,12 @@ def make_tiny_checkpoint(
             tasks=tuple(Task),
             sketch=dataclasses.replace(image, channels=5, embedding_dim=8, codebook_size=48),
             visual=VisualConfig(
-                layers=1, heads=4, ff_multiplier=2, extent=Extent(3, 3, 3), relative_bias=True
+                layers=1,
+                heads=4,
+                ff_multiplier=2,
+                extent=Extent(3, 3, 3),
+                relative_bias=True,
+                edge_levels=2,
             ),
         )
     with torch.random.fork_rng():
@@ -90,7 +95,9 @@ def make_tiny_checkpoint(
                 elif parameter.dim() > 1:
                     parameter.normal_(std=parameter.shape[-1] ** -0.5)
             for name, parameter in nuwa.named_parameters():
-                if name.endswith(("cross_bias", "blocks.0.bias", "blocks.1.bias", "hidden")):
+                if name.endswith(
+                    ("cross_bias", "blocks.0.bias", "blocks.1.bias", "hidden", "edges")
+                ):
                     parameter.normal_()
             nuwa.embedding.codes.weight.normal_()
             nuwa.embedding.bos.normal_()

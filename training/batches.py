@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nuwa.spec.config import ModelConfig
 from nuwa.spec.grid import Grid
-from nuwa.spec.known import blank_hidden, known_cells
+from nuwa.spec.known import blank_hidden, hidden_edges, known_cells
 from nuwa.spec.tasks import UNCONDITIONAL_PROMPT
 
 from .clips import Clips, encode_frames
@@ -31,8 +31,8 @@ from .vqgan import VQGAN
 Draw = np.random.Generator
 Bool = npt.NDArray[np.bool_]
 
-# How often a box around the object has 0, 1, 2 patches to spare on a side. People draw tight boxes,
-# and in those a model that begins one patch too late has no room left.
+# How often a box of whole patches around the object has 0, 1, 2 of them to spare on a side. People
+# draw tight boxes, and in those a model that begins one patch too late has no room left.
 SPARE = (0.6, 0.25, 0.15)
 
 
@@ -106,12 +106,12 @@ class Batches:
             codes = self.clips.sketches(spans[: rows.sketches])
             visual += list(codes + self.config.image.codebook_size)
         for row in range(rows.sketches, rows.sketches + rows.hidden):
-            known, codes, covered = self._hide(draw, *spans[row])
+            known, codes, edges, covered = self._hide(draw, *spans[row])
             if covered:
                 none[row] = draw.random() >= rows.captioned_covered
             fed[row] = np.where(known, codes, target[row])
             weight[row] = ~known
-            visual.append(np.where(known, codes, self.config.hidden))
+            visual.append(np.where(known, codes, self.config.hidden + edges))
         for row in range(total - rows.text, total):
             if video and none[row] and draw.random() < 0.5:
                 source, clip = self.clips.source, int(index[row])
@@ -137,10 +137,12 @@ class Batches:
             torch.from_numpy(time) if time.any() else None,
         )
 
-    def _hide(self, draw: Draw, index: int, span: range) -> tuple[Bool, np.ndarray, bool]:
+    def _hide(
+        self, draw: Draw, index: int, span: range
+    ) -> tuple[Bool, np.ndarray, np.ndarray, bool]:
         """Which tokens of a clip stay known [F, C], the tokens once the rest is blanked.
 
-        Also whether nothing of the object is left.
+        Also the hidden_edges of one frame [C], and whether nothing of the object is left.
         """
         pixels, shown = self.clips.source.clip(index, span)
         classes = shown
@@ -149,36 +151,39 @@ class Batches:
             _, classes = self.clips.source.clip(index, range(self.clips.source.frames))
         mask = draw_mask(draw, np.asarray(classes.any(axis=0)), pixels.shape[1] // grid.height)
         known_hw = known_cells(mask, grid.height, grid.width)
+        assert self.config.visual is not None, "without a visual encoder nothing is hidden"
+        levels = self.config.visual.edge_levels
+        edges = hidden_edges(mask, grid.height, grid.width, levels).reshape(-1)
         known = np.broadcast_to(known_hw, (len(span), grid.height, grid.width))
         codes = encode_frames(self.vqgan, blank_hidden(pixels, known)).astype(np.int64)
         covered = not (shown.astype(bool) & ~mask).any()
-        return known.reshape(len(span), -1), codes, covered
+        return known.reshape(len(span), -1), codes, edges, covered
 
 
 def draw_mask(draw: Draw, inside_HW: Bool, patch: int) -> Bool:
     """bool [H, W], True = hidden: a half, a box anywhere, or a box around the object.
 
-    inside_HW: where the object is; boxes begin and end at multiples of `patch` pixels.
+    inside_HW: where the object is. Half of the boxes begin and end at multiples of `patch` pixels.
     """
     height, width = inside_HW.shape
     mask = np.zeros((height, width), bool)
-    kind = draw.random()
+    kind, step = draw.random(), patch if draw.random() < 0.5 else 1
     if kind < 0.3:
         side = draw.integers(4)
         half = (slice(None, height // 2), slice(height // 2, None))[side % 2]
         mask[half if side < 2 else (slice(None), half)] = True
         return mask
-    anywhere = kind < 0.5 or not inside_HW.any()
+    anywhere = kind < 0.45 or not inside_HW.any()
     spans = []
-    for axis, size in ((1, height // patch), (0, width // patch)):
+    for axis, size in ((1, height), (0, width)):
         if anywhere:
-            low, high = np.sort(draw.integers(0, size, 2))
-            high += 1
+            low, high = np.sort(draw.integers(0, size // step, 2)) * step
+            high += step
         else:
-            where = np.flatnonzero(inside_HW.any(axis=axis)) // patch
-            before, after = draw.choice(3, 2, p=SPARE)
-            low, high = max(where[0] - before, 0), min(where[-1] + 1 + after, size)
-        spans.append((low, high))
+            where = np.flatnonzero(inside_HW.any(axis=axis)) // step
+            spare = draw.choice(3, 2, p=SPARE) if step > 1 else draw.integers(1, patch, 2)
+            low, high = (where[0] - spare[0]) * step, (where[-1] + 1 + spare[1]) * step
+        spans.append((max(low, 0), min(high, size)))
     (top, bottom), (left, right) = spans
-    mask[top * patch : bottom * patch, left * patch : right * patch] = True
+    mask[top:bottom, left:right] = True
     return mask

@@ -24,7 +24,8 @@ NORM_EPS = 1e-5
 class VisualEmbedding(nn.Module):
     """Code vectors of either codebook, projected, or the vector of a hidden token; plus positions.
 
-    Ids: picture codes, then sketch codes, then ModelConfig.hidden.
+    Ids: picture codes, then sketch codes, then hidden tokens by known.hidden_edges, whose vectors
+    are one of all hidden tokens and one for each edge that is visible.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -39,6 +40,9 @@ class VisualEmbedding(nn.Module):
         )
         self.project_sketch = None if sketch is None else nn.Linear(sketch.embedding_dim, d)
         self.hidden = nn.Parameter(torch.randn(d) * 0.02)
+        assert config.visual is not None, "the config has a visual encoder"
+        levels = config.visual.edge_levels
+        self.edges = nn.Parameter(torch.zeros(4, levels - 1, d)) if levels > 1 else None
         self.frame = nn.Parameter(torch.randn(grid.frames, d) * 0.02)
         self.row = nn.Parameter(torch.randn(grid.height, d) * 0.02)
         self.column = nn.Parameter(torch.randn(grid.width, d) * 0.02)
@@ -48,7 +52,12 @@ class VisualEmbedding(nn.Module):
         parts = [self.project(self.codes.weight)]
         if self.sketches is not None and self.project_sketch is not None:
             parts.append(self.project_sketch(self.sketches.weight))
-        return torch.cat([*parts, self.hidden[None].to(parts[0])])
+        hidden = self.hidden[None]
+        if self.edges is not None:
+            for edge in self.edges:  # the first one is the highest digit
+                visible = F.pad(edge, (0, 0, 1, 0))
+                hidden = (hidden[:, None] + visible).flatten(0, 1)
+        return torch.cat([*parts, hidden.to(parts[0])])
 
     def forward(self, ids: Tensor, coordinates: Tensor) -> Tensor:
         """ids int [..., N], coordinates int [N, 3] -> [..., N, d]."""

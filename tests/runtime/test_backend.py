@@ -90,7 +90,7 @@ def loaded(bundle, kind: str, threads: int = 1):
 def volume(config, seed: int) -> tuple[np.ndarray, ...]:
     """A clip of random visual ids, as encode_visual takes it."""
     grid = config.decoder.grid
-    ids = np.random.default_rng(seed).integers(0, config.hidden + 1, grid.size, np.int32)
+    ids = np.random.default_rng(seed).integers(0, config.visual_ids, grid.size, np.int32)
     return ids, grid.coordinates(), visual_neighbours(config, grid)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from nuwa.runtime.core import GenerationRequest, UnsupportedTaskError
 from nuwa.spec.grid import Grid
-from nuwa.spec.known import blank_hidden, known_cells
+from nuwa.spec.known import blank_hidden, hidden_edges, known_cells
 from nuwa.spec.sampling import Sampling
 from nuwa.spec.tasks import Task
 
@@ -72,7 +72,9 @@ def reference(tiny_checkpoint):
         frames = torch.from_numpy(blank_hidden(request.frames, known))
         tokens = codes(loaded.vqgan, to_signed(frames))
         known_BN = torch.from_numpy(known.reshape(1, -1).copy())
-        visual = torch.where(known_BN, tokens, torch.tensor(config.hidden))
+        edges = hidden_edges(request.mask, grid.height, grid.width, config.visual.edge_levels)
+        hidden = config.hidden + torch.from_numpy(np.tile(edges.reshape(1, -1), grid.frames))
+        visual = torch.where(known_BN, tokens, hidden.long())
         return {"known_BN": known_BN, "known_tokens_BN": tokens, "visual_BN": visual}
 
     def tokens(request: GenerationRequest) -> np.ndarray:

@@ -156,7 +156,7 @@ def test_cached_decoding_with_a_visual_condition_equals_the_full_forward(frames,
     """Text and visual entries in one softmax, by window and by dense bands alike."""
     nuwa, ids, none = model(SEEING), text(SEEING, 3), text(SEEING, 1)
     grid, seeds = Grid(frames, 4, 4), [1, 2, 3]
-    visual = torch.randint(0, SEEING.hidden + 1, (3, grid.size))
+    visual = torch.randint(0, SEEING.visual_ids, (3, grid.size))
     tokens = generate(
         nuwa,
         ids,
@@ -180,7 +180,7 @@ def test_cached_decoding_with_a_visual_condition_equals_the_full_forward(frames,
 def test_rows_without_a_visual_condition_do_not_notice_those_with_one():
     nuwa, ids, grid = model(SEEING), text(SEEING, 3), SEEING.decoder.grid
     tokens = torch.randint(0, 48, (3, grid.size))
-    visual = torch.randint(0, SEEING.hidden + 1, (1, grid.size))
+    visual = torch.randint(0, SEEING.visual_ids, (1, grid.size))
     with torch.no_grad():
         mixed = nuwa(tokens, ids, grid, visual)
         torch.testing.assert_close(mixed[1:], nuwa(tokens[1:], ids[1:], grid), atol=1e-4, rtol=1e-4)
@@ -241,3 +241,20 @@ def test_steps_of_the_demo_model():
     assert decode_plan(decoder, Grid(10, 8, 8), "raster").steps == 640
     with pytest.raises(ValueError, match="1 to 10 frames of 8x8"):
         decode_plan(decoder, Grid(11, 8, 8))
+
+
+def test_hidden_tokens_have_a_vector_for_each_visible_edge():
+    levels = 3
+    config = dataclasses.replace(
+        SEEING, visual=dataclasses.replace(SEEING.visual, edge_levels=levels)
+    )
+    embedding = NUWA(config).visual.embedding
+    with torch.no_grad():
+        embedding.edges.normal_()
+    table = embedding.table()
+    assert len(table) == config.visual_ids == config.hidden + levels**4
+    torch.testing.assert_close(table[config.hidden], embedding.hidden)
+    digits = (2, 0, 1, 2)  # top, bottom, left, right
+    number = sum(d * levels**p for d, p in zip(digits, (3, 2, 1, 0), strict=True))
+    edges = sum(embedding.edges[side, d - 1] for side, d in enumerate(digits) if d)
+    torch.testing.assert_close(table[config.hidden + number], embedding.hidden + edges)
