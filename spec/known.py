@@ -32,7 +32,8 @@ def hidden_edges(mask_HW: Bool, height: int, width: int, levels: int) -> npt.NDA
     rows, columns = mask_HW.shape
     patches = mask_HW.reshape(height, rows // height, width, columns // width)
     number = np.zeros((height, width), np.int32)
-    for along in (patches.any(axis=3).swapaxes(1, 2), patches.any(axis=1)):  # [h, w, pixels]
+    by_row, by_column = np.asarray(patches.any(axis=3)), np.asarray(patches.any(axis=1))
+    for along in (by_row.swapaxes(1, 2), by_column):  # [h, w, pixels]
         most = max(1, along.shape[-1] - 1)
         for from_edge in (along, along[..., ::-1]):
             visible = from_edge.argmax(axis=-1)  # pixels before the first hidden one
