@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 import pytest
@@ -32,11 +33,10 @@ def no_library(monkeypatch):
 
 
 def test_auto_takes_the_native_one_where_it_is_built(bundle):
-    try:
-        if native_cpu._load(0).nuwa_best_level() < 3:
-            pytest.skip("no AVX2")
-    except UnavailableError as error:
-        pytest.skip(str(error))
+    if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
+        pytest.skip("no C++ compiler, so no native decoder")
+    if native_cpu._load(0).nuwa_best_level() < 3:
+        pytest.skip("this machine has no AVX2, where auto takes ONNX Runtime or level 0")
     assert make_backend("auto", bundle, **SIZES).name == "native-cpu"
     assert make_backend("onnxruntime-cpu", bundle, **SIZES).name == "onnxruntime-cpu"
 
