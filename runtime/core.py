@@ -130,6 +130,7 @@ class SlotStep:
     """What one decode step did for one slot.
 
     frames: (index, tokens int32 [h, w]) of each frame that this step completed, in index order.
+    error: why the slot can go no further; everything else is then as before the step.
     """
 
     slot: int
@@ -137,6 +138,7 @@ class SlotStep:
     positions_total: int
     frames: tuple[tuple[int, npt.NDArray[np.int32]], ...]
     done: bool
+    error: Exception | None = None
 
 
 @dataclass(frozen=True)

@@ -28,18 +28,23 @@ from nuwa.spec.plan import (
 )
 from nuwa.spec.tasks import UNCONDITIONAL_PROMPT, Task
 
-from .backends.base import AUTO, Backend
+from .backends.base import AUTO, Backend, Lane, Part
 from .backends.choice import make_backend
-from .batch import CrossColumns, assemble
 from .bundle import Bundle, open_bundle
 from .check import check_request
 from .core import GenerationRequest, ModelInfo, Pixels, SlotStep
 from .errors import FieldError
 from .given import known_positions
 from .ranking import find_rankers, ranker_names
-from .sequence import Lane, Sequence
+from .sequence import Sequence
 
 Known = npt.NDArray[np.bool_]
+
+# What is given is caught up with in calls of many rows. Beside others' waves such a call may have so
+# many times their rows, which makes their step at most that much longer.
+PREFILL_SHARE = 1.5
+MOST_ROWS = 256  # of a call that nobody else waits for: its memory, and how soon it can be cancelled
+NOT_FINITE = "the model computed what is no finite number"
 
 
 def load_engine(
@@ -91,7 +96,6 @@ class Engine:
         self._config = bundle.manifest.config
         self._text = bundle.text_tokenizer
         self._layout = ConditionLayout.of(self._config)
-        self._columns = CrossColumns(self._config)
         self._sequences: dict[int, Sequence] = {}
         _check_cache(bundle.manifest)
         for slot in range(slots):
@@ -113,28 +117,76 @@ class Engine:
         plan = self._plan(request, known)
         draw = functools.partial(uniforms, request.seed, request.sample_index)
         visual = self._visual_tokens(request, tokens, known)
-        lanes = self._lanes(request, slot, self._look(visual, self._grid(request), slot))
-        self._sequences[slot] = Sequence(plan, lanes, request.sampling, draw, tokens, known)
+        window = self._look(visual, self._grid(request), slot)
+        lanes = self._lanes(request, slot)
+        sequence = Sequence(
+            plan, lanes, request.sampling, draw, tokens, known, self._config.bos, window
+        )
+        self._backend.open(sequence.stream)
+        self._sequences[slot] = sequence
 
     def step(self) -> list[SlotStep]:
-        """Decodes one wave of every admitted, unfinished slot, all in one call of the backend."""
+        """Decodes the next wave of every admitted, unfinished slot, all in one call of the backend.
+
+        Of a wide call that only catches up with what is given, a part (see `_parts`). A slot whose
+        part fails, or whose logits are no finite numbers, fails alone: its result has the error.
+        """
         active = {slot: s for slot, s in self._sequences.items() if not s.done}
-        if not active:
-            return []
-        codebook_size = self._config.image.codebook_size
-        drawn = self._backend.step(assemble(active.values(), codebook_size, self._columns))
-        results, start = [], 0
-        for slot, sequence in active.items():
-            width = sequence.width
-            frames = sequence.accept(drawn[start : start + width])
-            start += width * len(sequence.lanes)
-            total = sequence.plan.grid.size
-            results.append(SlotStep(slot, sequence.positions_done, total, frames, sequence.done))
-        return results
+        parts = self._parts(active)
+        return [
+            self._advance(slot, part, error)
+            for (slot, part), error in zip(parts.items(), self._run([*parts.values()]), strict=True)
+        ]
 
     def release(self, slot: int) -> None:
         """Frees a slot; harmless if it is free."""
-        self._sequences.pop(slot, None)
+        sequence = self._sequences.pop(slot, None)
+        if sequence is not None:
+            self._backend.close(sequence.stream)
+
+    def _parts(self, active: dict[int, Sequence]) -> dict[int, Part]:
+        """What each slot does in the next call.
+
+        Slots that decode a wave do all of it. Beside them, those with wider calls share
+        PREFILL_SHARE times as many rows, the longest admitted first, so that nobody's wave waits
+        long for what others were given; without them, MOST_ROWS.
+        """
+        waves = sum(s.width * len(s.stream.lanes) for s in active.values() if s.ordinary)
+        room = max(1, int(PREFILL_SHARE * waves)) if waves else MOST_ROWS
+        parts = {}
+        for slot, sequence in active.items():
+            if sequence.ordinary:
+                parts[slot] = sequence.part()
+            elif room > 0:
+                lanes = len(sequence.stream.lanes)
+                parts[slot] = sequence.part(max(1, room // lanes))
+                room -= parts[slot].count * lanes
+        return parts
+
+    def _run(self, parts: list[Part]) -> list[Exception | None]:
+        """Runs a call; where it fails, each part alone, so that only those at fault do."""
+        if not parts:
+            return []
+        try:
+            finite = self._backend.step(parts)
+        except Exception as error:
+            if len(parts) == 1:
+                return [error]
+            return [self._run([part])[0] for part in parts]
+        return [None if fine else FloatingPointError(NOT_FINITE) for fine in finite]
+
+    def _advance(self, slot: int, part: Part, error: Exception | None) -> SlotStep:
+        sequence = self._sequences[slot]
+        total, frames = sequence.plan.grid.size, []
+        if error is None:
+            for frame in sequence.advance(part.count):
+                tokens = self._backend.tokens(sequence.stream, *sequence.place(frame))
+                frames.append((frame, tokens.reshape(sequence.plan.grid.shape[1:])))
+            if sequence.restage():
+                self._backend.stage(sequence.stream)
+        return SlotStep(
+            slot, sequence.positions_done, total, tuple(frames), sequence.done, error
+        )
 
     def pixels(self, tokens: Int) -> Pixels:
         """Tokens i32 [F, h, w] -> u8 [F, H, W, 3]; given.restore_given puts given pixels back."""
@@ -145,10 +197,9 @@ class Engine:
         return self._backend.tokenize(pixels)
 
     def _given_tokens(self, request: GenerationRequest) -> tuple[Int, Known]:
-        """i32 [N + 1], <bos> last, and bool [N]; tokens that are not known are 0."""
+        """i32 [N] and bool [N]; tokens that are not known are 0."""
         grid = self._grid(request)
-        tokens = np.zeros(grid.size + 1, np.int32)
-        tokens[-1] = self._config.bos
+        tokens = np.zeros(grid.size, np.int32)
         known = known_positions(request, grid)
         if request.frames is not None and known.any():
             frames = request.frames
@@ -176,7 +227,7 @@ class Engine:
             levels = config.visual.edge_levels
             edges = hidden_edges(request.mask, grid.height, grid.width, levels)
             hidden = np.int32(config.hidden) + np.tile(edges.reshape(-1), grid.frames)
-            return np.where(known, tokens[:-1], hidden)
+            return np.where(known, tokens, hidden)
         return None
 
     def _plan(self, request: GenerationRequest, known: Known) -> Plan:
@@ -201,15 +252,13 @@ class Engine:
         self._backend.encode_visual(visual, grid.coordinates(), near, slot)
         return visual_window(self._config, grid)
 
-    def _lanes(self, request: GenerationRequest, slot: int, visual: Int | None) -> tuple[Lane, ...]:
-        none = Lane(slot, slot, self._none_length, self._layout.none, visual)
+    def _lanes(self, request: GenerationRequest, slot: int) -> tuple[Lane, ...]:
+        none = Lane(slot, slot, self._none_length, self._layout.none)
         prompt = request.prompt.strip() or UNCONDITIONAL_PROMPT
         if prompt == UNCONDITIONAL_PROMPT:  # guidance would compare the rows with themselves
             return (none,)
-        length = self._encode(prompt, slot, self._layout.text)
-        guided = request.sampling.guidance_scale != 1.0
-        lane = Lane(slot, slot, length, self._layout.text, visual, guided)
-        if not guided:
+        lane = Lane(slot, slot, self._encode(prompt, slot, self._layout.text), self._layout.text)
+        if request.sampling.guidance_scale == 1.0:
             return (lane,)
         return lane, dataclasses.replace(none, cache_slot=self.slots + slot)
 

@@ -29,6 +29,7 @@ typedef float LooseFloats __attribute__((vector_size(kLanes * 4), aligned(4), ma
 typedef std::int32_t LooseInts __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
 inline Floats load(const float* from) { return *reinterpret_cast<const LooseFloats*>(from); }
+inline Ints load(const std::int32_t* from) { return *reinterpret_cast<const LooseInts*>(from); }
 inline void store(float* to, Floats value) { *reinterpret_cast<LooseFloats*>(to) = value; }
 inline void store(std::int32_t* to, Ints value) { *reinterpret_cast<LooseInts*>(to) = value; }
 inline Floats all(float value) { return value - Floats{}; }
