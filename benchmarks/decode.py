@@ -163,13 +163,15 @@ def run(engine: Engine, workload: Workload, kind: str, seed: int) -> tuple[float
     frames: dict[int, np.ndarray] = {}
     steps, done = 0, False
     began = time.perf_counter()
-    engine.admit(request, 0)
+    prepared = engine.prepare(request)
+    engine.admit(prepared, 0)
     while not done:
         (step,) = engine.step()
         frames.update(step.frames)
         steps, done = steps + 1, step.done
     seconds = time.perf_counter() - began
     engine.release(0)
+    prepared.close()
     return seconds, np.stack([frames[n] for n in sorted(frames)]), steps
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ Known = npt.NDArray[np.bool_]
 # What is given is caught up with in calls of many rows. Beside others' waves such a call may have so
 # many times their rows, which makes their step at most that much longer.
 PREFILL_SHARE = 1.5
+AHEAD = 2  # requests that can be prepared while all slots are taken
 MOST_ROWS = 256  # of a call that nobody else waits for: its memory, and how soon it can be cancelled
 NOT_FINITE = "the model computed what is no finite number"
 
@@ -70,11 +72,16 @@ def load_engine(
         backend,
         opened,
         cache_slots=cache_slots(slots),
-        condition_slots=slots,
+        condition_slots=condition_slots(slots),
         threads=threads,
         spinning=spinning,
     )
     return Engine(opened, made, slots=slots)
+
+
+def condition_slots(slots: int) -> int:
+    """Condition slots of an engine: a request for each slot, and those that are prepared meanwhile."""
+    return slots + AHEAD
 
 
 def cache_slots(slots: int) -> int:
@@ -82,10 +89,40 @@ def cache_slots(slots: int) -> int:
     return 2 * slots
 
 
-class Engine:
-    """Decodes up to `slots` requests at a time; one thread calls it, but `check` and `info` any.
+class Prepared:
+    """A request whose conditions are in a condition slot, which its samples share.
 
-    backend: has cache_slots(slots), and `slots` condition slots.
+    plan, tokens i32 [N], known bool [N], window: as Sequence takes them; text_length: entries of
+    its prompt, None without one.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        slot: int,
+        plan: Plan,
+        tokens: Int,
+        known: Known,
+        window: Int | None,
+        text_length: int | None,
+        on_close: Callable[[int], None],
+    ) -> None:
+        self.request, self.slot, self.plan = request, slot, plan
+        self.tokens, self.known, self.window = tokens, known, window
+        self.text_length = text_length
+        self._on_close: Callable[[int], None] | None = on_close
+
+    def close(self) -> None:
+        """Frees the condition slot; no sample may be running. Harmless if it is free."""
+        on_close, self._on_close = self._on_close, None
+        if on_close is not None:
+            on_close(self.slot)
+
+
+class Engine:
+    """Decodes samples of requests in up to `slots` slots; for its threads see engine_protocol.py.
+
+    backend: has cache_slots(slots) and condition_slots(slots).
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, *, slots: int) -> None:
@@ -98,7 +135,8 @@ class Engine:
         self._layout = ConditionLayout.of(self._config)
         self._sequences: dict[int, Sequence] = {}
         _check_cache(bundle.manifest)
-        for slot in range(slots):
+        self._free = list(range(condition_slots(slots)))  # condition slots; lists are thread-safe
+        for slot in self._free:
             self._none_length = self._encode(UNCONDITIONAL_PROMPT, slot, self._layout.none)
 
     def check(self, request: GenerationRequest) -> None:
@@ -110,20 +148,49 @@ class Engine:
                 "prompt", f"prompt is {count} tokens; the model reads at most {most}, so shorten it"
             )
 
-    def admit(self, request: GenerationRequest, slot: int) -> None:
-        """Encodes what a checked request gives, and makes a free slot ready to step."""
+    @property
+    def room(self) -> int:
+        """How many more requests can be prepared now."""
+        return len(self._free)
+
+    def prepare(self, request: GenerationRequest) -> Prepared:
+        """Encodes what a checked request gives into a free condition slot, for all its samples."""
+        assert self._free, "there is no free condition slot"
+        slot = self._free.pop()
+        try:
+            return self._prepared(request, slot)
+        except BaseException:
+            self._free.append(slot)
+            raise
+
+    def admit(self, prepared: Prepared, slot: int, sample_index: int | None = None) -> None:
+        """Makes a free slot ready to step a sample of a request, by default the request's own."""
         assert 0 <= slot < self.slots and slot not in self._sequences, "the slot is not free"
-        tokens, known = self._given_tokens(request)
-        plan = self._plan(request, known)
-        draw = functools.partial(uniforms, request.seed, request.sample_index)
-        visual = self._visual_tokens(request, tokens, known)
-        window = self._look(visual, self._grid(request), slot)
-        lanes = self._lanes(request, slot)
+        request, config = prepared.request, self._config
+        index = request.sample_index if sample_index is None else sample_index
         sequence = Sequence(
-            plan, lanes, request.sampling, draw, tokens, known, self._config.bos, window
+            prepared.plan,
+            self._lanes(prepared, slot),
+            request.sampling,
+            functools.partial(uniforms, request.seed, index),
+            prepared.tokens,
+            prepared.known,
+            config.bos,
+            prepared.window,
         )
         self._backend.open(sequence.stream)
         self._sequences[slot] = sequence
+
+    def _prepared(self, request: GenerationRequest, slot: int) -> Prepared:
+        tokens, known = self._given_tokens(request)
+        visual = self._visual_tokens(request, tokens, known)
+        window = self._look(visual, self._grid(request), slot)
+        prompt = request.prompt.strip() or UNCONDITIONAL_PROMPT
+        length = None
+        if prompt != UNCONDITIONAL_PROMPT:
+            length = self._encode(prompt, slot, self._layout.text)
+        plan = self._plan(request, known)
+        return Prepared(request, slot, plan, tokens, known, window, length, self._free.append)
 
     def step(self) -> list[SlotStep]:
         """Decodes the next wave of every admitted, unfinished slot, all in one call of the backend.
@@ -252,13 +319,12 @@ class Engine:
         self._backend.encode_visual(visual, grid.coordinates(), near, slot)
         return visual_window(self._config, grid)
 
-    def _lanes(self, request: GenerationRequest, slot: int) -> tuple[Lane, ...]:
-        none = Lane(slot, slot, self._none_length, self._layout.none)
-        prompt = request.prompt.strip() or UNCONDITIONAL_PROMPT
-        if prompt == UNCONDITIONAL_PROMPT:  # guidance would compare the rows with themselves
+    def _lanes(self, prepared: Prepared, slot: int) -> tuple[Lane, ...]:
+        none = Lane(slot, prepared.slot, self._none_length, self._layout.none)
+        if prepared.text_length is None:  # guidance would compare the rows with themselves
             return (none,)
-        lane = Lane(slot, slot, self._encode(prompt, slot, self._layout.text), self._layout.text)
-        if request.sampling.guidance_scale == 1.0:
+        lane = Lane(slot, prepared.slot, prepared.text_length, self._layout.text)
+        if prepared.request.sampling.guidance_scale == 1.0:
             return (lane,)
         return lane, dataclasses.replace(none, cache_slot=self.slots + slot)
 

@@ -15,10 +15,18 @@ from .core import GenerationRequest, ModelInfo, Pixels, SlotStep
 from .ranking import Ranker
 
 
+class Prepared(Protocol):
+    """A request whose conditions are encoded."""
+
+    def close(self) -> None:
+        """Makes room for another one. No slot may need it any more; harmless if repeated."""
+
+
 class Engine(Protocol):
     """Slots that decode side by side.
 
-    Only `info`, `slots`, `rankers` and `check` are used by many threads.
+    `info`, `slots`, `rankers`, `check` and `room` are for any thread; one prepares, one makes
+    pixels and one does everything else, all three at the same time.
     """
 
     @property
@@ -35,11 +43,23 @@ class Engine(Protocol):
     def check(self, request: GenerationRequest) -> None:
         """ValueError or UnsupportedTaskError if this request cannot be done."""
 
-    def admit(self, request: GenerationRequest, slot: int) -> None:
-        """Encodes the request's conditions and makes `slot` ready to step."""
+    @property
+    def room(self) -> int:
+        """How many more requests can be prepared now."""
+        ...
+
+    def prepare(self, request: GenerationRequest) -> Prepared:
+        """Encodes a checked request's conditions, once for all of its samples.
+
+        There must be room. May be called while another thread steps, by one at a time.
+        """
+        ...
+
+    def admit(self, prepared: Prepared, slot: int, sample_index: int) -> None:
+        """Makes `slot` ready to step a sample of a request; quick."""
 
     def step(self) -> list[SlotStep]:
-        """Decodes one wave of every admitted slot."""
+        """Decodes one wave of every admitted slot; an error of one slot is in its result."""
         ...
 
     def release(self, slot: int) -> None:

@@ -1,0 +1,138 @@
+"""Turns finished frames into pixels, in a thread of its own, so that decoding never waits for it.
+
+Frames that wait are decoded together, of whatever requests they are. Knows no slots and no queue of
+requests: what it may not do itself, it tells the scheduler.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from nuwa.spec.grid import Int
+
+from .core import Done, Frame, GenerationRequest
+from .engine_protocol import Engine
+from .given import restore_given
+from .submission import Submission
+
+log = logging.getLogger("nuwa.runtime")
+
+MOST_FRAMES = 16  # of a call: its memory, and how long the first of them waits for the last
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A frame to paint; request: the one of its sample."""
+
+    submission: Submission
+    request: GenerationRequest
+    index: int
+    tokens: Int
+
+
+class Painter:
+    """on_error(submission, error): called when a request's pixels cannot be made.
+
+    start() and close(), or `paint` in the caller's thread.
+    """
+
+    def __init__(self, engine: Engine, on_error: Callable[[Submission, Exception], None]) -> None:
+        self._engine, self._on_error = engine, on_error
+        # Pictures, and requests that are done once all pictures before them are.
+        self._jobs: deque[Picture | Submission] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread = threading.Thread(target=self._loop, name="nuwa-pixels", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether there is a thread that paints."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def put(self, job: Picture | Submission) -> None:
+        """Queues a picture, or the end of a request."""
+        with self._changed:
+            self._jobs.append(job)
+            self._changed.notify_all()
+
+    def close(self, timeout: float) -> None:
+        """Paints what is left, then ends the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    def paint(self) -> None:
+        """Does all that waits."""
+        while jobs := self._take():
+            pictures = [job for job in jobs if isinstance(job, Picture)]
+            self._paint(pictures)
+            for job in jobs:
+                if isinstance(job, Submission) and not job.handle.ended:
+                    job.handle.emit(Done(job.timings(time.perf_counter())))
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._jobs or self._closing):
+                    self._changed.wait()
+                if not self._jobs:
+                    return
+            self.paint()
+
+    def _take(self) -> list[Picture | Submission]:
+        """The jobs that are next, at most MOST_FRAMES pictures of requests that go on."""
+        taken: list[Picture | Submission] = []
+        pictures = 0
+        with self._changed:
+            while self._jobs and pictures < MOST_FRAMES:
+                job = self._jobs.popleft()
+                if isinstance(job, Picture):
+                    if job.submission.handle.ended:
+                        continue
+                    pictures += 1
+                taken.append(job)
+        return taken
+
+    def _paint(self, pictures: list[Picture]) -> None:
+        if not pictures:
+            return
+        started = time.perf_counter()
+        try:
+            made = self._engine.pixels(np.stack([each.tokens for each in pictures]))
+            frames = [
+                Frame(
+                    each.index,
+                    restore_given(each.request, each.index, pixels),
+                    each.tokens,
+                    each.request.sample_index,
+                )
+                for each, pixels in zip(pictures, made, strict=True)
+            ]
+        except Exception as error:
+            if len(pictures) == 1:
+                log.exception("tokens could not be turned into pixels")
+                self._on_error(pictures[0].submission, error)
+            else:  # one frame may be at fault, or the size of the batch
+                for each in pictures:
+                    if not each.submission.handle.ended:
+                        self._paint([each])
+            return
+        elapsed = time.perf_counter() - started
+        for submission in dict.fromkeys(each.submission for each in pictures):
+            submission.pixels += elapsed
+        for each, frame in zip(pictures, frames, strict=True):
+            each.submission.handle.emit(frame)
