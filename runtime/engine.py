@@ -45,7 +45,9 @@ Known = npt.NDArray[np.bool_]
 # many times their rows, which makes their step at most that much longer.
 PREFILL_SHARE = 1.5
 AHEAD = 2  # requests that can be prepared while all slots are taken
-MOST_ROWS = 256  # of a call that nobody else waits for: its memory, and how soon it can be cancelled
+MOST_ROWS = (
+    256  # of a call that nobody else waits for: its memory, and how soon it can be cancelled
+)
 NOT_FINITE = "the model computed what is no finite number"
 
 
@@ -251,9 +253,7 @@ class Engine:
                 frames.append((frame, tokens.reshape(sequence.plan.grid.shape[1:])))
             if sequence.restage():
                 self._backend.stage(sequence.stream)
-        return SlotStep(
-            slot, sequence.positions_done, total, tuple(frames), sequence.done, error
-        )
+        return SlotStep(slot, sequence.positions_done, total, tuple(frames), sequence.done, error)
 
     def pixels(self, tokens: Int) -> Pixels:
         """Tokens i32 [F, h, w] -> u8 [F, H, W, 3]; given.restore_given puts given pixels back."""

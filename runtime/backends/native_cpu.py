@@ -182,10 +182,7 @@ class NativeCpu(OnnxRuntimeGraphs):
         if os.getpid() != self._process:
             raise RuntimeError("a forked process has none of the decoder's threads; load it there")
         called = (_Part * len(parts))(
-            *(
-                _Part(self._streams[part.stream].pointer, part.first, part.count)
-                for part in parts
-            )
+            *(_Part(self._streams[part.stream].pointer, part.first, part.count) for part in parts)
         )
         self._step.parts, self._step.part_count = called, len(parts)
         if self._keep_logits:

@@ -118,11 +118,16 @@ def assemble(
     pairs = [(part, lane) for part in parts for lane in part.stream.lanes]
     streams = [part.stream for part, _ in pairs]
     counts = [part.count for part, _ in pairs]
-    guided = [stream.guided and lane is stream.lanes[0] for stream, (_, lane) in _zip(streams, pairs)]
+    guided = [
+        stream.guided and lane is stream.lanes[0] for stream, (_, lane) in _zip(streams, pairs)
+    ]
     sampling = [stream.sampling for stream in streams]
 
     def gather(name: str) -> Int:
-        rows = [getattr(part.stream.rows, name)[part.first : part.first + part.count] for part, _ in pairs]
+        rows = [
+            getattr(part.stream.rows, name)[part.first : part.first + part.count]
+            for part, _ in pairs
+        ]
         return np.concatenate(rows)
 
     whole = np.array(

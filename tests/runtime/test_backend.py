@@ -180,9 +180,7 @@ def test_caches_are_written_in_place(bundle, backend):
 
 
 def test_a_later_call_reads_what_an_earlier_one_wrote(bundle, backend):
-    parts = opened(
-        backend, *(sequence(bundle, Lane(0, 1, 5), calls=calls) for calls in (0, 1))
-    )
+    parts = opened(backend, *(sequence(bundle, Lane(0, 1, 5), calls=calls) for calls in (0, 1)))
     backend.step(parts[:1])
     backend.step(parts[1:])
     seen = backend.logits

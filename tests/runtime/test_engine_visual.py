@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nuwa.runtime.core import GenerationRequest, UnsupportedTaskError
+from nuwa.runtime.engine import condition_slots
 from nuwa.spec.grid import Grid
 from nuwa.spec.known import blank_hidden, hidden_edges, known_cells
 from nuwa.spec.sampling import Sampling

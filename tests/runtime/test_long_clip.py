@@ -235,7 +235,9 @@ def test_tokens_and_draws_of_a_ring_are_those_of_the_whole(most):
             part, rows = sequence.part(most), sequence.stream.rows
             now = slice(part.first, part.first + part.count)
             own = slice(seen, seen + part.count)
-            fed = np.where(rows.fed[now] < 0, -1 - rows.fed[now], held[np.maximum(rows.fed[now], 0)])
+            fed = np.where(
+                rows.fed[now] < 0, -1 - rows.fed[now], held[np.maximum(rows.fed[now], 0)]
+            )
             assert (fed == np.append(wanted, bos)[call.fed[own]]).all()
             assert (rows.uniform[now] == draws[call.position[own]]).all()
             token = wanted[call.position[own]]
