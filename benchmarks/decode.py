@@ -168,6 +168,8 @@ def run(engine: Engine, workload: Workload, kind: str, seed: int) -> tuple[float
     while not done:
         (step,) = engine.step()
         frames.update(step.frames)
+        if step.error is not None:
+            raise step.error
         steps, done = steps + 1, step.done
     seconds = time.perf_counter() - began
     engine.release(0)

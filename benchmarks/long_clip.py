@@ -106,6 +106,8 @@ def generate(engine: Engine, request: GenerationRequest) -> tuple[int, float]:
     engine.admit(prepared, 0)
     while not done:
         (step,) = engine.step()
+        if step.error is not None:
+            raise step.error
         steps, done = steps + 1, step.done
         if step.frames:
             engine.pixels(np.stack([tokens for _, tokens in step.frames]))

@@ -41,8 +41,8 @@ from .sequence import Sequence
 
 Known = npt.NDArray[np.bool_]
 
-# What is given is caught up with in calls of many rows. Beside others' waves such a call may have so
-# many times their rows, which makes their step at most that much longer.
+# What is given is caught up with in calls of many rows. Beside others' waves such a call may have
+# so many times their rows, which makes their step at most that much longer.
 PREFILL_SHARE = 1.5
 AHEAD = 2  # requests that can be prepared while all slots are taken
 MOST_ROWS = (
@@ -82,7 +82,7 @@ def load_engine(
 
 
 def condition_slots(slots: int) -> int:
-    """Condition slots of an engine: a request for each slot, and those that are prepared meanwhile."""
+    """Condition slots of an engine: one for each slot's request, and AHEAD for those that wait."""
     return slots + AHEAD
 
 

@@ -17,8 +17,9 @@ class Submission:
     """`samples` sequences that share one handle.
 
     started: samples that got a slot; finished: samples that are decoded; prepared: the request as
-    the engine has encoded it, None while it has not, or when no sample will need it. encode, decode and pixels are
-    the seconds in which the engine worked for at least one of them; steps are counted likewise.
+    the engine has encoded it, None while it has not, or when no sample will need it. encode, decode
+    and pixels are the seconds in which the engine worked for at least one of them; steps are
+    counted likewise.
     """
 
     handle: Handle

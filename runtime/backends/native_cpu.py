@@ -416,10 +416,10 @@ def _new_decoder(
         position_starts=(0, grid.frames, grid.frames + grid.height),
         column_bounds=bounds.ctypes.data,
     )
-    address = library.nuwa_decoder_new(byref(shape), byref(made), threads)
-    if not address:
+    decoder_address = library.nuwa_decoder_new(byref(shape), byref(made), threads)
+    if not decoder_address:
         raise UnavailableError(f"there is no memory for a decoder, or no {threads} threads")
-    return c_void_p(address)
+    return c_void_p(decoder_address)
 
 
 def _pointers(arrays: list[npt.NDArray]) -> ctypes.Array:

@@ -10,9 +10,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from nuwa.runtime.backends.base import Lane
 from nuwa.runtime.core import GenerationRequest
 from nuwa.runtime.errors import FieldError
-from nuwa.runtime.backends.base import Lane
 from nuwa.runtime.sequence import Sequence
 from nuwa.spec.config import preset
 from nuwa.spec.grid import Grid
