@@ -272,6 +272,8 @@ class Scheduler:
             for submission in self._queue:
                 if submission.handle is handle and submission.started == 0:
                     self._queue.remove(submission)
+                    submission.discard()
+                    self._changed.notify_all()
                     break
             else:
                 return
