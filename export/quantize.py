@@ -58,5 +58,5 @@ def quantize(folded: FoldedNUWA) -> FoldedNUWA:
     for block in folded.blocks:
         for name in _LINEAR:
             setattr(block, name, Int8Linear(getattr(block, name)))
-    folded.head = Int8Linear(folded.head)
+    folded.register_module("head", Int8Linear(folded.head))
     return folded

@@ -6,7 +6,7 @@ Exists so that both can be tested without a model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -55,8 +55,8 @@ class Engine(Protocol):
         """
         ...
 
-    def admit(self, prepared: Prepared, slot: int, sample_index: int) -> None:
-        """Makes `slot` ready to step a sample of a request; quick."""
+    def admit(self, prepared: Any, slot: int, sample_index: int) -> None:
+        """Makes `slot` ready to step a sample of what this engine has prepared; quick."""
 
     def step(self) -> list[SlotStep]:
         """Decodes one wave of every admitted slot; an error of one slot is in its result."""
