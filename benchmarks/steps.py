@@ -64,7 +64,7 @@ def main() -> int:
     print(f"copying: {bandwidth / 1e9:.1f} GB/s")
     print("rows   GFLOP/s of the products   bytes at copy speed   products      step  share")
     report["steps"] = []
-    stream, rows_stream = _stream(model, max(options.rows))
+    stream = synthetic_stream(model, max(options.rows))
     engine._backend.open(stream)
     for rows in options.rows:
         row = _measure(engine, stream, rows, floor, options.repeats)
@@ -79,7 +79,6 @@ def main() -> int:
             flush=True,
         )
     engine._backend.close(stream)
-    del rows_stream
     print("clips side by side   rows a step      step      host  share")
     report["host"] = [_host(engine, clips) for clips in options.clips]
     for row in report["host"]:
@@ -94,8 +93,8 @@ def main() -> int:
     return 0
 
 
-def _stream(model: ModelConfig, most: int) -> tuple[Stream, Rows]:
-    """Rows of a clip in decoding order, over and over, so that a call may have any number."""
+def synthetic_stream(model: ModelConfig, most: int) -> Stream:
+    """Rows of a clip in decoding order, over and over, so that a call may have up to `most`."""
     plan = decode_plan(model.decoder, model.decoder.grid)
     index = np.arange(most) % plan.grid.size
     rows = Rows(
@@ -108,7 +107,7 @@ def _stream(model: ModelConfig, most: int) -> tuple[Stream, Rows]:
         visual=None,
         uniform=np.random.default_rng(0).random(most, np.float32),
     )
-    return Stream((Lane(0, 0, 14),), Sampling(), plan.grid.size, rows), rows
+    return Stream((Lane(0, 0, 14),), Sampling(), plan.grid.size, rows)
 
 
 def _measure(engine: Engine, stream: Stream, rows: int, floor: Products, repeats: int) -> dict:
