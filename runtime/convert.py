@@ -98,6 +98,20 @@ def read_image_request(
     return Job(generation, output, request_id, wanted)
 
 
+def read_stream_image_request(
+    message: pb.StreamImageRequest, info: ModelInfo, limits: Limits = DEFAULT_LIMITS
+) -> Job:
+    """As read_image_request, with previews."""
+    refuse_unknown_fields(message)
+    try:
+        job = read_image_request(message.request, info, limits)
+    except FieldError as error:
+        path = f"request.{error.field}" if error.field else "request"
+        raise FieldError(path, str(error)) from error
+    with blame("preview_count"):
+        return replace(job, generation=replace(job.generation, previews=message.preview_count))
+
+
 def read_video_request(
     message: pb.GenerateVideoRequest, info: ModelInfo, limits: Limits = DEFAULT_LIMITS
 ) -> Job:

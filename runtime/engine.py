@@ -207,6 +207,13 @@ class Engine:
             for (slot, part), error in zip(parts.items(), self._run([*parts.values()]), strict=True)
         ]
 
+    def unfinished(self, slot: int) -> tuple[Int, Known]:
+        """Of an image in a slot: its tokens i32 [h, w], and bool [h, w], which are decoded."""
+        sequence = self._sequences[slot]
+        height, width = sequence.plan.grid.height, sequence.plan.grid.width
+        tokens = self._backend.tokens(sequence.stream, *sequence.place(0))
+        return tokens.reshape(height, width), sequence.decoded().reshape(height, width)
+
     def release(self, slot: int) -> None:
         """Frees a slot; harmless if it is free."""
         sequence = self._sequences.pop(slot, None)

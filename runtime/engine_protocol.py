@@ -62,6 +62,13 @@ class Engine(Protocol):
         """Decodes one wave of every admitted slot; an error of one slot is in its result."""
         ...
 
+    def unfinished(self, slot: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+        """Of an image that is being decoded: tokens i32 [h, w], and bool [h, w], which are there.
+
+        Those that are not are tokens of any value.
+        """
+        ...
+
     def release(self, slot: int) -> None:
         """Frees a slot; harmless if it is free."""
 

@@ -14,27 +14,33 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from nuwa.spec.grid import Int
 
-from .core import Done, Frame, GenerationRequest
+from .core import Done, Frame, GenerationRequest, Pixels, Preview
 from .engine_protocol import Engine
 from .given import restore_given
 from .submission import Submission
 
 log = logging.getLogger("nuwa.runtime")
 
+GREY = 128  # where an unfinished image has nothing yet
 MOST_FRAMES = 16  # of a call: its memory, and how long the first of them waits for the last
 
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A frame to paint; request: the one of its sample."""
+    """A frame to paint; request: the one of its sample.
+
+    decoded: bool [h, w], of an unfinished image the tokens that are there; else None.
+    """
 
     submission: Submission
     request: GenerationRequest
     index: int
     tokens: Int
+    decoded: npt.NDArray[np.bool_] | None = None
 
 
 class Painter:
@@ -113,15 +119,7 @@ class Painter:
         started = time.perf_counter()
         try:
             made = self._engine.pixels(np.stack([each.tokens for each in pictures]))
-            frames = [
-                Frame(
-                    each.index,
-                    restore_given(each.request, each.index, pixels),
-                    each.tokens,
-                    each.request.sample_index,
-                )
-                for each, pixels in zip(pictures, made, strict=True)
-            ]
+            events = [_event(each, pixels) for each, pixels in zip(pictures, made, strict=True)]
         except Exception as error:
             if len(pictures) == 1:
                 log.exception("tokens could not be turned into pixels")
@@ -134,5 +132,18 @@ class Painter:
         elapsed = time.perf_counter() - started
         for submission in dict.fromkeys(each.submission for each in pictures):
             submission.pixels += elapsed
-        for each, frame in zip(pictures, frames, strict=True):
-            each.submission.handle.emit(frame)
+        for each, event in zip(pictures, events, strict=True):
+            each.submission.handle.emit(event)
+
+
+def _event(picture: Picture, pixels: Pixels) -> Frame | Preview:
+    request, decoded = picture.request, picture.decoded
+    pixels = restore_given(request, picture.index, pixels)
+    if decoded is None:
+        return Frame(picture.index, pixels, picture.tokens, request.sample_index)
+    patch = np.ones((pixels.shape[0] // len(decoded), pixels.shape[1] // decoded.shape[1]), bool)
+    shown = np.kron(decoded, patch)
+    if request.mask is not None:
+        shown |= ~request.mask  # what is given is there from the start
+    grey = np.where(shown[..., None], pixels, np.uint8(GREY))
+    return Preview(grey, int(decoded.sum()), request.sample_index)

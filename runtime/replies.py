@@ -19,7 +19,17 @@ from nuwa.v1 import generation_pb2 as pb
 
 from . import media
 from .convert import TASK_VALUES, Job, OutputOptions
-from .core import Accepted, Done, Event, Frame, ModelInfo, Pixels, Progress, Timings
+from .core import (
+    Accepted,
+    Done,
+    Event,
+    Frame,
+    ModelInfo,
+    Pixels,
+    Preview,
+    Progress,
+    Timings,
+)
 from .samples import MAX_SAMPLES
 
 FORMATS = {
@@ -33,19 +43,46 @@ ANIMATION_FORMATS = {"webp": pb.ANIMATION_FORMAT_WEBP, "gif": pb.ANIMATION_FORMA
 
 def image_response(job: Job, events: Iterator[Event]) -> pb.GenerateImageResponse:
     """Waits for the image, or for all samples of it: the answer to GenerateImage."""
-    response = pb.GenerateImageResponse(request_id=job.request_id, seed=job.generation.seed)
+    response = pb.GenerateImageResponse()
+    for message in image_responses(job, events):
+        response = message.result  # of the last one
+    return response
+
+
+def image_responses(job: Job, events: Iterator[Event]) -> Iterator[pb.StreamImageResponse]:
+    """The stream that answers StreamImage."""
     frames: list[Frame] = []
     for event in events:
         match event:
+            case Accepted():
+                yield pb.StreamImageResponse(accepted=_accepted(job, event))
+            case Progress():
+                yield pb.StreamImageResponse(progress=_progress(event))
+            case Preview():
+                yield pb.StreamImageResponse(preview=_preview(job, event))
             case Frame():
                 frames.append(event)
             case Done():
-                response.timings.CopyFrom(timings_message(event.timings))
-                response.scores.extend(_scores(event))
-                if not event.scores:
-                    frames.sort(key=lambda frame: frame.sample_index)
-                _add_images(response, job, frames, event.scores)
+                yield pb.StreamImageResponse(result=_image_result(job, frames, event))
+
+
+def _image_result(job: Job, frames: list[Frame], event: Done) -> pb.GenerateImageResponse:
+    response = pb.GenerateImageResponse(request_id=job.request_id, seed=job.generation.seed)
+    response.timings.CopyFrom(timings_message(event.timings))
+    response.scores.extend(_scores(event))
+    if not event.scores:
+        frames.sort(key=lambda frame: frame.sample_index)
+    _add_images(response, job, frames, event.scores)
     return response
+
+
+def _preview(job: Job, event: Preview) -> pb.PreviewEvent:
+    frame = Frame(0, event.pixels, np.zeros((0, 0), np.int32), event.sample_index)
+    return pb.PreviewEvent(
+        frame=frame_message(frame, dataclasses.replace(job.output, include_tokens=False)),
+        decoded_position_count=event.positions_done,
+        sample_index=event.sample_index,
+    )
 
 
 def _add_images(

@@ -17,7 +17,7 @@ from nuwa.v1 import generation_pb2 as pb
 
 from . import media
 from .convert import TASKS, stated
-from .core import Accepted, Frame, ModelInfo, Pixels, Progress, Timings
+from .core import Accepted, Frame, ModelInfo, Pixels, Preview, Progress, Timings
 
 Tokens = npt.NDArray[np.int32]
 
@@ -95,6 +95,7 @@ class ClipDone:
 
 
 ClipEvent = Accepted | Progress | Frame | ClipDone
+ImageEvent = Accepted | Progress | Preview | ImageResult
 
 
 def image_result(message: pb.GenerateImageResponse, sample_index: int = 0) -> ImageResult:
@@ -126,6 +127,39 @@ def _image_sample(message: pb.Sample) -> ImageSample:
     )
 
 
+def image_events(
+    messages: Iterator[pb.StreamImageResponse], sample_index: int = 0
+) -> Iterator[ImageEvent]:
+    """The stream of StreamImage; as clip_events. sample_index: as of image_result."""
+    for message in messages:
+        match message.WhichOneof("event"):
+            case "accepted":
+                yield _accepted(message.accepted)
+            case "progress":
+                yield _progress(message.progress)
+            case "preview":
+                shown = message.preview
+                yield Preview(
+                    _pixels(shown.frame), shown.decoded_position_count, shown.sample_index
+                )
+            case "result":
+                yield image_result(message.result, sample_index)
+
+
+def _accepted(event: pb.AcceptedEvent) -> Accepted:
+    return Accepted(_seconds(event.queue_duration), event.sample_index)
+
+
+def _progress(event: pb.ProgressEvent) -> Progress:
+    return Progress(
+        event.decoded_position_count,
+        event.total_position_count,
+        event.decoded_frame_count,
+        event.total_frame_count,
+        event.sample_index,
+    )
+
+
 def clip_events(messages: Iterator[pb.GenerateVideoResponse]) -> Iterator[ClipEvent]:
     """The stream of GenerateVideo. Events of a kind that this version does not know are skipped.
 
@@ -134,17 +168,9 @@ def clip_events(messages: Iterator[pb.GenerateVideoResponse]) -> Iterator[ClipEv
     for message in messages:
         match message.WhichOneof("event"):
             case "accepted":
-                accepted = message.accepted
-                yield Accepted(_seconds(accepted.queue_duration), accepted.sample_index)
+                yield _accepted(message.accepted)
             case "progress":
-                event = message.progress
-                yield Progress(
-                    event.decoded_position_count,
-                    event.total_position_count,
-                    event.decoded_frame_count,
-                    event.total_frame_count,
-                    event.sample_index,
-                )
+                yield _progress(message.progress)
             case "frame":
                 frame = message.frame.frame
                 tokens = _tokens(frame)

@@ -46,6 +46,7 @@ class _Running:
     request: GenerationRequest
     frames_done: int = 0
     percent: int = -1
+    previews: int = 0
 
     @property
     def handle(self) -> Handle:
@@ -357,6 +358,7 @@ class Scheduler:
             self._end(running.submission, _engine_error("decoding", result.error))
             return
         self._report(running, result)
+        self._preview(running, result)
         for index, tokens in result.frames:
             self._painter.put(Picture(running.submission, running.request, index, tokens))
         if result.done:
@@ -376,6 +378,15 @@ class Scheduler:
                     running.request.sample_index,
                 )
             )
+
+    def _preview(self, running: _Running, result: SlotStep) -> None:
+        """Has an unfinished image painted whenever another one of its previews is due."""
+        request = running.request
+        due = result.positions_done * (request.previews + 1) // max(result.positions_total, 1)
+        if running.previews < due <= request.previews:
+            running.previews = due
+            tokens, decoded = self.engine.unfinished(result.slot)
+            self._painter.put(Picture(running.submission, request, 0, tokens, decoded))
 
     def _not_painted(self, submission: Submission, error: Exception) -> None:
         """For the painter's thread: ends the request; its slots are emptied by the next sweep."""

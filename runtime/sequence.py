@@ -99,6 +99,13 @@ class Sequence:
         self.stream.rows = self._stage()
         return True
 
+    def decoded(self) -> npt.NDArray[np.bool_]:
+        """bool [N]: which positions of an image are decoded; all its rows are staged at once."""
+        assert self.plan.grid.frames == 1, "of a clip, frames are told when they are complete"
+        done = np.zeros(self._cells, bool)
+        done[self.stream.rows.place[: self._row]] = True
+        return done
+
     def place(self, frame: int) -> tuple[int, int]:
         """Where a complete frame's tokens are held: the first place, and how many."""
         return frame * self._cells % self._held, self._cells

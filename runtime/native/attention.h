@@ -1,6 +1,7 @@
 // One row of nearby attention (spec/reference.py), over entries of one slot.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -40,35 +41,52 @@ class Window {
     float* score = score_.get();
     const float scale = 1.f / std::sqrt(static_cast<float>(head_dim));
     for (int head = 0; head < heads; ++head, query += head_dim, out += head_dim) {
-      const float* head_bias = bias ? bias + head * bias_stride : nullptr;
       const float* head_keys = keys + head * head_dim;
-      const float* head_values = values + head * head_dim;
-      float highest_score = -INFINITY;
-      for (int j = 0; j < count_; ++j) {
-        const float* key = head_keys + static_cast<std::size_t>(entry_[j]) * width;
-        Floats product{};
-        for (int i = 0; i < head_dim; i += kLanes) product += load(query + i) * load(key + i);
-        score[j] = sum(product) * scale + (head_bias ? head_bias[column_[j]] : 0.f);
-        highest_score = score[j] > highest_score ? score[j] : highest_score;
+      Floats highest_score = all(-INFINITY);
+      for (int j = 0; j < count_; j += kLanes) {
+        Floats product[kLanes] = {};
+        const int here = std::min(count_ - j, kLanes);
+        for (int lane = 0; lane < here; ++lane) {
+          const float* key = head_keys + static_cast<std::size_t>(entry_[j + lane]) * width;
+          for (int i = 0; i < head_dim; i += kLanes)
+            product[lane] += load(query + i) * load(key + i);
+        }
+        store(score + j, sums(product) * scale);
+        if (bias)
+          for (int lane = 0; lane < here; ++lane)
+            score[j + lane] += bias[head * bias_stride + column_[j + lane]];
+        for (int lane = here; lane < kLanes; ++lane) score[j + lane] = -INFINITY;
+        highest_score = max(load(score + j), highest_score);
       }
-      for (int j = count_; j % kLanes; ++j) score[j] = -INFINITY;
+      const float top = highest(highest_score);
       Floats total{};
       for (int j = 0; j < count_; j += kLanes) {
-        const Floats weight = exp(load(score + j) - highest_score);
+        const Floats weight = exp(load(score + j) - top);
         store(score + j, weight);
         total += weight;
       }
       const float share = 1.f / sum(total);
-      for (int i = 0; i < head_dim; i += kLanes) {
-        Floats mixed{};
-        for (int j = 0; j < count_; ++j)
-          mixed += score[j] * load(head_values + static_cast<std::size_t>(entry_[j]) * width + i);
-        store(out + i, mixed * share);
-      }
+      const float* head_values = values + head * head_dim;
+      int i = 0;
+      for (; i + 4 * kLanes <= head_dim; i += 4 * kLanes)
+        mix<4>(head_values + i, width, share, out + i);
+      for (; i < head_dim; i += kLanes) mix<1>(head_values + i, width, share, out + i);
     }
   }
 
  private:
+  // The weighted sum of Vectors vectors of all entries' values.
+  template <int Vectors>
+  void mix(const float* values, int width, float share, float* out) const {
+    const float* score = score_.get();
+    Floats mixed[Vectors] = {};
+    for (int j = 0; j < count_; ++j) {
+      const float* value = values + static_cast<std::size_t>(entry_[j]) * width;
+      for (int v = 0; v < Vectors; ++v) mixed[v] += score[j] * load(value + v * kLanes);
+    }
+    for (int v = 0; v < Vectors; ++v) store(out + v * kLanes, mixed[v] * share);
+  }
+
   Array<std::int32_t> entry_, column_;
   Array<float> score_;
   int count_ = 0;

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace nuwa {
 
@@ -42,6 +43,33 @@ inline float sum(Floats value) {
   for (int width = kLanes / 2; width; width /= 2)
     for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
   return lane[0];
+}
+
+// Of what two vectors hold, the lanes that a stage of sums() adds up: blocks of `Stride` lanes in
+// turn from the one and from the other, the first of every two (Half 0) or the second (Half 1).
+template <int Stride, int Half, int... Lane>
+inline Floats blocks_of(Floats a, Floats b, std::integer_sequence<int, Lane...>) {
+  return __builtin_shufflevector(
+      a, b,
+      (Lane / (2 * Stride) * 2 * Stride + Half * Stride + Lane % Stride +
+       (Lane / Stride % 2 ? kLanes : 0))...);
+}
+
+// Lane i: the sum of the lanes of values[i]. As many vectors as there are lanes, each summed up in the
+// same order whatever the others hold.
+template <int Stride = 1>
+inline Floats sums(const Floats* values) {
+  if constexpr (Stride == kLanes) {
+    return values[0];
+  } else {
+    constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
+    Floats halved[kLanes / Stride / 2];
+    for (int i = 0; i < kLanes / Stride / 2; ++i) {
+      const Floats a = values[2 * i], b = values[2 * i + 1];
+      halved[i] = blocks_of<Stride, 0>(a, b, lanes) + blocks_of<Stride, 1>(a, b, lanes);
+    }
+    return sums<2 * Stride>(halved);
+  }
 }
 
 inline float highest(Floats value) {

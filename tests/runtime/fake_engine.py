@@ -152,6 +152,13 @@ class FakeEngine:
             frames = ((index, expected_tokens(request.seed + request.sample_index, index)),)
         return SlotStep(slot, GRID * rows, GRID * rows_total, frames, rows == rows_total)
 
+    def unfinished(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
+        request = self.allocated[slot]
+        tokens = expected_tokens(request.seed + request.sample_index, 0)
+        decoded = np.zeros((GRID, GRID), bool)
+        decoded[: self.rows_done[slot]] = True
+        return np.where(decoded, tokens, 0).astype(np.int32), decoded
+
     def release(self, slot: int) -> None:
         self.allocated.pop(slot, None)
         self.rows_done.pop(slot, None)

@@ -240,6 +240,36 @@ class GenerateImageResponse(_message.Message):
     scores: _containers.RepeatedCompositeFieldContainer[SampleScore]
     def __init__(self, request_id: _Optional[str] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., seed: _Optional[int] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., samples: _Optional[_Iterable[_Union[Sample, _Mapping]]] = ..., scores: _Optional[_Iterable[_Union[SampleScore, _Mapping]]] = ...) -> None: ...
 
+class StreamImageRequest(_message.Message):
+    __slots__ = ("request", "preview_count")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    PREVIEW_COUNT_FIELD_NUMBER: _ClassVar[int]
+    request: GenerateImageRequest
+    preview_count: int
+    def __init__(self, request: _Optional[_Union[GenerateImageRequest, _Mapping]] = ..., preview_count: _Optional[int] = ...) -> None: ...
+
+class StreamImageResponse(_message.Message):
+    __slots__ = ("accepted", "progress", "preview", "result")
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    PREVIEW_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    accepted: AcceptedEvent
+    progress: ProgressEvent
+    preview: PreviewEvent
+    result: GenerateImageResponse
+    def __init__(self, accepted: _Optional[_Union[AcceptedEvent, _Mapping]] = ..., progress: _Optional[_Union[ProgressEvent, _Mapping]] = ..., preview: _Optional[_Union[PreviewEvent, _Mapping]] = ..., result: _Optional[_Union[GenerateImageResponse, _Mapping]] = ...) -> None: ...
+
+class PreviewEvent(_message.Message):
+    __slots__ = ("frame", "decoded_position_count", "sample_index")
+    FRAME_FIELD_NUMBER: _ClassVar[int]
+    DECODED_POSITION_COUNT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    frame: Frame
+    decoded_position_count: int
+    sample_index: int
+    def __init__(self, frame: _Optional[_Union[Frame, _Mapping]] = ..., decoded_position_count: _Optional[int] = ..., sample_index: _Optional[int] = ...) -> None: ...
+
 class GenerateVideoRequest(_message.Message):
     __slots__ = ("request_id", "task", "prompt", "sketch", "video", "mask", "frame_count", "sampling", "output", "schedule", "animation_format", "frames_per_second", "sample_count", "rank_by", "return_count")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
