@@ -224,16 +224,17 @@ class Scheduler:
         return None
 
     def _idle(self) -> Submission | None:
-        """Under the lock: one behind all that is not prepared, itself prepared but not running.
+        """Under the lock: the last one that is prepared, not running, and behind one that is not.
 
         It has had a sample of its own, or it would not be behind.
         """
-        for submission in reversed(self._queue):
-            if submission.prepared is None:
-                return None
-            if not submission.running:
-                return submission
-        return None
+        found, waiting = None, self._unprepared()
+        behind = False
+        for submission in self._queue:
+            behind = behind or submission is waiting
+            if behind and submission.prepared is not None and not submission.running:
+                found = submission
+        return found
 
     def _prepare(self) -> bool:
         """Has the engine encode the next request; False if there is none, or no room."""

@@ -52,7 +52,7 @@ class Sequence:
         self._cells = plan.grid.height * plan.grid.width
         self._held = plan.held_frames * self._cells  # a ring: position p is at p modulo its size
         self._step = self._first_step = self._row = 0
-        self._bounds = np.zeros(1, np.int32)
+        self._bounds = [0]
         self._complete = 0
         self.positions_done = 0
         self.stream = Stream(lanes, sampling, self._held, self._stage())
@@ -60,7 +60,7 @@ class Sequence:
     @property
     def width(self) -> int:
         """w, how many positions are left of the call that is next, or under way."""
-        return 0 if self.done else int(self._bounds[self._step - self._first_step + 1]) - self._row
+        return 0 if self.done else self._bounds[self._step - self._first_step + 1] - self._row
 
     @property
     def ordinary(self) -> bool:
@@ -111,7 +111,8 @@ class Sequence:
         return frame * self._cells % self._held, self._cells
 
     def _stage(self) -> Rows:
-        call, self._bounds = self.plan.stage(self._step)
+        call, bounds = self.plan.stage(self._step)
+        self._bounds = bounds.tolist()
         self._first_step, self._row = self._step, 0
         first = call.fed == self.plan.grid.size
         known = np.where(first, self._bos, self._known(call.fed))

@@ -196,13 +196,9 @@ class RollingPlan:
         pair = predecessors(Grid(2, most.height, most.width), decoder.shift)
         own = np.arange(self._cells, 2 * self._cells, dtype=np.int32)
         self._fed_back = own - pair[-self._cells :]  # how far before a position its token is
+        self.widest = max(len(cells) for cells in self._schedule.by_phase)
         self._merged = self._merge(known_frames) if kind == "wave" else [0]
         self.held_frames = self._held_frames()
-
-    @property
-    def widest(self) -> int:
-        """Positions of the widest wave."""
-        return max(len(cells) for cells in self._schedule.by_phase)
 
     @property
     def steps(self) -> int:

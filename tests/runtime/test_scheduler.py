@@ -241,9 +241,9 @@ def test_many_samples_do_not_keep_others_from_being_prepared():
     scheduler = Scheduler(engine)
     for seed in range(3):
         scheduler.submit(request(seed), samples=5)
-    late = scheduler.submit(request(9))
-    turn(scheduler, 16)
-    assert len(late.result()[0]) == 1, "after one sample of each"
+    late, later = scheduler.submit(request(9)), scheduler.submit(request(8))
+    turn(scheduler, 20)
+    assert len(late.result()[0]) == len(later.result()[0]) == 1, "after one sample of each"
     turn(scheduler, 50)
     assert (scheduler.active, scheduler.queued, engine.prepared) == (0, 0, [])
 
