@@ -133,7 +133,7 @@ def _measure(engine: Engine, stream: Stream, rows: int, floor: Products, repeats
 def _host(engine: Engine, clips: int) -> dict:
     """Of `clips` clips side by side: seconds of a step, and how many of them the backend has."""
     frames = engine.info.max_frames
-    backend, inside, rows = engine._backend, [], []
+    backend, inside, rows, own, counts = engine._backend, [], [], [], []
     step = backend.step
 
     def timed_step(parts):
@@ -157,14 +157,15 @@ def _host(engine: Engine, clips: int) -> dict:
                 began = time.perf_counter()
                 scheduler._decode()
                 whole.append(time.perf_counter() - began)
+                own.append(inside[-1])
+                counts.append(rows[-1])
             scheduler.turn()
     finally:
         del backend.step
-    inside, rows = inside[-len(whole) :], rows[-len(whole) :]
-    host = [all_ - own for all_, own in zip(whole, inside, strict=True)]
+    host = [all_ - backends for all_, backends in zip(whole, own, strict=True)]
     return {
         "clips": clips,
-        "rows_per_step": statistics.mean(rows),
+        "rows_per_step": statistics.mean(counts),
         "step_seconds": statistics.median(whole),
         "host_seconds": statistics.median(host),
         "host_share": sum(host) / sum(whole),

@@ -43,8 +43,9 @@ class Int8Linear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone().float(), False)
 
     def forward(self, x_TI: Tensor) -> Tensor:
-        # As runtime/native/whole.h does it, operation by operation.
+        # As runtime/native/whole.h does it.
         scale_T1 = (x_TI.abs().amax(dim=-1, keepdim=True) * (1.0 / _LARGEST)).clamp_min(1e-30)
+        scale_T1 = scale_T1 + (x_TI * 0.0).sum(dim=-1, keepdim=True)  # NaN if any of a row is
         whole_TI = (x_TI / scale_T1).round().to(torch.int8)
         sums_TO = torch.ops.nuwa.matmul_integer(whole_TI, self.weight)
         # One scale after the other: of both together ONNX Runtime makes a fused operator that takes

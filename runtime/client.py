@@ -113,15 +113,15 @@ class BaseClient(ABC):
         deadline: float | None = None,
         **options: Unpack[ImageOptions],
     ) -> Iterator[ImageEvent]:
-        """The events of one image as they happen: Accepted, Progress and Preview, then ImageResult.
+        """The events of one image as they happen, for each of its samples if there are several.
 
-        previews: how often the unfinished image is shown. Otherwise as generate_image; leaving the
-        iterator early cancels.
+        Accepted, Progress and Preview, an ImageSample, and after all samples ImageDone. previews:
+        how often an unfinished image is shown. Scores come with ImageDone. Otherwise as
+        generate_image; leaving the iterator early cancels.
         """
-        request = requests.image_request(task, prompt, options)
-        message = pb.StreamImageRequest(request=request, preview_count=previews)
-        answers = self._image_stream(message, deadline)
-        return results.image_events(answers, request.sampling.sample_index)
+        image = requests.image_request(task, prompt, options)
+        message = pb.StreamImageRequest(image=image, preview_count=previews)
+        return results.image_events(self._image_stream(message, deadline))
 
     def stream_video(
         self,
@@ -239,8 +239,9 @@ class LocalClient(BaseClient):
     def _image_stream(
         self, message: pb.StreamImageRequest, deadline: float | None
     ) -> Iterator[pb.StreamImageResponse]:
-        job = convert.read_stream_image_request(message, self.get_model())
-        yield from replies.image_responses(job, self._events(job, deadline))
+        with convert.inside("image"):
+            job = convert.read_stream_image_request(message, self.get_model())
+            yield from replies.image_responses(job, self._events(job, deadline))
 
     def _video(
         self, message: pb.GenerateVideoRequest, deadline: float | None

@@ -44,6 +44,7 @@ Known = npt.NDArray[np.bool_]
 # What is given is caught up with in calls of many rows. Beside others' waves such a call may have
 # so many times their rows, which makes their step at most that much longer.
 PREFILL_SHARE = 1.5
+FEW_ROWS = 16  # of a call take hardly longer than one: it is the weights that take the time
 AHEAD = 2  # requests that can be prepared while all slots are taken
 MOST_ROWS = (
     256  # of a call that nobody else waits for: its memory, and how soon it can be cancelled
@@ -195,10 +196,11 @@ class Engine:
         return Prepared(request, slot, plan, tokens, known, window, length, self._free.append)
 
     def step(self) -> list[SlotStep]:
-        """Decodes the next wave of every admitted, unfinished slot, all in one call of the backend.
+        """Decodes the next wave of admitted, unfinished slots, all in one call of the backend.
 
-        Of a wide call that only catches up with what is given, a part (see `_parts`). A slot whose
-        part fails, or whose logits are no finite numbers, fails alone: its result has the error.
+        Of a wide call that only catches up with what is given, a part, or nothing this time (see
+        `_parts`). A slot whose part fails, or whose logits are no finite numbers, fails alone: its
+        result has the error.
         """
         active = {slot: s for slot, s in self._sequences.items() if not s.done}
         parts = self._parts(active)
@@ -224,11 +226,11 @@ class Engine:
         """What each slot does in the next call.
 
         Slots that decode a wave do all of it. Beside them, those with wider calls share
-        PREFILL_SHARE times as many rows, the longest admitted first, so that nobody's wave waits
-        long for what others were given; without them, MOST_ROWS.
+        PREFILL_SHARE times as many rows, and at least FEW_ROWS, the longest admitted first, so that
+        nobody's wave waits long for what others were given; without them, MOST_ROWS.
         """
         waves = sum(s.width * len(s.stream.lanes) for s in active.values() if s.ordinary)
-        room = max(1, int(PREFILL_SHARE * waves)) if waves else MOST_ROWS
+        room = max(FEW_ROWS, int(PREFILL_SHARE * waves)) if waves else MOST_ROWS
         parts = {}
         for slot, sequence in active.items():
             if sequence.ordinary:
@@ -255,11 +257,14 @@ class Engine:
         sequence = self._sequences[slot]
         total, frames = sequence.plan.grid.size, []
         if error is None:
-            for frame in sequence.advance(part.count):
-                tokens = self._backend.tokens(sequence.stream, *sequence.place(frame))
-                frames.append((frame, tokens.reshape(sequence.plan.grid.shape[1:])))
-            if sequence.restage():
-                self._backend.stage(sequence.stream)
+            try:
+                for frame in sequence.advance(part.count):
+                    tokens = self._backend.tokens(sequence.stream, *sequence.place(frame))
+                    frames.append((frame, tokens.reshape(sequence.plan.grid.shape[1:])))
+                if sequence.restage():
+                    self._backend.stage(sequence.stream)
+            except Exception as failure:
+                frames, error = [], failure
         return SlotStep(slot, sequence.positions_done, total, tuple(frames), sequence.done, error)
 
     def pixels(self, tokens: Int) -> Pixels:

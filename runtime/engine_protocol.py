@@ -19,7 +19,10 @@ class Prepared(Protocol):
     """A request whose conditions are encoded."""
 
     def close(self) -> None:
-        """Makes room for another one. No slot may need it any more; harmless if repeated."""
+        """Makes room for another one. No slot may need it any more; harmless if repeated.
+
+        For any thread.
+        """
 
 
 class Engine(Protocol):
@@ -59,7 +62,10 @@ class Engine(Protocol):
         """Makes `slot` ready to step a sample of what this engine has prepared; quick."""
 
     def step(self) -> list[SlotStep]:
-        """Decodes one wave of every admitted slot; an error of one slot is in its result."""
+        """Decodes one wave of admitted slots, of all or of some; every unfinished one has its turn.
+
+        An error of one slot is in its result.
+        """
         ...
 
     def unfinished(self, slot: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:

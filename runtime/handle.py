@@ -30,8 +30,9 @@ class Handle:
         self._on_cancel = on_cancel
         self._lock = threading.Lock()  # several threads emit
         self._ended = False
-        # Unbounded, so that a slow reader never stops the decode thread; each sample makes at most
-        # one event a frame and one a percent, which bounds it in fact (convert.MAX_REQUEST_PIXELS).
+        # Unbounded, so that a slow reader never stops the threads; each sample makes at most one
+        # event a frame, a preview and a percent, which bounds it in fact
+        # (samples.MAX_REQUEST_PIXELS).
         self._events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
 
     def cancel(self) -> None:
@@ -43,7 +44,7 @@ class Handle:
         self._on_cancel(self)
 
     def events(self) -> Iterator[Event]:
-        """Accepted, Progress and Frame of every sample as they happen, then one Done.
+        """Accepted, Progress, Preview and Frame of every sample as they happen, then one Done.
 
         Raises what ended the request instead: CancelledError (DeadlineExceededError where that was
         the reason), ShuttingDownError or EngineError. Leaving the iterator early cancels.

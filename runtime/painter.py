@@ -46,11 +46,17 @@ class Picture:
 class Painter:
     """on_error(submission, error): called when a request's pixels cannot be made.
 
-    start() and close(), or `paint` in the caller's thread.
+    guarded: runs the thread's loop, and sees to its end if that ever raises. start() and close(),
+    or `paint` in the caller's thread.
     """
 
-    def __init__(self, engine: Engine, on_error: Callable[[Submission, Exception], None]) -> None:
-        self._engine, self._on_error = engine, on_error
+    def __init__(
+        self,
+        engine: Engine,
+        on_error: Callable[[Submission, Exception], None],
+        guarded: Callable[[Callable[[], None]], None],
+    ) -> None:
+        self._engine, self._on_error, self._guarded = engine, on_error, guarded
         # Pictures, and requests that are done once all pictures before them are.
         self._jobs: deque[Picture | Submission] = deque()
         self._changed = threading.Condition()
@@ -59,13 +65,10 @@ class Painter:
 
     def start(self) -> None:
         """Starts the thread."""
-        self._thread = threading.Thread(target=self._loop, name="nuwa-pixels", daemon=True)
+        self._thread = threading.Thread(
+            target=self._guarded, args=(self._loop,), name="nuwa-pixels", daemon=True
+        )
         self._thread.start()
-
-    @property
-    def running(self) -> bool:
-        """Whether there is a thread that paints."""
-        return self._thread is not None and self._thread.is_alive()
 
     def put(self, job: Picture | Submission) -> None:
         """Queues a picture, or the end of a request."""
@@ -73,13 +76,15 @@ class Painter:
             self._jobs.append(job)
             self._changed.notify_all()
 
-    def close(self, timeout: float) -> None:
-        """Paints what is left, then ends the thread."""
+    def close(self, timeout: float) -> bool:
+        """Paints what is left, then ends the thread; whether that took no longer than `timeout`."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join(timeout)
+        if self._thread is None:
+            return True
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def paint(self) -> None:
         """Does all that waits."""

@@ -43,15 +43,27 @@ ANIMATION_FORMATS = {"webp": pb.ANIMATION_FORMAT_WEBP, "gif": pb.ANIMATION_FORMA
 
 def image_response(job: Job, events: Iterator[Event]) -> pb.GenerateImageResponse:
     """Waits for the image, or for all samples of it: the answer to GenerateImage."""
-    response = pb.GenerateImageResponse()
-    for message in image_responses(job, events):
-        response = message.result  # of the last one
+    response = pb.GenerateImageResponse(request_id=job.request_id, seed=job.generation.seed)
+    frames: list[Frame] = []
+    for event in events:
+        match event:
+            case Frame():
+                frames.append(event)
+            case Done():
+                response.timings.CopyFrom(timings_message(event.timings))
+                response.scores.extend(_scores(event))
+                if not event.scores:
+                    frames.sort(key=lambda frame: frame.sample_index)
+                _add_images(response, job, frames, event.scores)
     return response
 
 
 def image_responses(job: Job, events: Iterator[Event]) -> Iterator[pb.StreamImageResponse]:
-    """The stream that answers StreamImage."""
-    frames: list[Frame] = []
+    """The stream that answers StreamImage, one message for each event.
+
+    Scores of samples are in the last one.
+    """
+    best: int | None = None if job.samples.rank_by else job.generation.sample_index
     for event in events:
         match event:
             case Accepted():
@@ -60,20 +72,19 @@ def image_responses(job: Job, events: Iterator[Event]) -> Iterator[pb.StreamImag
                 yield pb.StreamImageResponse(progress=_progress(event))
             case Preview():
                 yield pb.StreamImageResponse(preview=_preview(job, event))
-            case Frame():
-                frames.append(event)
+            case Frame(sample_index=index):
+                best = index if best is None else best
+                sample = pb.Sample(sample_index=index, frame=frame_message(event, job.output))
+                yield pb.StreamImageResponse(sample=sample)
             case Done():
-                yield pb.StreamImageResponse(result=_image_result(job, frames, event))
-
-
-def _image_result(job: Job, frames: list[Frame], event: Done) -> pb.GenerateImageResponse:
-    response = pb.GenerateImageResponse(request_id=job.request_id, seed=job.generation.seed)
-    response.timings.CopyFrom(timings_message(event.timings))
-    response.scores.extend(_scores(event))
-    if not event.scores:
-        frames.sort(key=lambda frame: frame.sample_index)
-    _add_images(response, job, frames, event.scores)
-    return response
+                done = pb.ImageDoneEvent(
+                    request_id=job.request_id,
+                    seed=job.generation.seed,
+                    timings=timings_message(event.timings),
+                    sample_index=best,
+                    scores=_scores(event),
+                )
+                yield pb.StreamImageResponse(done=done)
 
 
 def _preview(job: Job, event: Preview) -> pb.PreviewEvent:

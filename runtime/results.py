@@ -52,6 +52,17 @@ class ImageResult:
 
 
 @dataclass(frozen=True)
+class ImageDone:
+    """The last event of an image, or of several samples of it; fields as in ClipDone."""
+
+    seed: int
+    timings: Timings
+    request_id: str
+    sample_index: int
+    scores: dict[int, float]
+
+
+@dataclass(frozen=True)
 class ClipSample:
     """One sample of a clip; fields as in ClipResult. score: None if it was not ranked."""
 
@@ -95,7 +106,7 @@ class ClipDone:
 
 
 ClipEvent = Accepted | Progress | Frame | ClipDone
-ImageEvent = Accepted | Progress | Preview | ImageResult
+ImageEvent = Accepted | Progress | Preview | ImageSample | ImageDone
 
 
 def image_result(message: pb.GenerateImageResponse, sample_index: int = 0) -> ImageResult:
@@ -127,10 +138,8 @@ def _image_sample(message: pb.Sample) -> ImageSample:
     )
 
 
-def image_events(
-    messages: Iterator[pb.StreamImageResponse], sample_index: int = 0
-) -> Iterator[ImageEvent]:
-    """The stream of StreamImage; as clip_events. sample_index: as of image_result."""
+def image_events(messages: Iterator[pb.StreamImageResponse]) -> Iterator[ImageEvent]:
+    """The stream of StreamImage. Events of a kind that this version does not know are skipped."""
     for message in messages:
         match message.WhichOneof("event"):
             case "accepted":
@@ -142,8 +151,17 @@ def image_events(
                 yield Preview(
                     _pixels(shown.frame), shown.decoded_position_count, shown.sample_index
                 )
-            case "result":
-                yield image_result(message.result, sample_index)
+            case "sample":
+                yield _image_sample(message.sample)
+            case "done":
+                done = message.done
+                yield ImageDone(
+                    seed=done.seed,
+                    timings=_timings(done.timings),
+                    request_id=done.request_id,
+                    sample_index=done.sample_index,
+                    scores=_scores(done.scores),
+                )
 
 
 def _accepted(event: pb.AcceptedEvent) -> Accepted:

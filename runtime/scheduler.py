@@ -36,6 +36,7 @@ log = logging.getLogger("nuwa.runtime")
 DEFAULT_QUEUE_SIZE = 64
 CLOSE_SECONDS = 30.0  # how long close() waits for a step that is under way
 SWEEP_SECONDS = 0.05  # how often deadlines are looked at while nothing is decoded
+SHUT_DOWN = "the server shut down before the request was finished"
 
 
 @dataclass
@@ -66,10 +67,11 @@ class Scheduler:
         self.engine = engine
         self.queue_size = queue_size
         # Requests with samples that wait for a slot, in the order in which they get one; changed
-        # under the lock. A request that has no sample in a slot yet is ended by whoever takes it
-        # out of here. All others are ended by the decode thread only, which empties their slots
-        # first. So each ends once.
+        # under the lock. A handle ends once, whoever is the first to end it. Slots are emptied by
+        # the decode thread alone, before the handle ends or, where another thread has ended it, at
+        # the next sweep.
         self._queue: deque[Submission] = deque()
+        self._painting: set[Submission] = set()  # decoded, and not known to have ended
         self._preparing: Submission | None = None  # of the queue
         self._unpainted: list[tuple[Submission, Exception]] = []  # what the painter could not make
         self._running: dict[int, _Running] = {}
@@ -77,7 +79,7 @@ class Scheduler:
         self._closing = False
         self._aborting = False
         self._threads: list[threading.Thread] = []
-        self._painter = Painter(engine, self._not_painted)
+        self._painter = Painter(engine, self._not_painted, self._guarded)
 
     def __enter__(self) -> Scheduler:
         self.start()
@@ -153,7 +155,12 @@ class Scheduler:
             thread.join(CLOSE_SECONDS)
             if thread.is_alive():
                 log.error("the engine did not return within %.0f s of close()", CLOSE_SECONDS)
-        self._painter.close(CLOSE_SECONDS)
+        if not self._painter.close(CLOSE_SECONDS):
+            log.error("the engine made no pixels within %.0f s of close()", CLOSE_SECONDS)
+        with self._changed:
+            left = {*self._queue, *self._painting, *self._submissions(self._running)}
+        for submission in left:
+            submission.handle.fail(ShuttingDownError(SHUT_DOWN))
 
     def turn(self) -> None:
         """One round of all there is to do, in the caller's thread; for tests, without start()."""
@@ -176,7 +183,8 @@ class Scheduler:
                 if not (self._running or self._can_admit() or self._unpainted or self._aborting):
                     if self._closing and not self._queue:
                         return
-                    self._changed.wait(SWEEP_SECONDS if self._queue else None)
+                    waiting = self._queue or self._painting
+                    self._changed.wait(SWEEP_SECONDS if waiting else None)
             self._sweep()
             self._decode()
             if self._aborting and not (self._running or self._queue):
@@ -202,7 +210,9 @@ class Scheduler:
             log.critical("the thread %s died; no more requests are taken", name, exc_info=True)
             with self._changed:
                 self._closing = self._aborting = True
-                stranded = dict.fromkeys([*self._queue, *self._submissions(self._running)])
+                stranded = {
+                    *(*self._queue, *self._painting, *self._submissions(self._running)),
+                }
                 self._changed.notify_all()
             for submission in stranded:
                 submission.handle.fail(EngineError(f"the server's thread {name} died"))
@@ -269,8 +279,11 @@ class Scheduler:
         return True
 
     def _cancel_queued(self, handle: Handle) -> None:
-        """Ends a cancelled handle at once if it only waits; others end at the next sweep."""
+        """Ends a cancelled handle at once if it holds no slot; others end at the next sweep."""
         with self._changed:
+            if any(submission.handle is handle for submission in self._painting):
+                handle.fail(CancelledError("the request was cancelled"))
+                return
             for submission in self._queue:
                 if submission.handle is handle and submission.started == 0:
                     self._queue.remove(submission)
@@ -291,6 +304,11 @@ class Scheduler:
                     ended.append((submission, error))
             ended += self._unpainted
             self._unpainted = []
+            for submission in list(self._painting):
+                if error := self._reason_to_stop(submission.handle, now):
+                    submission.handle.fail(error)
+                if submission.handle.ended:
+                    self._painting.remove(submission)
         for submission, error in ended:
             self._end(submission, error)
         for submission in self._submissions(self._running):
@@ -299,7 +317,7 @@ class Scheduler:
 
     def _reason_to_stop(self, handle: Handle, now: float) -> Exception | None:
         if self._aborting:
-            return ShuttingDownError("the server shut down before the request was finished")
+            return ShuttingDownError(SHUT_DOWN)
         if handle.cancelled:
             return CancelledError("the request was cancelled")
         if handle.deadline is not None and now >= handle.deadline:
@@ -342,22 +360,25 @@ class Scheduler:
             for submission in self._submissions(self._running):
                 submission.decode += elapsed
                 submission.steps += 1
-            for result in results:
-                self._take(result)
+            taken = [(self._running[result.slot], result) for result in results]
         except Exception as error:
             log.exception("a decode step failed; the requests of %d slots end", len(self._running))
             for submission in self._submissions(self._running):
                 self._end(submission, _engine_error("decoding", error))
+            return
+        for running, result in taken:
+            if self._running.get(result.slot) is not running:
+                continue  # its request has ended with another slot of it
+            try:
+                if result.error is not None:
+                    raise result.error
+                self._take(running, result)
+            except Exception as error:
+                log.exception("decoding in slot %d failed", result.slot)
+                self._end(running.submission, _engine_error("decoding", error))
 
-    def _take(self, result: SlotStep) -> None:
+    def _take(self, running: _Running, result: SlotStep) -> None:
         """What a step did for one slot."""
-        running = self._running.get(result.slot)
-        if running is None:  # its request has ended with another slot of it
-            return
-        if result.error is not None:
-            log.error("decoding in slot %d failed", result.slot, exc_info=result.error)
-            self._end(running.submission, _engine_error("decoding", result.error))
-            return
         self._report(running, result)
         self._preview(running, result)
         for index, tokens in result.frames:
@@ -405,6 +426,8 @@ class Scheduler:
         submission = self._running[slot].submission
         self._vacate(slot)
         if submission.all_finished:
+            with self._changed:
+                self._painting.add(submission)
             self._discard(submission)
             self._painter.put(submission)
 
@@ -420,7 +443,7 @@ class Scheduler:
         submission.handle.fail(error)
 
     def _vacate(self, slot: int) -> None:
-        """Frees a slot before its owner hears of the end: who is done may count on the room."""
+        """Frees a slot."""
         with self._changed:
             running = self._running.pop(slot)
             running.submission.finished += 1

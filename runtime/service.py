@@ -54,8 +54,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> Iterator[pb.StreamImageResponse]:
         with self._call():
             info = self._scheduler.engine.info
-            job = convert.read_stream_image_request(request, info, self._limits)
-            yield from replies.image_responses(job, self._events(job, context))
+            with convert.inside("image"):
+                job = convert.read_stream_image_request(request, info, self._limits)
+                yield from replies.image_responses(job, self._events(job, context))
 
     def GenerateVideo(
         self, request: pb.GenerateVideoRequest, context: grpc.ServicerContext

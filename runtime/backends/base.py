@@ -1,6 +1,8 @@
 """What the engine asks of a device: a few verbs over numpy arrays; caches and tokens stay there.
 
-Knows no request, no schedule and no bundle folder. A backend is driven by one thread.
+Knows no request, no schedule and no bundle folder. Three threads drive a backend, each with methods
+of its own, at the same time: one encodes and tokenizes, into condition slots that no stream reads
+meanwhile; one opens, stages, steps, reads and closes streams; one detokenizes.
 
 Legend: K rows staged at a time, n neighbour columns, v columns of the visual window, B batch,
 M text length, N positions of a volume, H x W pixels and h x w tokens of a frame.
@@ -72,7 +74,7 @@ class Stream:
     """One sequence as a backend sees it.
 
     lanes: one or, guided, two: the logits of the first are moved away from those of the second.
-    tokens: how many are held; rows are staged in turn, each time instead of those before.
+    held: how many tokens it keeps; rows are staged in turn, each time instead of those before.
     """
 
     lanes: tuple[Lane, ...]

@@ -226,6 +226,23 @@ class _Held:
             setattr(self._told, name, None if array is None else array.ctypes.data)
 
 
+def multiply(level: int, rows: Float, matrix: npt.NDArray, scale: Float | None = None) -> Float:
+    """rows f32 [T, I] times a matrix, by the library of a level: f32 [T, O].
+
+    The matrix is f32 [O, I] or, with its scale f32 [O], int8 [I, O]; I is a multiple of 16.
+    """
+    library, rows = _load(level), np.ascontiguousarray(rows, np.float32)
+    matrix = np.ascontiguousarray(matrix, np.float32 if scale is None else np.int8)
+    outputs = matrix.shape[0 if scale is None else 1]
+    made = np.empty((len(rows), outputs), np.float32)
+    told = _Matrix(matrix.ctypes.data, None if scale is None else scale.ctypes.data)
+    addresses = (c_void_p(array.ctypes.data) for array in (rows, made))
+    given, to = addresses
+    if library.nuwa_multiply(given, len(rows), rows.shape[1], outputs, byref(told), to):
+        raise MemoryError(f"no memory for a product of {len(rows)} rows")
+    return made
+
+
 def _library_for(config: ModelConfig, weights: Weights, level: int | None) -> ctypes.CDLL:
     """The library of a level, or of the best one that the machine and the model's sizes allow.
 
@@ -292,6 +309,8 @@ def _load(level: int) -> ctypes.CDLL:
     library.nuwa_decoder_new.argtypes = [POINTER(_Shape), POINTER(_Weights), c_int32]
     library.nuwa_decoder_step.argtypes = [c_void_p, POINTER(_Step)]
     library.nuwa_decoder_free.argtypes = [c_void_p]
+    sizes = [c_int32] * 3
+    library.nuwa_multiply.argtypes = [c_void_p, *sizes, POINTER(_Matrix), c_void_p]
     library.nuwa_decoder_free.restype = None
     version = library.nuwa_abi_version()
     if version != _ABI_VERSION:
@@ -345,7 +364,10 @@ def _cross_table(config: ModelConfig) -> int:
 
 
 def _decoder_weights(bundle: Bundle) -> Weights:
-    """f32 arrays by the names of _weight_shapes; UnavailableError if the bundle does not say."""
+    """By the names of _weight_shapes, f32 or, with scales beside them, int8 and transposed.
+
+    UnavailableError if the bundle does not say.
+    """
     found = read_weights(bundle.graph(DECODER_STEP))
     weights = {}
     for name, shape in _weight_shapes(bundle.manifest.config).items():
@@ -358,6 +380,11 @@ def _decoder_weights(bundle: Bundle) -> Weights:
             raise UnavailableError(
                 f"{DECODER_STEP}.onnx has {has} {full}, where {shape} are needed; export the "
                 f"checkpoint again"
+            )
+        whole = array.dtype == np.int8
+        if whole != (scale is not None) or (scale is not None and scale.shape != shape[-1:]):
+            raise UnavailableError(
+                f"{DECODER_STEP}.onnx has no fitting scales for {full}; export the checkpoint again"
             )
         if scale is None:
             weights[name] = np.ascontiguousarray(array, np.float32)

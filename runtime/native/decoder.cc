@@ -302,7 +302,7 @@ void Decoder::draw_tokens(const NuwaStep& call, Member& member) {
     at.finite = all_finite(logits, logits_stride_);
     stream.tokens[stream.place[row.index]] = nuwa::draw(logits, codebook_, drawing, member.sampling);
   }
-  // What is given is put where it is only now, when nothing is fed from what was there before.
+  // Like what is drawn, what is given is put in its place when all rows have been fed.
   for (int row = member.first_row; row < member.last_row; ++row) {
     const NuwaStream& stream = *rows_[row].stream;
     const int index = rows_[row].index;
@@ -385,6 +385,26 @@ void* nuwa_decoder_new(const NuwaShape* shape, const NuwaWeights* weights, std::
 
 std::int32_t nuwa_decoder_step(void* decoder, const NuwaStep* step) {
   return guarded([&] { static_cast<nuwa::Decoder*>(decoder)->step(*step); });
+}
+
+std::int32_t nuwa_multiply(const float* from, std::int32_t rows, std::int32_t in, std::int32_t out,
+                           const NuwaMatrix* matrix, float* to) {
+  return guarded([&] {
+    const nuwa::Linear linear = nuwa::Linear::pack(*matrix, nullptr, out, in);
+    nuwa::Rows given;
+    given.reserve(rows, in);
+    std::memcpy(given.row(0), from, static_cast<std::size_t>(rows) * in * sizeof(float));
+    if (linear.is_whole())
+      for (int row = 0; row < rows; ++row) given.quantize_row(row);
+    nuwa::multiply(given, rows, linear, 0, linear.panels,
+                   [&](int row, int p, nuwa::Floats low, nuwa::Floats high) {
+                     float sums[nuwa::kPanel];
+                     nuwa::store(sums, low);
+                     nuwa::store(sums + nuwa::kLanes, high);
+                     for (int i = 0; i < nuwa::kPanel && p * nuwa::kPanel + i < out; ++i)
+                       to[static_cast<std::size_t>(row) * out + p * nuwa::kPanel + i] = sums[i];
+                   });
+  });
 }
 
 void nuwa_decoder_free(void* decoder) { delete static_cast<nuwa::Decoder*>(decoder); }

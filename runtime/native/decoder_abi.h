@@ -111,4 +111,9 @@ NUWA_EXPORT void* nuwa_decoder_new(const NuwaShape* shape, const NuwaWeights* we
 NUWA_EXPORT std::int32_t nuwa_decoder_step(void* decoder, const NuwaStep* step);
 
 NUWA_EXPORT void nuwa_decoder_free(void* decoder);
+
+// The product that linear layers are made of, by itself: to [rows][out] = from [rows][in] times the
+// matrix. in must be a multiple of nuwa_lanes(). 0, or 1 without enough memory.
+NUWA_EXPORT std::int32_t nuwa_multiply(const float* from, std::int32_t rows, std::int32_t in, std::int32_t out,
+                                       const NuwaMatrix* matrix, float* to);
 }

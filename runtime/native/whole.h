@@ -50,7 +50,7 @@ NUWA_WHOLE inline Ints add_group(Ints sum, const WholeRow* inputs, const WholeWe
 #elif defined(__AVX2__)
   const __m256i given = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights));
   return sum + reinterpret_cast<Ints>(_mm256_madd_epi16(_mm256_set1_epi32(group), given));
-#elif defined(__SSE2__)
+#elif defined(__SSE2__) && !defined(__AVX__)
   const __m128i given = _mm_loadu_si128(reinterpret_cast<const __m128i*>(weights));
   return sum + reinterpret_cast<Ints>(_mm_madd_epi16(_mm_set1_epi32(group), given));
 #else
@@ -71,7 +71,7 @@ inline float quantize(const float* row, int width, WholeRow* out) {
     odd += x * 0.f;
   }
   const float scale = highest(most) * (1.f / 127.f) + sum(odd);
-  if (!(scale > 0.f)) {
+  if (!(scale > 1e-30f)) {
     for (int i = 0; i < width; ++i) out[i] = kRaised;
     return scale;
   }

@@ -24,6 +24,7 @@ from dataclasses import replace
 import numpy as np
 
 from nuwa.runtime.core import GenerationRequest, ModelInfo, SlotStep, UnsupportedTaskError
+from nuwa.runtime.errors import FieldError
 from nuwa.spec.tasks import Task
 
 GRID = 4
@@ -107,7 +108,7 @@ class FakeEngine:
         if request.task not in TASKS:
             raise UnsupportedTaskError(f"{request.task} is not among {', '.join(TASKS)}")
         if request.prompt == "refused":
-            raise ValueError("prompt 'refused' is refused")
+            raise FieldError("prompt", "prompt 'refused' is refused")
 
     @property
     def room(self) -> int:

@@ -531,6 +531,48 @@ def test_logits_that_are_no_numbers_are_told(bundle, backend):
     assert all(-1 <= token < 64 for token in drawn(backend, ill)[0])
 
 
+@pytest.mark.parametrize("kind", KINDS[:2])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_one_number_that_is_none_is_enough_to_be_told(other, kind, value):
+    """Also where rows are quantized, which could make any whole number of it."""
+    backend = loaded(other, kind)
+    for name, array in backend.conditions.items():
+        if name.startswith("cross_value"):
+            array[1, :, 5] = value
+    ill, well = (sequence(other, Lane(c, c, 5), calls=4, temperature=1.0) for c in (1, 2))
+    assert backend.step(opened(backend, ill, well)).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize(("inputs", "outputs"), [(16, 5), (64, 32), (256, 70)])
+def test_whole_numbers_add_up_to_the_same_on_every_level(bundle, kind, inputs, outputs):
+    """The sums are exact, so what is left is two roundings of a product; rows of any size."""
+    made_as(kind, bundle, cache_slots=1, condition_slots=1, threads=1)  # or the test is skipped
+    draw = np.random.default_rng(inputs)
+    rows = draw.standard_normal((29, inputs)).astype(np.float32) * 10.0 ** draw.integers(
+        -20, 20, (29, 1)
+    )
+    rows = np.concatenate([rows, np.zeros((1, inputs))]).astype(np.float32)
+    weight = draw.integers(-127, 128, (inputs, outputs)).astype(np.int8)
+    weight[:, 0], rows[0] = 127, -rows[0].max()  # as large as a sum can be
+    scale = draw.random(outputs, np.float32)
+    unit = np.maximum(np.abs(rows).max(1, keepdims=True) * np.float32(1 / 127), np.float32(1e-30))
+    sums = np.rint(rows / unit).astype(np.int64) @ weight.astype(np.int64)
+    made = native_cpu.multiply(int(kind.split()[-1]), rows, weight, scale)
+    wanted = sums.astype(np.float64) * unit * scale
+    np.testing.assert_allclose(made, wanted, rtol=3e-7, atol=0.0)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_products_of_real_numbers(bundle, kind):
+    made_as(kind, bundle, cache_slots=1, condition_slots=1, threads=1)
+    draw = np.random.default_rng(1)
+    rows = draw.standard_normal((29, 64)).astype(np.float32)
+    weight = draw.standard_normal((70, 64)).astype(np.float32)
+    made = native_cpu.multiply(int(kind.split()[-1]), rows, weight)
+    np.testing.assert_allclose(made, rows.astype(np.float64) @ weight.T, rtol=1e-5, atol=1e-5)
+
+
 def test_given_tokens_are_put_in_place_and_fed(bundle, backend):
     """A call whose rows are all given but the last: what is drawn is as if one by one."""
     config = bundle.manifest.config

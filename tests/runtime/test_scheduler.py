@@ -25,6 +25,7 @@ from nuwa.runtime.scheduler import Scheduler
 from nuwa.spec.tasks import Task
 
 from .fake_engine import FakeEngine, expected_pixels, expected_tokens
+from .messages import wait_until
 
 
 def request(seed: int = 0, frames: int = 1) -> GenerationRequest:
@@ -353,6 +354,38 @@ def test_many_threads_over_the_decode_thread():
     assert len(results) == 20
     for seed, tokens in results.items():
         np.testing.assert_array_equal(tokens, expected_tokens(seed, 0))
+
+
+@pytest.fixture
+def unpainted():
+    """A running scheduler with a request that is decoded and whose pixels do not come."""
+    engine, gate = FakeEngine(), threading.Event()
+    pixels = engine.pixels
+    engine.pixels = lambda tokens: (gate.wait(60), pixels(tokens))[1]
+    with Scheduler(engine) as scheduler:
+        yield scheduler, engine
+        gate.set()
+
+
+@pytest.mark.parametrize("way", ["cancel", "deadline"])
+def test_a_request_that_waits_for_its_pixels_can_be_ended(unpainted, way):
+    scheduler, engine = unpainted
+    handle = scheduler.submit(request(frames=3), timeout=0.5 if way == "deadline" else None)
+    wait_until(lambda: engine.steps == 12 and scheduler.active == 0)
+    if way == "cancel":
+        handle.cancel()
+    with pytest.raises(CancelledError if way == "cancel" else DeadlineExceededError):
+        handle.result()
+
+
+def test_close_ends_what_waits_for_its_pixels(unpainted, monkeypatch):
+    scheduler, engine = unpainted
+    monkeypatch.setattr("nuwa.runtime.scheduler.CLOSE_SECONDS", 0.1)
+    handle = scheduler.submit(request())
+    wait_until(lambda: engine.steps == 4 and scheduler.active == 0)
+    scheduler.close()
+    with pytest.raises(ShuttingDownError):
+        handle.result()
 
 
 def test_close_ends_what_runs_and_what_waits():

@@ -70,7 +70,9 @@ class GenerationServiceServicer:
 
     def StreamImage(self, request, context):
         """As GenerateImage, with events while it is made. Events of a sample come in this order: one
-        `accepted`, then `progress` and `preview` events mixed; the last event of all is the `result`.
+        `accepted`, `progress` and `preview` events mixed, and the finished `sample`. Events of several
+        samples are mixed. With rank_by, samples come after all are scored, the best one first. After
+        all samples there is one `done`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
