@@ -79,7 +79,8 @@ Decoder::Decoder(const NuwaShape& shape, const NuwaWeights& weights, int threads
       bos_(shape.bos),
       cross_table_(shape.cross_table),
       tokens_(copied(weights.tokens, static_cast<std::size_t>(shape.codebook + 1) * shape.width)),
-      positions_(copied(weights.positions, static_cast<std::size_t>(shape.positions) * shape.width)),
+      positions_(
+          copied(weights.positions, static_cast<std::size_t>(shape.positions) * shape.width)),
       head_norm_{copied(weights.head_norm_weight, width_), copied(weights.head_norm_bias, width_)},
       head_(Linear::pack(weights.head, weights.head_bias, codebook_, width_)),
       logits_stride_(head_.panels * kPanel),
@@ -116,7 +117,8 @@ void Decoder::lay_out(const NuwaStep& call) {
       for (int row = part.first; row < part.first + part.count; ++row) {
         if (stream.given[row] < 0) {
           const int here = static_cast<int>(draws_.size());
-          draws_.push_back({static_cast<int>(rows_.size()), guided ? here + drawn : -1, i, !lane, true});
+          const int row_of_call = static_cast<int>(rows_.size());
+          draws_.push_back({row_of_call, guided ? here + drawn : -1, i, !lane, true});
         }
         rows_.push_back({&stream, &stream.lanes[lane], row});
       }
@@ -300,7 +302,8 @@ void Decoder::draw_tokens(const NuwaStep& call, Member& member) {
     const Drawing drawing{stream.temperature, stream.top_k, stream.top_p,
                           stream.uniform[row.index]};
     at.finite = all_finite(logits, logits_stride_);
-    stream.tokens[stream.place[row.index]] = nuwa::draw(logits, codebook_, drawing, member.sampling);
+    stream.tokens[stream.place[row.index]] =
+        nuwa::draw(logits, codebook_, drawing, member.sampling);
   }
   // Like what is drawn, what is given is put in its place when all rows have been fed.
   for (int row = member.first_row; row < member.last_row; ++row) {

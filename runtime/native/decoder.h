@@ -1,4 +1,4 @@
-// decoder_step on a CPU: what export/graphs.py exports, as one function over packed weights, and the
+// decoder_step on a CPU: what export/graphs.py exports, as one function over packed weights and the
 // streams that it decodes.
 //
 // Threads share every phase: products by panels of outputs, everything else by rows. They meet
@@ -43,8 +43,8 @@ class Decoder {
     const NuwaLane* lane;
     int index;
   };
-  // A row whose logits are needed. other: of the draws, the one that its logits are moved away from,
-  // or -1; draws: whether a token is drawn from them; finite: whether they are numbers.
+  // A row whose logits are needed. other: of the draws, the one that its logits are moved away
+  // from, or -1; draws: whether a token is drawn from them; finite: whether they are numbers.
   struct Draw {
     int row, other, part;
     bool draws, finite;

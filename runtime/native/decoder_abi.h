@@ -16,15 +16,15 @@ constexpr std::int32_t kAbiVersion = 2;
 
 // Sizes of a model. column_bounds: [L][2], the half-open range of `neighbours` that a layer reads;
 // positions: rows of the table of positions, position_starts: [3], where those of the three axes
-// begin; bos: the token that has no position; cross_table: columns of a layer's cross bias, those of
-// the visual window and, last, text's, or 0.
+// begin; bos: the token that has no position; cross_table: columns of a layer's cross bias, those
+// of the visual window and, last, text's, or 0.
 struct NuwaShape {
   std::int32_t width, layers, heads, codebook, hidden, bos, cross_table, positions;
   std::int32_t position_starts[3];
   const std::int32_t* column_bounds;
 };
 
-// A matrix, [out][in] of f32, or, where there are scales, [in][out] of int8 in units of scale [out].
+// A matrix: [out][in] of f32 or, where there are scales, [in][out] of int8 in units of scale [out].
 struct NuwaMatrix {
   const void* weight;
   const float* scale;
@@ -104,7 +104,8 @@ NUWA_EXPORT std::int32_t nuwa_best_level();
 
 // A decoder with `threads` threads, the caller's among them, or null if there is no memory or there
 // are no threads for it. Copies what it needs of the weights.
-NUWA_EXPORT void* nuwa_decoder_new(const NuwaShape* shape, const NuwaWeights* weights, std::int32_t threads);
+NUWA_EXPORT void* nuwa_decoder_new(const NuwaShape* shape, const NuwaWeights* weights,
+                                   std::int32_t threads);
 
 // Runs a call; one at a time for a decoder, in the process that made it. 0, or 1 without enough
 // memory, with nothing written.
@@ -114,6 +115,6 @@ NUWA_EXPORT void nuwa_decoder_free(void* decoder);
 
 // The product that linear layers are made of, by itself: to [rows][out] = from [rows][in] times the
 // matrix. in must be a multiple of nuwa_lanes(). 0, or 1 without enough memory.
-NUWA_EXPORT std::int32_t nuwa_multiply(const float* from, std::int32_t rows, std::int32_t in, std::int32_t out,
-                                       const NuwaMatrix* matrix, float* to);
+NUWA_EXPORT std::int32_t nuwa_multiply(const float* from, std::int32_t rows, std::int32_t in,
+                                       std::int32_t out, const NuwaMatrix* matrix, float* to);
 }

@@ -41,8 +41,8 @@ struct Rows {
   }
 };
 
-// [out][in] weights as panels of kPanel outputs, zero beyond the last output. A panel is [in][kPanel]
-// of f32, or [in / kGroup][kPanel][kGroup] whole numbers.
+// [out][in] weights as panels of kPanel outputs, zero beyond the last output. A panel is
+// [in][kPanel] of f32, or [in / kGroup][kPanel][kGroup] whole numbers.
 struct Linear {
   int in = 0, panels = 0;
   Array<float> weight, bias;
@@ -109,8 +109,8 @@ struct Linear {
 typedef Floats Sums[2];  // one row's outputs of a panel
 typedef Ints WholeSums[2];
 
-// M rows, at most kTileRows, times one panel. A function of its own for every number of rows, so that
-// all sums stay in registers.
+// M rows, at most kTileRows, times one panel. A function of its own for every number of rows, so
+// that all sums stay in registers.
 template <int M>
 __attribute__((noinline)) void tile(const float* rows, int in, const float* panel, Sums* sums) {
   Floats sum[M][2] = {};

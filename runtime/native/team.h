@@ -85,9 +85,9 @@ class Team {
 
   void follow(int member) {
     for (long seen = 0;;) {
-      for (int turn = 0; turn < kActiveTurns && round_.load(std::memory_order_acquire) == seen; ++turn)
-        pause(turn);
-      if (round_.load(std::memory_order_acquire) == seen) {
+      const auto waiting = [&] { return round_.load(std::memory_order_acquire) == seen; };
+      for (int turn = 0; turn < kActiveTurns && waiting(); ++turn) pause(turn);
+      if (waiting()) {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return dismissed_ || round_ != seen; });
         if (dismissed_) return;

@@ -55,8 +55,8 @@ inline Floats blocks_of(Floats a, Floats b, std::integer_sequence<int, Lane...>)
        (Lane / Stride % 2 ? kLanes : 0))...);
 }
 
-// Lane i: the sum of the lanes of values[i]. As many vectors as there are lanes, each summed up in the
-// same order whatever the others hold.
+// Lane i: the sum of the lanes of values[i]. As many vectors as there are lanes, each summed up in
+// the same order whatever the others hold.
 template <int Stride = 1>
 inline Floats sums(const Floats* values) {
   if constexpr (Stride == kLanes) {
@@ -78,8 +78,8 @@ inline float highest(Floats value) {
   return best;
 }
 
-// exp(x) to about one unit in the last place; 0 below -87, and x is at most 88 or not a number. Range reduction and
-// polynomial as in the Cephes library.
+// exp(x) to about one unit in the last place; 0 below -87, and x is at most 88 or not a number.
+// Range reduction and polynomial as in the Cephes library.
 inline Floats exp(Floats x) {
   const Floats low = all(-87.33654f);
   const Ints under = x < low;

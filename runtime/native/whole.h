@@ -16,8 +16,8 @@
 namespace nuwa {
 
 #if defined(__AVX512F__)
-// VNNI multiplies unsigned with signed bytes: rows are kept 128 higher (kRaised), which the sums are
-// rid of by where they start (Linear::start).
+// VNNI multiplies unsigned with signed bytes: rows are kept 128 higher (kRaised), which the sums
+// are rid of by where they start (Linear::start).
 typedef std::uint8_t WholeRow;
 typedef std::int8_t WholeWeight;
 constexpr int kGroup = 4, kRaised = 128;
