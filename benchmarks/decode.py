@@ -86,7 +86,10 @@ def main() -> int:
     for workload in (CLIP, IMAGE):
         report[workload.name] = measure(workload, options)
     if options.peer:
-        report["nuwa-pytorch 0.7.8"] = against_peer(report[IMAGE.name], options)
+        report["nuwa-pytorch 0.7.8"] = {
+            workload.name: against_peer(workload, report[workload.name], options)
+            for workload in (IMAGE, CLIP)
+        }
     text = json.dumps(report, default=str)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -190,21 +193,25 @@ def ceiling(model: ModelConfig, grid: Grid, kind: str, options: argparse.Namespa
     return sum(count * alone.seconds(size) for size, count in pairs)
 
 
-def against_peer(ours: dict, options: argparse.Namespace) -> dict:
-    """nuwa-pytorch's token loop on the same grid, width, depth, heads and codebook."""
+def against_peer(workload: Workload, ours: dict, options: argparse.Namespace) -> dict:
+    """nuwa-pytorch's token loop on the same grid, width, depth, heads and codebook.
+
+    Of a clip one frame of it is timed, at full length: as many times as there are frames.
+    """
     if not (PEER / "nuwa_pytorch").exists():
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
         subprocess.run([*install, "--target", str(PEER), *PEER_PACKAGES], check=True)
     command = [sys.executable, str(ROOT / "benchmarks" / "peer_nuwa_pytorch.py")]
     for name in ("width", "layers", "heads", "codebook", "threads"):
         command += [f"--{name}", str(getattr(options, name))]
-    command += ["--size", str(IMAGE.grid.width)]
+    command += ["--size", str(workload.grid.width), "--frames", str(workload.grid.frames)]
     environment = {**os.environ, "PYTHONPATH": str(PEER)}
     seconds = []
     for _ in range(options.peer_repeats):
         result = subprocess.run(command, env=environment, check=True, capture_output=True)
-        seconds.append(json.loads(result.stdout.splitlines()[-1])["seconds"])
-        print(f"  nuwa-pytorch: {seconds[-1]:.1f} s")
+        timed = json.loads(result.stdout.splitlines()[-1])
+        seconds.append(timed["seconds"] / timed["tokens"] * workload.grid.size)
+        print(f"  nuwa-pytorch, {workload.name}: {seconds[-1]:.1f} s")
     median = statistics.median(seconds)
     ratio = median / ours["wave"]["median_seconds"]
     print(f"  nuwa-pytorch / wave = {ratio:.0f}")
