@@ -62,6 +62,7 @@ def sample(
     kept_TK = (scaled_TK >= cut_T1) | ~filters_T1
     cdf_TK = torch.where(kept_TK, _weights(scaled_TK, highest_T1), 0).cumsum(dim=-1)
     drawn_T = (cdf_TK * _ONE <= _whole(uniform_T)[:, None] * cdf_TK[:, -1:]).sum(dim=-1)
+    drawn_T = drawn_T.clamp_max(logits_TK.shape[1] - 1)  # whatever the numbers are, not outside
     chosen_T = torch.where(temperature_T > 0, drawn_T, greedy_T)
     finite_T = (logits_TK - logits_TK).sum(dim=-1) == 0.0  # any other number less itself is NaN
     return torch.where(finite_T, chosen_T, -1).to(torch.int32)

@@ -150,14 +150,14 @@ def test_int8_is_near_and_is_the_same_in_pytorch(checkpoint, int8_step):
         verify_graph(checkpoint, int8_step, DECODER_STEP, "fp32")
 
 
-@pytest.mark.parametrize("words", ["blocks.1 self_qkv scale", "blocks.0 ff_out scale"])
+@pytest.mark.parametrize("words", ["head scale", "blocks.0 ff_out scale"])
 def test_int8_with_one_wrong_scale_is_refused(checkpoint, int8_step, tmp_path, words):
     """A change that is lost in what int8 costs anyway, but not beside int8 in PyTorch."""
     model = onnx.load(int8_step)
     for weight in model.graph.initializer:
         if all(word in weight.name for word in words.split()):
             scales = numpy_helper.to_array(weight).copy()
-            scales[-1] *= np.float32(2.0)
+            scales[-1] *= np.float32(1.05)
             weight.CopyFrom(numpy_helper.from_array(scales, weight.name))
     path = tmp_path / int8_step.name
     onnx.save(model, path)
