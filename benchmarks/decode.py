@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
+from ceiling import Products, products
 from hardware import hardware
 from random_model import config, write_random_checkpoint
 
@@ -32,6 +32,7 @@ from nuwa.runtime.core import GenerationRequest
 from nuwa.runtime.engine import Engine, load_engine
 from nuwa.spec.config import ModelConfig
 from nuwa.spec.grid import Grid
+from nuwa.spec.manifest import PRECISIONS
 from nuwa.spec.plan import decode_plan
 from nuwa.spec.tasks import Task
 
@@ -75,6 +76,7 @@ def main() -> int:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--codebook", type=int, default=1024)
     parser.add_argument("--backend", choices=BACKENDS, default=AUTO)
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--spinning", action="store_true", help="idle threads wait actively")
     parser.add_argument("--peer", action="store_true", help="time nuwa-pytorch too (minutes)")
     parser.add_argument("--peer-repeats", type=int, default=3)
@@ -84,7 +86,10 @@ def main() -> int:
     for workload in (CLIP, IMAGE):
         report[workload.name] = measure(workload, options)
     if options.peer:
-        report["nuwa-pytorch 0.7.8"] = against_peer(report[IMAGE.name], options)
+        report["nuwa-pytorch 0.7.8"] = {
+            workload.name: against_peer(workload, report[workload.name], options)
+            for workload in (IMAGE, CLIP)
+        }
     text = json.dumps(report, default=str)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -106,14 +111,16 @@ def measure(workload: Workload, options: argparse.Namespace) -> dict:
     print(f"{options.heads} heads, {options.codebook} codes, {options.threads} threads")
     with tempfile.TemporaryDirectory() as folder:
         write_random_checkpoint(Path(folder) / "checkpoint", model)
-        export_bundle(Path(folder) / "checkpoint", Path(folder) / "bundle")
+        export_bundle(
+            Path(folder) / "checkpoint", Path(folder) / "bundle", precision=options.precision
+        )
         engine = load_engine(
             Path(folder) / "bundle",
             threads=options.threads,
             spinning=options.spinning,
             backend=options.backend,
         )
-        floor = {kind: ceiling(model, workload.grid, kind, options.threads) for kind in KINDS}
+        floor = {kind: ceiling(model, workload.grid, kind, options) for kind in KINDS}
         for kind in KINDS:
             print(f"  {kind:6} matrix products alone: {1e3 * floor[kind]:8.1f} ms")
         for kind in KINDS:
@@ -163,87 +170,48 @@ def run(engine: Engine, workload: Workload, kind: str, seed: int) -> tuple[float
     frames: dict[int, np.ndarray] = {}
     steps, done = 0, False
     began = time.perf_counter()
-    engine.admit(request, 0)
+    prepared = engine.prepare(request)
+    engine.admit(prepared, 0)
     while not done:
         (step,) = engine.step()
         frames.update(step.frames)
+        if step.error is not None:
+            raise step.error
         steps, done = steps + 1, step.done
     seconds = time.perf_counter() - began
     engine.release(0)
+    prepared.close()
     return seconds, np.stack([frames[n] for n in sorted(frames)]), steps
 
 
-def ceiling(model: ModelConfig, grid: Grid, kind: str, threads: int) -> float:
+def ceiling(model: ModelConfig, grid: Grid, kind: str, options: argparse.Namespace) -> float:
     """Seconds of one generation's matrix products alone, at the rates measured here and now."""
-    decoder = model.decoder
-    d, inner = decoder.width, decoder.ff_multiplier * decoder.width
-    shapes = [(d, 3 * d), (d, d), (d, d), (d, d), (d, 2 * inner), (inner, d)] * decoder.layers
-    shapes.append((d, model.image.codebook_size))
-    plan = decode_plan(decoder, grid, kind)
+    plan = decode_plan(model.decoder, grid, kind)
     sizes, counts = np.unique(np.diff(plan.bounds), return_counts=True)
-    session = chain_session(shapes, threads)
-    total = 0.0
-    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
-        feeds = {
-            f"x{k}": np.ones((size, k), np.float32) for k in sorted({rows for rows, _ in shapes})
-        }
-        total += count * timed(lambda feeds=feeds: session.run(None, feeds))
-    return total
+    alone = Products(products(model), options.threads, options.precision)
+    pairs = zip(sizes.tolist(), counts.tolist(), strict=True)
+    return sum(count * alone.seconds(size) for size, count in pairs)
 
 
-def chain_session(shapes: list[tuple[int, int]], threads: int) -> ort.InferenceSession:
-    """One graph of all matrix products of a step, each with weights of its own."""
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
+def against_peer(workload: Workload, ours: dict, options: argparse.Namespace) -> dict:
+    """nuwa-pytorch's token loop on the same grid, width, depth, heads and codebook.
 
-    draw = np.random.default_rng(0)
-    nodes, weights, outputs = [], [], []
-    for index, (rows, columns) in enumerate(shapes):
-        weight = draw.standard_normal((rows, columns)).astype(np.float32)
-        weights.append(numpy_helper.from_array(weight, f"w{index}"))
-        nodes.append(helper.make_node("MatMul", [f"x{rows}", f"w{index}"], [f"y{index}"]))
-        nodes.append(helper.make_node("ReduceMax", [f"y{index}"], [f"m{index}"], keepdims=0))
-        outputs.append(helper.make_tensor_value_info(f"m{index}", TensorProto.FLOAT, []))
-    inputs = [
-        helper.make_tensor_value_info(f"x{rows}", TensorProto.FLOAT, ["T", rows])
-        for rows in sorted({rows for rows, _ in shapes})
-    ]
-    graph = helper.make_graph(nodes, "products", inputs, outputs, weights)
-    opset = [helper.make_opsetid("", 20)]
-    proto = helper.make_model(graph, opset_imports=opset, ir_version=10)
-    onnx.checker.check_model(proto)
-    settings = ort.SessionOptions()
-    settings.intra_op_num_threads = threads
-    return ort.InferenceSession(
-        proto.SerializeToString(), settings, providers=["CPUExecutionProvider"]
-    )
-
-
-def timed(call, repeats: int = 15) -> float:
-    """Median seconds of a call, after two to warm up."""
-    spent = []
-    for _ in range(repeats + 2):
-        began = time.perf_counter()
-        call()
-        spent.append(time.perf_counter() - began)
-    return statistics.median(spent[2:])
-
-
-def against_peer(ours: dict, options: argparse.Namespace) -> dict:
-    """nuwa-pytorch's token loop on the same grid, width, depth, heads and codebook."""
+    Of a clip one frame of it is timed, at full length: as many times as there are frames.
+    """
     if not (PEER / "nuwa_pytorch").exists():
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
         subprocess.run([*install, "--target", str(PEER), *PEER_PACKAGES], check=True)
     command = [sys.executable, str(ROOT / "benchmarks" / "peer_nuwa_pytorch.py")]
     for name in ("width", "layers", "heads", "codebook", "threads"):
         command += [f"--{name}", str(getattr(options, name))]
-    command += ["--size", str(IMAGE.grid.width)]
+    command += ["--size", str(workload.grid.width), "--frames", str(workload.grid.frames)]
     environment = {**os.environ, "PYTHONPATH": str(PEER)}
     seconds = []
     for _ in range(options.peer_repeats):
         result = subprocess.run(command, env=environment, check=True, capture_output=True)
-        seconds.append(json.loads(result.stdout.splitlines()[-1])["seconds"])
-        print(f"  nuwa-pytorch: {seconds[-1]:.1f} s")
+        timed = json.loads(result.stdout.splitlines()[-1])
+        seconds.append(timed["seconds"] / timed["tokens"] * workload.grid.size)
+        print(f"  nuwa-pytorch, {workload.name}: {seconds[-1]:.1f} s")
     median = statistics.median(seconds)
     ratio = median / ours["wave"]["median_seconds"]
     print(f"  nuwa-pytorch / wave = {ratio:.0f}")

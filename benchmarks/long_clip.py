@@ -102,9 +102,12 @@ def generate(engine: Engine, request: GenerationRequest) -> tuple[int, float]:
     """Steps of a clip, and seconds until the pixels of its first new frame."""
     engine.check(request)
     began, steps, count, first, done = time.perf_counter(), 0, 0, 0.0, False
-    engine.admit(request, 0)
+    prepared = engine.prepare(request)
+    engine.admit(prepared, 0)
     while not done:
         (step,) = engine.step()
+        if step.error is not None:
+            raise step.error
         steps, done = steps + 1, step.done
         if step.frames:
             engine.pixels(np.stack([tokens for _, tokens in step.frames]))
@@ -112,6 +115,7 @@ def generate(engine: Engine, request: GenerationRequest) -> tuple[int, float]:
             if not first and count > GIVEN:
                 first = time.perf_counter() - began
     engine.release(0)
+    prepared.close()
     assert count == request.frame_count, "every frame is handed out"
     return steps, first
 

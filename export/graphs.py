@@ -53,11 +53,12 @@ from nuwa.training.vqgan import VQGAN, to_signed
 
 from . import operators
 from .fold import FoldedNUWA, fold
+from .quantize import quantize
 from .translate import translations
 
 OPSET = 20
 INLINE_LIMIT = 1 << 30  # bytes; a file of more than 2 GiB is no valid protobuf
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.float32}  # of activations
 _CACHE_LISTS = 4  # key and value caches, cross keys and values: DecoderStep's last inputs
 
 
@@ -146,12 +147,14 @@ class Graph:
 def graphs(checkpoint: Checkpoint, precision: str) -> list[Graph]:
     """The graphs of a bundle, in graph_names' order. The checkpoint is left as it was.
 
-    A ranker is fp32 in any bundle: it is small, and its scores are compared with each other.
+    A ranker is fp32 in any bundle: it is small, and its scores are compared with each other. With
+    int8 so is everything but decoder_step's matrices.
     """
     dtype = DTYPES[precision]
     folded = fold(checkpoint.nuwa).to(dtype)
+    stepped = quantize(fold(checkpoint.nuwa)) if precision == "int8" else folded
     found = [
-        decoder_step(folded, dtype),
+        decoder_step(stepped, dtype),
         text_encoder(folded),
         image_tokenizer(_copy(checkpoint.vqgan, dtype)),
         image_detokenizer(_copy(checkpoint.vqgan, dtype)),

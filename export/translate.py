@@ -18,7 +18,7 @@ from onnxscript import values
 
 from nuwa.training import nearby  # noqa: F401  defines torch.ops.nuwa
 
-from . import operators
+from . import operators, quantize  # noqa: F401  defines torch.ops.nuwa.matmul_integer
 
 _OPSET = values.Opset(operators.DOMAIN, operators.VERSION)
 _NODES = {name: values.Op(_OPSET, name, schema) for name, schema in operators.schemas().items()}
@@ -30,6 +30,7 @@ def translations() -> dict[Any, Callable]:
     return {
         torch.ops.nuwa.nearby_attention.default: _nearby_attention,
         torch.ops.nuwa.cached_nearby_attention.default: _cached_nearby_attention,
+        torch.ops.nuwa.matmul_integer.default: _matmul_integer,
         torch.ops.aten.scaled_dot_product_attention.default: _dense_attention,
         torch.ops.aten.sum.dim_IntList: _sum,
     }
@@ -55,6 +56,10 @@ def _cached_nearby_attention(
     caches = (key_cache, value_cache)
     inputs = (query, key_new, value_new, *caches, slot, write_index, neighbours, bias)
     return _NODES[operators.CACHED](*inputs, heads=heads, **operators.PLUGIN_ATTRIBUTES)
+
+
+def _matmul_integer(a, b):
+    return op.MatMulInteger(a, b)
 
 
 def _dense_attention(

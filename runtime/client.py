@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Any, Self, Unpack
 
 import grpc
 from google.rpc import error_details_pb2
@@ -27,7 +27,7 @@ from .convert import Job
 from .core import Event, Frame, ModelInfo
 from .engine_protocol import Engine
 from .requests import ImageOptions, VideoOptions
-from .results import ClipDone, ClipEvent, ClipResult, ImageResult
+from .results import ClipDone, ClipEvent, ClipResult, ImageEvent, ImageResult
 from .scheduler import Scheduler
 
 
@@ -71,6 +71,11 @@ class BaseClient(ABC):
     ) -> pb.GenerateImageResponse: ...
 
     @abstractmethod
+    def _image_stream(
+        self, message: pb.StreamImageRequest, deadline: float | None
+    ) -> Iterator[pb.StreamImageResponse]: ...
+
+    @abstractmethod
     def _video(
         self, message: pb.GenerateVideoRequest, deadline: float | None
     ) -> Iterator[pb.GenerateVideoResponse]: ...
@@ -98,6 +103,25 @@ class BaseClient(ABC):
         message = requests.image_request(task, prompt, options)
         answer = self._image(message, deadline)
         return results.image_result(answer, message.sampling.sample_index)
+
+    def stream_image(
+        self,
+        task: Task | str,
+        prompt: str = "",
+        *,
+        previews: int = 0,
+        deadline: float | None = None,
+        **options: Unpack[ImageOptions],
+    ) -> Iterator[ImageEvent]:
+        """The events of one image as they happen, for each of its samples if there are several.
+
+        Accepted, Progress and Preview, an ImageSample, and after all samples ImageDone. previews:
+        how often an unfinished image is shown. Scores come with ImageDone. Otherwise as
+        generate_image; leaving the iterator early cancels.
+        """
+        image = requests.image_request(task, prompt, options)
+        message = pb.StreamImageRequest(image=image, preview_count=previews)
+        return results.image_events(self._image_stream(message, deadline))
 
     def stream_video(
         self,
@@ -180,15 +204,15 @@ class Client(BaseClient):
         with _server_errors():
             return self._stub.GenerateImage(message, timeout=deadline)
 
+    def _image_stream(
+        self, message: pb.StreamImageRequest, deadline: float | None
+    ) -> Iterator[pb.StreamImageResponse]:
+        yield from _streamed(self._stub.StreamImage(message, timeout=deadline))
+
     def _video(
         self, message: pb.GenerateVideoRequest, deadline: float | None
     ) -> Iterator[pb.GenerateVideoResponse]:
-        call = self._stub.GenerateVideo(message, timeout=deadline)
-        try:
-            with _server_errors():
-                yield from call
-        finally:
-            call.cancel()
+        yield from _streamed(self._stub.GenerateVideo(message, timeout=deadline))
 
 
 class LocalClient(BaseClient):
@@ -212,6 +236,13 @@ class LocalClient(BaseClient):
         job = convert.read_image_request(message, self.get_model())
         return replies.image_response(job, self._events(job, deadline))
 
+    def _image_stream(
+        self, message: pb.StreamImageRequest, deadline: float | None
+    ) -> Iterator[pb.StreamImageResponse]:
+        with convert.inside("image"):
+            job = convert.read_stream_image_request(message, self.get_model())
+            yield from replies.image_responses(job, self._events(job, deadline))
+
     def _video(
         self, message: pb.GenerateVideoRequest, deadline: float | None
     ) -> Iterator[pb.GenerateVideoResponse]:
@@ -222,6 +253,15 @@ class LocalClient(BaseClient):
         count = job.samples.count
         handle = self._scheduler.submit(job.generation, samples=count, timeout=deadline)
         return selection.events_of(handle, job.samples, self._scheduler.engine.rankers)
+
+
+def _streamed(call: Any) -> Iterator[Any]:
+    """The messages of a call of the stub, which leaving early cancels."""
+    try:
+        with _server_errors():
+            yield from call
+    finally:
+        call.cancel()
 
 
 @contextmanager

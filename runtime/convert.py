@@ -34,6 +34,7 @@ from .media import (
 )
 from .samples import Samples
 
+PREVIEWS = "preview_count"  # a field of StreamImageRequest itself
 MAX_PROMPT_BYTES = 4096
 MAX_REQUEST_ID_LENGTH = 128
 MAX_FRAME_PIXELS = 2**24  # of a frame after scaling; 48 MiB uncompressed
@@ -98,6 +99,18 @@ def read_image_request(
     return Job(generation, output, request_id, wanted)
 
 
+def read_stream_image_request(
+    message: pb.StreamImageRequest, info: ModelInfo, limits: Limits = DEFAULT_LIMITS
+) -> Job:
+    """As read_image_request, with previews. Fields of errors are those of message.image."""
+    refuse_unknown_fields(message)
+    job = read_image_request(message.image, info, limits)
+    with blame(PREVIEWS):
+        generation = replace(job.generation, previews=message.preview_count)
+    samples.read(message.image, generation, info)  # previews take memory too
+    return replace(job, generation=generation)
+
+
 def read_video_request(
     message: pb.GenerateVideoRequest, info: ModelInfo, limits: Limits = DEFAULT_LIMITS
 ) -> Job:
@@ -148,6 +161,18 @@ def blame(field: str) -> Iterator[None]:
         raise
     except ValueError as error:
         raise FieldError(field, str(error)) from error
+
+
+@contextmanager
+def inside(field: str) -> Iterator[None]:
+    """FieldErrors raised inside are of fields of the message `field`, but for those of PREVIEWS."""
+    try:
+        yield
+    except FieldError as error:
+        if error.field == PREVIEWS:
+            raise
+        path = f"{field}.{error.field}" if error.field else field
+        raise FieldError(path, str(error)) from error
 
 
 def _request_id(given: str) -> str:

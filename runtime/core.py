@@ -18,6 +18,7 @@ Pixels = npt.NDArray[np.uint8]  # [height, width, 3] or [frames, height, width, 
 Mask = npt.NDArray[np.bool_]  # [height, width]; True = generate here
 
 MAX_SEED = 2**63 - 1
+MAX_PREVIEWS = 16
 
 
 class UnsupportedTaskError(Exception):
@@ -44,6 +45,7 @@ class GenerationRequest:
     mask: bool [H, W], True where those tasks generate.
     sketch: class ids uint8 [F, H, W] for S2I and S2V.
     schedule: "wave", or "raster" for one-by-one decoding (same tokens, for comparison).
+    previews: how often an unfinished image is shown, 0 .. MAX_PREVIEWS; only for images.
     """
 
     task: Task
@@ -56,6 +58,7 @@ class GenerationRequest:
     mask: Mask | None = None
     sketch: npt.NDArray[np.uint8] | None = None
     schedule: str = "wave"
+    previews: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed <= MAX_SEED:
@@ -64,6 +67,10 @@ class GenerationRequest:
             raise ValueError(f"frame_count {self.frame_count} is not at least 1")
         if self.schedule not in ("wave", "raster"):
             raise ValueError(f"schedule {self.schedule!r} is not one of 'wave', 'raster'")
+        if not 0 <= self.previews <= MAX_PREVIEWS:
+            raise ValueError(f"preview_count {self.previews} is not in [0, {MAX_PREVIEWS}]")
+        if self.previews and self.task.is_video:
+            raise ValueError(f"task {self.task} has no previews; frames come as they are finished")
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,15 @@ class Frame:
 
 
 @dataclass(frozen=True)
+class Preview:
+    """An image of which so many positions are decoded: pixels uint8 [H, W, 3], the rest is grey."""
+
+    pixels: Pixels
+    positions_done: int
+    sample_index: int = 0
+
+
+@dataclass(frozen=True)
 class Done:
     """Always the last event of a request that was not cancelled and did not fail.
 
@@ -122,7 +138,7 @@ class Done:
     scores: dict[int, float] = field(default_factory=dict)
 
 
-Event = Accepted | Progress | Frame | Done
+Event = Accepted | Progress | Preview | Frame | Done
 
 
 @dataclass(frozen=True)
@@ -130,6 +146,7 @@ class SlotStep:
     """What one decode step did for one slot.
 
     frames: (index, tokens int32 [h, w]) of each frame that this step completed, in index order.
+    error: why the slot can go no further; everything else is then as before the step.
     """
 
     slot: int
@@ -137,6 +154,7 @@ class SlotStep:
     positions_total: int
     frames: tuple[tuple[int, npt.NDArray[np.int32]], ...]
     done: bool
+    error: Exception | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +29,27 @@ from nuwa.spec.plan import (
 )
 from nuwa.spec.tasks import UNCONDITIONAL_PROMPT, Task
 
-from .backends.base import AUTO, Backend
+from .backends.base import AUTO, Backend, Lane, Part
 from .backends.choice import make_backend
-from .batch import CrossColumns, assemble
 from .bundle import Bundle, open_bundle
 from .check import check_request
 from .core import GenerationRequest, ModelInfo, Pixels, SlotStep
 from .errors import FieldError
 from .given import known_positions
 from .ranking import find_rankers, ranker_names
-from .sequence import Lane, Sequence
+from .sequence import Sequence
 
 Known = npt.NDArray[np.bool_]
+
+# What is given is caught up with in calls of many rows. Beside others' waves such a call may have
+# so many times their rows, which makes their step at most that much longer.
+PREFILL_SHARE = 1.5
+FEW_ROWS = 16  # of a call take hardly longer than one: it is the weights that take the time
+AHEAD = 2  # requests that can be prepared while all slots are taken
+MOST_ROWS = (
+    256  # of a call that nobody else waits for: its memory, and how soon it can be cancelled
+)
+NOT_FINITE = "the model computed what is no finite number"
 
 
 def load_engine(
@@ -65,11 +75,16 @@ def load_engine(
         backend,
         opened,
         cache_slots=cache_slots(slots),
-        condition_slots=slots,
+        condition_slots=condition_slots(slots),
         threads=threads,
         spinning=spinning,
     )
     return Engine(opened, made, slots=slots)
+
+
+def condition_slots(slots: int) -> int:
+    """Condition slots of an engine: one for each slot's request, and AHEAD for those that wait."""
+    return slots + AHEAD
 
 
 def cache_slots(slots: int) -> int:
@@ -77,10 +92,40 @@ def cache_slots(slots: int) -> int:
     return 2 * slots
 
 
-class Engine:
-    """Decodes up to `slots` requests at a time; one thread calls it, but `check` and `info` any.
+class Prepared:
+    """A request whose conditions are in a condition slot, which its samples share.
 
-    backend: has cache_slots(slots), and `slots` condition slots.
+    plan, tokens i32 [N], known bool [N], window: as Sequence takes them; text_length: entries of
+    its prompt, None without one.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        slot: int,
+        plan: Plan,
+        tokens: Int,
+        known: Known,
+        window: Int | None,
+        text_length: int | None,
+        on_close: Callable[[int], None],
+    ) -> None:
+        self.request, self.slot, self.plan = request, slot, plan
+        self.tokens, self.known, self.window = tokens, known, window
+        self.text_length = text_length
+        self._on_close: Callable[[int], None] | None = on_close
+
+    def close(self) -> None:
+        """Frees the condition slot; no sample may be running. Harmless if it is free."""
+        on_close, self._on_close = self._on_close, None
+        if on_close is not None:
+            on_close(self.slot)
+
+
+class Engine:
+    """Decodes samples of requests in up to `slots` slots; for its threads see engine_protocol.py.
+
+    backend: has cache_slots(slots) and condition_slots(slots).
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, *, slots: int) -> None:
@@ -91,10 +136,10 @@ class Engine:
         self._config = bundle.manifest.config
         self._text = bundle.text_tokenizer
         self._layout = ConditionLayout.of(self._config)
-        self._columns = CrossColumns(self._config)
         self._sequences: dict[int, Sequence] = {}
         _check_cache(bundle.manifest)
-        for slot in range(slots):
+        self._free = list(range(condition_slots(slots)))  # condition slots; lists are thread-safe
+        for slot in self._free:
             self._none_length = self._encode(UNCONDITIONAL_PROMPT, slot, self._layout.none)
 
     def check(self, request: GenerationRequest) -> None:
@@ -106,35 +151,121 @@ class Engine:
                 "prompt", f"prompt is {count} tokens; the model reads at most {most}, so shorten it"
             )
 
-    def admit(self, request: GenerationRequest, slot: int) -> None:
-        """Encodes what a checked request gives, and makes a free slot ready to step."""
+    @property
+    def room(self) -> int:
+        """How many more requests can be prepared now."""
+        return len(self._free)
+
+    def prepare(self, request: GenerationRequest) -> Prepared:
+        """Encodes what a checked request gives into a free condition slot, for all its samples."""
+        assert self._free, "there is no free condition slot"
+        slot = self._free.pop()
+        try:
+            return self._prepared(request, slot)
+        except BaseException:
+            self._free.append(slot)
+            raise
+
+    def admit(self, prepared: Prepared, slot: int, sample_index: int | None = None) -> None:
+        """Makes a free slot ready to step a sample of a request, by default the request's own."""
         assert 0 <= slot < self.slots and slot not in self._sequences, "the slot is not free"
+        request, config = prepared.request, self._config
+        index = request.sample_index if sample_index is None else sample_index
+        sequence = Sequence(
+            prepared.plan,
+            self._lanes(prepared, slot),
+            request.sampling,
+            functools.partial(uniforms, request.seed, index),
+            prepared.tokens,
+            prepared.known,
+            config.bos,
+            prepared.window,
+        )
+        self._backend.open(sequence.stream)
+        self._sequences[slot] = sequence
+
+    def _prepared(self, request: GenerationRequest, slot: int) -> Prepared:
         tokens, known = self._given_tokens(request)
-        plan = self._plan(request, known)
-        draw = functools.partial(uniforms, request.seed, request.sample_index)
         visual = self._visual_tokens(request, tokens, known)
-        lanes = self._lanes(request, slot, self._look(visual, self._grid(request), slot))
-        self._sequences[slot] = Sequence(plan, lanes, request.sampling, draw, tokens, known)
+        window = self._look(visual, self._grid(request), slot)
+        prompt = request.prompt.strip() or UNCONDITIONAL_PROMPT
+        length = None
+        if prompt != UNCONDITIONAL_PROMPT:
+            length = self._encode(prompt, slot, self._layout.text)
+        plan = self._plan(request, known)
+        return Prepared(request, slot, plan, tokens, known, window, length, self._free.append)
 
     def step(self) -> list[SlotStep]:
-        """Decodes one wave of every admitted, unfinished slot, all in one call of the backend."""
+        """Decodes the next wave of admitted, unfinished slots, all in one call of the backend.
+
+        Of a wide call that only catches up with what is given, a part, or nothing this time (see
+        `_parts`). A slot whose part fails, or whose logits are no finite numbers, fails alone: its
+        result has the error.
+        """
         active = {slot: s for slot, s in self._sequences.items() if not s.done}
-        if not active:
-            return []
-        codebook_size = self._config.image.codebook_size
-        drawn = self._backend.step(assemble(active.values(), codebook_size, self._columns))
-        results, start = [], 0
-        for slot, sequence in active.items():
-            width = sequence.width
-            frames = sequence.accept(drawn[start : start + width])
-            start += width * len(sequence.lanes)
-            total = sequence.plan.grid.size
-            results.append(SlotStep(slot, sequence.positions_done, total, frames, sequence.done))
-        return results
+        parts = self._parts(active)
+        return [
+            self._advance(slot, part, error)
+            for (slot, part), error in zip(parts.items(), self._run([*parts.values()]), strict=True)
+        ]
+
+    def unfinished(self, slot: int) -> tuple[Int, Known]:
+        """Of an image in a slot: its tokens i32 [h, w], and bool [h, w], which are decoded."""
+        sequence = self._sequences[slot]
+        height, width = sequence.plan.grid.height, sequence.plan.grid.width
+        tokens = self._backend.tokens(sequence.stream, *sequence.place(0))
+        return tokens.reshape(height, width), sequence.decoded().reshape(height, width)
 
     def release(self, slot: int) -> None:
         """Frees a slot; harmless if it is free."""
-        self._sequences.pop(slot, None)
+        sequence = self._sequences.pop(slot, None)
+        if sequence is not None:
+            self._backend.close(sequence.stream)
+
+    def _parts(self, active: dict[int, Sequence]) -> dict[int, Part]:
+        """What each slot does in the next call.
+
+        Slots that decode a wave do all of it. Beside them, those with wider calls share
+        PREFILL_SHARE times as many rows, and at least FEW_ROWS, the longest admitted first, so that
+        nobody's wave waits long for what others were given; without them, MOST_ROWS.
+        """
+        waves = sum(s.width * len(s.stream.lanes) for s in active.values() if s.ordinary)
+        room = max(FEW_ROWS, int(PREFILL_SHARE * waves)) if waves else MOST_ROWS
+        parts = {}
+        for slot, sequence in active.items():
+            if sequence.ordinary:
+                parts[slot] = sequence.part()
+            elif room > 0:
+                lanes = len(sequence.stream.lanes)
+                parts[slot] = sequence.part(max(1, room // lanes))
+                room -= parts[slot].count * lanes
+        return parts
+
+    def _run(self, parts: list[Part]) -> list[Exception | None]:
+        """Runs a call; where it fails, each part alone, so that only those at fault do."""
+        if not parts:
+            return []
+        try:
+            finite = self._backend.step(parts)
+        except Exception as error:
+            if len(parts) == 1:
+                return [error]
+            return [self._run([part])[0] for part in parts]
+        return [None if fine else FloatingPointError(NOT_FINITE) for fine in finite]
+
+    def _advance(self, slot: int, part: Part, error: Exception | None) -> SlotStep:
+        sequence = self._sequences[slot]
+        total, frames = sequence.plan.grid.size, []
+        if error is None:
+            try:
+                for frame in sequence.advance(part.count):
+                    tokens = self._backend.tokens(sequence.stream, *sequence.place(frame))
+                    frames.append((frame, tokens.reshape(sequence.plan.grid.shape[1:])))
+                if sequence.restage():
+                    self._backend.stage(sequence.stream)
+            except Exception as failure:
+                frames, error = [], failure
+        return SlotStep(slot, sequence.positions_done, total, tuple(frames), sequence.done, error)
 
     def pixels(self, tokens: Int) -> Pixels:
         """Tokens i32 [F, h, w] -> u8 [F, H, W, 3]; given.restore_given puts given pixels back."""
@@ -145,10 +276,9 @@ class Engine:
         return self._backend.tokenize(pixels)
 
     def _given_tokens(self, request: GenerationRequest) -> tuple[Int, Known]:
-        """i32 [N + 1], <bos> last, and bool [N]; tokens that are not known are 0."""
+        """i32 [N] and bool [N]; tokens that are not known are 0."""
         grid = self._grid(request)
-        tokens = np.zeros(grid.size + 1, np.int32)
-        tokens[-1] = self._config.bos
+        tokens = np.zeros(grid.size, np.int32)
         known = known_positions(request, grid)
         if request.frames is not None and known.any():
             frames = request.frames
@@ -176,7 +306,7 @@ class Engine:
             levels = config.visual.edge_levels
             edges = hidden_edges(request.mask, grid.height, grid.width, levels)
             hidden = np.int32(config.hidden) + np.tile(edges.reshape(-1), grid.frames)
-            return np.where(known, tokens[:-1], hidden)
+            return np.where(known, tokens, hidden)
         return None
 
     def _plan(self, request: GenerationRequest, known: Known) -> Plan:
@@ -201,15 +331,12 @@ class Engine:
         self._backend.encode_visual(visual, grid.coordinates(), near, slot)
         return visual_window(self._config, grid)
 
-    def _lanes(self, request: GenerationRequest, slot: int, visual: Int | None) -> tuple[Lane, ...]:
-        none = Lane(slot, slot, self._none_length, self._layout.none, visual)
-        prompt = request.prompt.strip() or UNCONDITIONAL_PROMPT
-        if prompt == UNCONDITIONAL_PROMPT:  # guidance would compare the rows with themselves
+    def _lanes(self, prepared: Prepared, slot: int) -> tuple[Lane, ...]:
+        none = Lane(slot, prepared.slot, self._none_length, self._layout.none)
+        if prepared.text_length is None:  # guidance would compare the rows with themselves
             return (none,)
-        length = self._encode(prompt, slot, self._layout.text)
-        guided = request.sampling.guidance_scale != 1.0
-        lane = Lane(slot, slot, length, self._layout.text, visual, guided)
-        if not guided:
+        lane = Lane(slot, prepared.slot, prepared.text_length, self._layout.text)
+        if prepared.request.sampling.guidance_scale == 1.0:
             return (lane,)
         return lane, dataclasses.replace(none, cache_slot=self.slots + slot)
 

@@ -6,7 +6,7 @@ Exists so that both can be tested without a model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +15,21 @@ from .core import GenerationRequest, ModelInfo, Pixels, SlotStep
 from .ranking import Ranker
 
 
+class Prepared(Protocol):
+    """A request whose conditions are encoded."""
+
+    def close(self) -> None:
+        """Makes room for another one. No slot may need it any more; harmless if repeated.
+
+        For any thread.
+        """
+
+
 class Engine(Protocol):
     """Slots that decode side by side.
 
-    Only `info`, `slots`, `rankers` and `check` are used by many threads.
+    `info`, `slots`, `rankers`, `check` and `room` are for any thread; one prepares, one makes
+    pixels and one does everything else, all three at the same time.
     """
 
     @property
@@ -35,11 +46,33 @@ class Engine(Protocol):
     def check(self, request: GenerationRequest) -> None:
         """ValueError or UnsupportedTaskError if this request cannot be done."""
 
-    def admit(self, request: GenerationRequest, slot: int) -> None:
-        """Encodes the request's conditions and makes `slot` ready to step."""
+    @property
+    def room(self) -> int:
+        """How many more requests can be prepared now."""
+        ...
+
+    def prepare(self, request: GenerationRequest) -> Prepared:
+        """Encodes a checked request's conditions, once for all of its samples.
+
+        There must be room. May be called while another thread steps, by one at a time.
+        """
+        ...
+
+    def admit(self, prepared: Any, slot: int, sample_index: int) -> None:
+        """Makes `slot` ready to step a sample of what this engine has prepared; quick."""
 
     def step(self) -> list[SlotStep]:
-        """Decodes one wave of every admitted slot."""
+        """Decodes one wave of admitted slots, of all or of some; every unfinished one has its turn.
+
+        An error of one slot is in its result.
+        """
+        ...
+
+    def unfinished(self, slot: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+        """Of an image that is being decoded: tokens i32 [h, w], and bool [h, w], which are there.
+
+        Those that are not are tokens of any value.
+        """
         ...
 
     def release(self, slot: int) -> None:

@@ -6,6 +6,7 @@ Knows nothing of slots and steps. One thread reads events; any thread may cancel
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable, Iterator
 
 from .core import Done, Event, Frame, GenerationRequest, Timings
@@ -27,8 +28,11 @@ class Handle:
         self.deadline = deadline
         self.cancelled = False
         self._on_cancel = on_cancel
-        # Unbounded, so that a slow reader never stops the decode thread; each sample makes at most
-        # one event a frame and one a percent, which bounds it in fact (convert.MAX_REQUEST_PIXELS).
+        self._lock = threading.Lock()  # several threads emit
+        self._ended = False
+        # Unbounded, so that a slow reader never stops the threads; each sample makes at most one
+        # event a frame, a preview and a percent, which bounds it in fact
+        # (samples.MAX_REQUEST_PIXELS).
         self._events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
 
     def cancel(self) -> None:
@@ -40,7 +44,7 @@ class Handle:
         self._on_cancel(self)
 
     def events(self) -> Iterator[Event]:
-        """Accepted, Progress and Frame of every sample as they happen, then one Done.
+        """Accepted, Progress, Preview and Frame of every sample as they happen, then one Done.
 
         Raises what ended the request instead: CancelledError (DeadlineExceededError where that was
         the reason), ShuttingDownError or EngineError. Leaving the iterator early cancels.
@@ -70,10 +74,21 @@ class Handle:
                 timings = event.timings
         return sorted(frames, key=lambda frame: (frame.sample_index, frame.index)), timings
 
+    @property
+    def ended(self) -> bool:
+        """Whether it is done or has failed: nothing is emitted any more."""
+        return self._ended
+
     def emit(self, event: Event) -> None:
-        """For the scheduler: hands one event to the reader."""
-        self._events.put(event)
+        """For the scheduler: hands one event to the reader, unless the request has ended."""
+        self._put(event, last=isinstance(event, Done))
 
     def fail(self, error: BaseException) -> None:
-        """For the scheduler: ends the request; the reader gets `error`."""
-        self._events.put(error)
+        """For the scheduler: ends the request, if it has not ended; the reader gets `error`."""
+        self._put(error, last=True)
+
+    def _put(self, item: Event | BaseException, *, last: bool) -> None:
+        with self._lock:
+            if not self._ended:
+                self._ended = last
+                self._events.put(item)

@@ -43,7 +43,13 @@ _MESSAGES: dict[str, tuple[tuple[str, int, int, bool, str], ...]] = {
 }
 _PACKAGE = "nuwa.runtime.onnx"
 _EXTERNAL = 1  # TensorProto.DataLocation
-_TYPES = {1: np.float32, 6: np.int32, 7: np.int64, 10: np.float16}  # TensorProto.DataType
+_TYPES = {
+    1: np.float32,
+    3: np.int8,
+    6: np.int32,
+    7: np.int64,
+    10: np.float16,
+}  # TensorProto.DataType
 
 
 def read_weights(path: Path) -> Weights:

@@ -19,7 +19,17 @@ from nuwa.v1 import generation_pb2 as pb
 
 from . import media
 from .convert import TASK_VALUES, Job, OutputOptions
-from .core import Accepted, Done, Event, Frame, ModelInfo, Pixels, Progress, Timings
+from .core import (
+    Accepted,
+    Done,
+    Event,
+    Frame,
+    ModelInfo,
+    Pixels,
+    Preview,
+    Progress,
+    Timings,
+)
 from .samples import MAX_SAMPLES
 
 FORMATS = {
@@ -46,6 +56,44 @@ def image_response(job: Job, events: Iterator[Event]) -> pb.GenerateImageRespons
                     frames.sort(key=lambda frame: frame.sample_index)
                 _add_images(response, job, frames, event.scores)
     return response
+
+
+def image_responses(job: Job, events: Iterator[Event]) -> Iterator[pb.StreamImageResponse]:
+    """The stream that answers StreamImage, one message for each event.
+
+    Scores of samples are in the last one.
+    """
+    best: int | None = None if job.samples.rank_by else job.generation.sample_index
+    for event in events:
+        match event:
+            case Accepted():
+                yield pb.StreamImageResponse(accepted=_accepted(job, event))
+            case Progress():
+                yield pb.StreamImageResponse(progress=_progress(event))
+            case Preview():
+                yield pb.StreamImageResponse(preview=_preview(job, event))
+            case Frame(sample_index=index):
+                best = index if best is None else best
+                sample = pb.Sample(sample_index=index, frame=frame_message(event, job.output))
+                yield pb.StreamImageResponse(sample=sample)
+            case Done():
+                done = pb.ImageDoneEvent(
+                    request_id=job.request_id,
+                    seed=job.generation.seed,
+                    timings=timings_message(event.timings),
+                    sample_index=best,
+                    scores=_scores(event),
+                )
+                yield pb.StreamImageResponse(done=done)
+
+
+def _preview(job: Job, event: Preview) -> pb.PreviewEvent:
+    frame = Frame(0, event.pixels, np.zeros((0, 0), np.int32), event.sample_index)
+    return pb.PreviewEvent(
+        frame=frame_message(frame, dataclasses.replace(job.output, include_tokens=False)),
+        decoded_position_count=event.positions_done,
+        sample_index=event.sample_index,
+    )
 
 
 def _add_images(

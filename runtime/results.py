@@ -17,7 +17,7 @@ from nuwa.v1 import generation_pb2 as pb
 
 from . import media
 from .convert import TASKS, stated
-from .core import Accepted, Frame, ModelInfo, Pixels, Progress, Timings
+from .core import Accepted, Frame, ModelInfo, Pixels, Preview, Progress, Timings
 
 Tokens = npt.NDArray[np.int32]
 
@@ -48,6 +48,17 @@ class ImageResult:
     timings: Timings
     request_id: str
     samples: tuple[ImageSample, ...]
+    scores: dict[int, float]
+
+
+@dataclass(frozen=True)
+class ImageDone:
+    """The last event of an image, or of several samples of it; fields as in ClipDone."""
+
+    seed: int
+    timings: Timings
+    request_id: str
+    sample_index: int
     scores: dict[int, float]
 
 
@@ -95,6 +106,7 @@ class ClipDone:
 
 
 ClipEvent = Accepted | Progress | Frame | ClipDone
+ImageEvent = Accepted | Progress | Preview | ImageSample | ImageDone
 
 
 def image_result(message: pb.GenerateImageResponse, sample_index: int = 0) -> ImageResult:
@@ -126,6 +138,46 @@ def _image_sample(message: pb.Sample) -> ImageSample:
     )
 
 
+def image_events(messages: Iterator[pb.StreamImageResponse]) -> Iterator[ImageEvent]:
+    """The stream of StreamImage. Events of a kind that this version does not know are skipped."""
+    for message in messages:
+        match message.WhichOneof("event"):
+            case "accepted":
+                yield _accepted(message.accepted)
+            case "progress":
+                yield _progress(message.progress)
+            case "preview":
+                shown = message.preview
+                yield Preview(
+                    _pixels(shown.frame), shown.decoded_position_count, shown.sample_index
+                )
+            case "sample":
+                yield _image_sample(message.sample)
+            case "done":
+                done = message.done
+                yield ImageDone(
+                    seed=done.seed,
+                    timings=_timings(done.timings),
+                    request_id=done.request_id,
+                    sample_index=done.sample_index,
+                    scores=_scores(done.scores),
+                )
+
+
+def _accepted(event: pb.AcceptedEvent) -> Accepted:
+    return Accepted(_seconds(event.queue_duration), event.sample_index)
+
+
+def _progress(event: pb.ProgressEvent) -> Progress:
+    return Progress(
+        event.decoded_position_count,
+        event.total_position_count,
+        event.decoded_frame_count,
+        event.total_frame_count,
+        event.sample_index,
+    )
+
+
 def clip_events(messages: Iterator[pb.GenerateVideoResponse]) -> Iterator[ClipEvent]:
     """The stream of GenerateVideo. Events of a kind that this version does not know are skipped.
 
@@ -134,17 +186,9 @@ def clip_events(messages: Iterator[pb.GenerateVideoResponse]) -> Iterator[ClipEv
     for message in messages:
         match message.WhichOneof("event"):
             case "accepted":
-                accepted = message.accepted
-                yield Accepted(_seconds(accepted.queue_duration), accepted.sample_index)
+                yield _accepted(message.accepted)
             case "progress":
-                event = message.progress
-                yield Progress(
-                    event.decoded_position_count,
-                    event.total_position_count,
-                    event.decoded_frame_count,
-                    event.total_frame_count,
-                    event.sample_index,
-                )
+                yield _progress(message.progress)
             case "frame":
                 frame = message.frame.frame
                 tokens = _tokens(frame)

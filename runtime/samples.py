@@ -48,7 +48,7 @@ def read(
             "sampling.sample_index",
             f"{count} samples from sample_index {generation.sample_index} on go beyond {MAX_INDEX}",
         )
-    _check_pixels(count, generation.frame_count, info)
+    _check_pixels(count, generation.frame_count + generation.previews, info)
     rank_by = message.rank_by
     if rank_by:
         _check_ranker(rank_by, generation, info)

@@ -1,10 +1,11 @@
-"""Which request runs when: a bounded queue, and one thread that drives the engine's slots.
+"""Which request runs when: a bounded queue, and the threads that drive the engine.
 
-Holds no tensors of its own and knows no network: tokens and pixels only pass through. Requests are
-admitted first come, first served, whenever a slot is free at a step boundary; with more than one
-slot this is continuous batching. A request for several samples gets its slots one at a time and
-goes to the end of the queue after each, so that it never keeps others waiting for more than one of
-its samples. Times are those of `time.perf_counter`.
+Holds no tensors of its own and knows no network: tokens and pixels only pass through. One thread
+prepares requests ahead of time, one decodes, one makes pixels (painter.py), so that none of the
+three waits for another's work. Requests are admitted first come, first served, whenever a slot is
+free at a step boundary; with more than one slot this is continuous batching. A request for several
+samples gets its slots one at a time and goes to the end of the queue after each, so that it never
+keeps others waiting for more than one of its samples. Times are those of `time.perf_counter`.
 """
 
 from __future__ import annotations
@@ -13,34 +14,29 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-
-import numpy as np
-
-from nuwa.spec.grid import Int
 
 from .core import (
     Accepted,
     CancelledError,
-    Done,
-    Frame,
     GenerationRequest,
-    Pixels,
     Progress,
     QueueFullError,
     SlotStep,
 )
 from .engine_protocol import Engine
 from .errors import DeadlineExceededError, EngineError, ShuttingDownError
-from .given import restore_given
 from .handle import Handle
+from .painter import Painter, Picture
 from .submission import Submission
 
 log = logging.getLogger("nuwa.runtime")
 
 DEFAULT_QUEUE_SIZE = 64
 CLOSE_SECONDS = 30.0  # how long close() waits for a step that is under way
+SWEEP_SECONDS = 0.05  # how often deadlines are looked at while nothing is decoded
+SHUT_DOWN = "the server shut down before the request was finished"
 
 
 @dataclass
@@ -51,6 +47,7 @@ class _Running:
     request: GenerationRequest
     frames_done: int = 0
     percent: int = -1
+    previews: int = 0
 
     @property
     def handle(self) -> Handle:
@@ -69,15 +66,20 @@ class Scheduler:
             raise ValueError(f"queue_size {queue_size} is not at least 1")
         self.engine = engine
         self.queue_size = queue_size
-        # Requests with samples that wait for a slot; changed under the lock. A request that has no
-        # sample in a slot yet is ended by whoever takes it out of here. All others are ended by the
-        # decode thread only, which empties their slots first. So each ends once.
+        # Requests with samples that wait for a slot, in the order in which they get one; changed
+        # under the lock. A handle ends once, whoever is the first to end it. Slots are emptied by
+        # the decode thread alone, before the handle ends or, where another thread has ended it, at
+        # the next sweep.
         self._queue: deque[Submission] = deque()
+        self._painting: set[Submission] = set()  # decoded, and not known to have ended
+        self._preparing: Submission | None = None  # of the queue
+        self._unpainted: list[tuple[Submission, Exception]] = []  # what the painter could not make
         self._running: dict[int, _Running] = {}
         self._changed = threading.Condition()
         self._closing = False
         self._aborting = False
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
+        self._painter = Painter(engine, self._not_painted, self._guarded)
 
     def __enter__(self) -> Scheduler:
         self.start()
@@ -122,10 +124,16 @@ class Scheduler:
         return handle
 
     def start(self) -> None:
-        """Starts the decode thread."""
-        assert self._thread is None, "a scheduler is started once"
-        self._thread = threading.Thread(target=self._loop, name="nuwa-decode", daemon=True)
-        self._thread.start()
+        """Starts the threads."""
+        assert not self._threads, "a scheduler is started once"
+        loops = {"nuwa-decode": self._decode_loop, "nuwa-prepare": self._prepare_loop}
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(loop,), name=name, daemon=True)
+            for name, loop in loops.items()
+        ]
+        self._painter.start()
+        for thread in self._threads:
+            thread.start()
 
     def close(self, grace: float = 0.0) -> None:
         """Takes no more requests, gives those at hand `grace` seconds, ends the rest.
@@ -135,50 +143,152 @@ class Scheduler:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        if self._thread is None:
+        if not self._threads:
             self._aborting = True
             self._sweep()
             return
-        self._thread.join(grace)
+        self._threads[0].join(grace)
         self._aborting = True
-        self._thread.join(CLOSE_SECONDS)
-        if self._thread.is_alive():
-            log.error("the engine did not return within %.0f s of close()", CLOSE_SECONDS)
+        with self._changed:
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(CLOSE_SECONDS)
+            if thread.is_alive():
+                log.error("the engine did not return within %.0f s of close()", CLOSE_SECONDS)
+        if not self._painter.close(CLOSE_SECONDS):
+            log.error("the engine made no pixels within %.0f s of close()", CLOSE_SECONDS)
+        with self._changed:
+            left = {*self._queue, *self._painting, *self._submissions(self._running)}
+        for submission in left:
+            submission.handle.fail(ShuttingDownError(SHUT_DOWN))
 
     def turn(self) -> None:
-        """One round: ends what is cancelled or late, admits, makes one step.
-
-        For the decode thread, and for tests that do without it.
-        """
+        """One round of all there is to do, in the caller's thread; for tests, without start()."""
         self._sweep()
+        while self._prepare():
+            pass
+        self._decode()
+        self._painter.paint()
+        self._sweep()
+
+    def _decode(self) -> None:
+        """Admits and makes one step."""
         self._admit()
         if self._running:
             self._step()
 
-    def _loop(self) -> None:
-        try:
-            while True:
-                with self._changed:
-                    while not (self._queue or self._running or self._closing):
-                        self._changed.wait()
-                    if not (self._queue or self._running):
+    def _decode_loop(self) -> None:
+        while True:
+            with self._changed:
+                if not (self._running or self._can_admit() or self._unpainted or self._aborting):
+                    if self._closing and not self._queue:
                         return
-                self.turn()
+                    waiting = self._queue or self._painting
+                    self._changed.wait(SWEEP_SECONDS if waiting else None)
+            self._sweep()
+            self._decode()
+            if self._aborting and not (self._running or self._queue):
+                return
+
+    def _prepare_loop(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._aborting or self._can_prepare()):
+                    if self._closing and not self._queue:
+                        return
+                    self._changed.wait()
+                if self._aborting:
+                    return
+            self._prepare()
+
+    def _guarded(self, loop: Callable[[], None]) -> None:
+        try:
+            loop()
         except BaseException:
             # A mistake in this file. Nobody may be left waiting for a thread that is gone.
-            log.critical("the decode thread died; no more requests are taken", exc_info=True)
+            name = threading.current_thread().name
+            log.critical("the thread %s died; no more requests are taken", name, exc_info=True)
             with self._changed:
                 self._closing = self._aborting = True
-                stranded = dict.fromkeys([*self._queue, *self._submissions(self._running)])
+                stranded = {
+                    *(*self._queue, *self._painting, *self._submissions(self._running)),
+                }
+                self._changed.notify_all()
             for submission in stranded:
-                submission.handle.fail(EngineError("the server's decode thread died"))
+                submission.handle.fail(EngineError(f"the server's thread {name} died"))
+
+    def _can_admit(self) -> bool:
+        """Under the lock: whether a sample can have a slot."""
+        free = len(self._running) < self.engine.slots
+        return free and any(submission.prepared is not None for submission in self._queue)
+
+    def _can_prepare(self) -> bool:
+        """Under the lock: whether there is a request to prepare, and room for it."""
+        return self._unprepared() is not None and (self.engine.room > 0 or bool(self._idle()))
+
+    def _unprepared(self) -> Submission | None:
+        """Under the lock: the first request that is not prepared."""
+        for submission in self._queue:
+            if submission.prepared is None and submission is not self._preparing:
+                return submission
+        return None
+
+    def _idle(self) -> Submission | None:
+        """Under the lock: the last one that is prepared, not running, and behind one that is not.
+
+        It has had a sample of its own, or it would not be behind.
+        """
+        found, waiting = None, self._unprepared()
+        behind = False
+        for submission in self._queue:
+            behind = behind or submission is waiting
+            if behind and submission.prepared is not None and not submission.running:
+                found = submission
+        return found
+
+    def _prepare(self) -> bool:
+        """Has the engine encode the next request; False if there is none, or no room."""
+        with self._changed:
+            submission = self._unprepared()
+            if submission is None:
+                return False
+            if not self.engine.room:
+                idle = self._idle()
+                if idle is None:
+                    return False
+                idle.discard()  # so that who has had nothing yet need not wait for all its samples
+            self._preparing = submission
+        started = time.perf_counter()
+        prepared, failure = None, None
+        try:
+            prepared = self.engine.prepare(submission.handle.request)
+        except Exception as error:
+            log.exception("the engine could not prepare a request")
+            failure = _engine_error("preparing the request", error)
+        with self._changed:
+            self._preparing = None
+            submission.prepared = prepared
+            submission.encode += time.perf_counter() - started
+            if submission not in self._queue:  # it was cancelled meanwhile
+                submission.discard()
+            elif failure is not None:
+                self._queue.remove(submission)
+            self._changed.notify_all()
+        if failure is not None:
+            submission.handle.fail(failure)
+        return True
 
     def _cancel_queued(self, handle: Handle) -> None:
-        """Ends a cancelled handle at once if it only waits; others end at the next sweep."""
+        """Ends a cancelled handle at once if it holds no slot; others end at the next sweep."""
         with self._changed:
+            if any(submission.handle is handle for submission in self._painting):
+                handle.fail(CancelledError("the request was cancelled"))
+                return
             for submission in self._queue:
                 if submission.handle is handle and submission.started == 0:
                     self._queue.remove(submission)
+                    submission.discard()
+                    self._changed.notify_all()
                     break
             else:
                 return
@@ -192,6 +302,13 @@ class Scheduler:
                 if error := self._reason_to_stop(submission.handle, now):
                     self._queue.remove(submission)
                     ended.append((submission, error))
+            ended += self._unpainted
+            self._unpainted = []
+            for submission in list(self._painting):
+                if error := self._reason_to_stop(submission.handle, now):
+                    submission.handle.fail(error)
+                if submission.handle.ended:
+                    self._painting.remove(submission)
         for submission, error in ended:
             self._end(submission, error)
         for submission in self._submissions(self._running):
@@ -200,7 +317,7 @@ class Scheduler:
 
     def _reason_to_stop(self, handle: Handle, now: float) -> Exception | None:
         if self._aborting:
-            return ShuttingDownError("the server shut down before the request was finished")
+            return ShuttingDownError(SHUT_DOWN)
         if handle.cancelled:
             return CancelledError("the request was cancelled")
         if handle.deadline is not None and now >= handle.deadline:
@@ -212,28 +329,28 @@ class Scheduler:
         for slot in range(self.engine.slots):
             while slot not in self._running:
                 with self._changed:
-                    if not self._queue:
+                    ready = (each for each in self._queue if each.prepared is not None)
+                    submission = next(ready, None)
+                    if submission is None:
                         return
-                    submission = self._queue.popleft()
+                    self._queue.remove(submission)
                     request = submission.start_next()
                     if not submission.all_started:
                         self._queue.append(submission)
+                    self._running[slot] = _Running(submission, request)
                 self._admit_one(submission, request, slot)
 
     def _admit_one(self, submission: Submission, request: GenerationRequest, slot: int) -> None:
-        started = time.perf_counter()
-        waited = started - submission.handle.submitted
+        waited = time.perf_counter() - submission.handle.submitted - submission.encode
         if submission.started == 1:
             submission.queue = waited
         submission.handle.emit(Accepted(waited, request.sample_index))
-        self._running[slot] = _Running(submission, request)
+        assert submission.prepared is not None, "only what is prepared is admitted"
         try:
-            self.engine.admit(request, slot)
+            self.engine.admit(submission.prepared, slot, request.sample_index)
         except Exception as error:
             log.exception("the engine could not admit a request")
             self._end(submission, _engine_error("preparing the request", error))
-            return
-        submission.encode += time.perf_counter() - started
 
     def _step(self) -> None:
         started = time.perf_counter()
@@ -243,17 +360,31 @@ class Scheduler:
             for submission in self._submissions(self._running):
                 submission.decode += elapsed
                 submission.steps += 1
-            for result in results:
-                self._report(self._running[result.slot], result)
+            taken = [(self._running[result.slot], result) for result in results]
         except Exception as error:
             log.exception("a decode step failed; the requests of %d slots end", len(self._running))
             for submission in self._submissions(self._running):
                 self._end(submission, _engine_error("decoding", error))
             return
-        self._paint([result for result in results if result.frames])
-        for result in results:
-            if result.done and result.slot in self._running:
-                self._finish(result.slot)
+        for running, result in taken:
+            if self._running.get(result.slot) is not running:
+                continue  # its request has ended with another slot of it
+            try:
+                if result.error is not None:
+                    raise result.error
+                self._take(running, result)
+            except Exception as error:
+                log.exception("decoding in slot %d failed", result.slot)
+                self._end(running.submission, _engine_error("decoding", error))
+
+    def _take(self, running: _Running, result: SlotStep) -> None:
+        """What a step did for one slot."""
+        self._report(running, result)
+        self._preview(running, result)
+        for index, tokens in result.frames:
+            self._painter.put(Picture(running.submission, running.request, index, tokens))
+        if result.done:
+            self._finish(result.slot)
 
     def _report(self, running: _Running, result: SlotStep) -> None:
         running.frames_done += len(result.frames)
@@ -270,37 +401,22 @@ class Scheduler:
                 )
             )
 
-    def _paint(self, results: list[SlotStep]) -> None:
-        """Turns the frames finished in one step into pixels, all in one call of the engine."""
-        if not results:
-            return
-        started = time.perf_counter()
-        frames = [(result.slot, *frame) for result in results for frame in result.frames]
-        try:
-            pixels = self.engine.pixels(np.stack([tokens for _, _, tokens in frames]))
-            painted = [
-                (slot, self._frame(slot, index, tokens, picture))
-                for (slot, index, tokens), picture in zip(frames, pixels, strict=True)
-            ]
-        except Exception as error:
-            log.exception("tokens could not be turned into pixels")
-            if len(results) == 1:
-                submission = self._running[results[0].slot].submission
-                self._end(submission, _engine_error("making pixels", error))
-            else:  # one request's frames may be at fault, or the size of the batch
-                for result in results:
-                    if result.slot in self._running:  # its request may have ended with another slot
-                        self._paint([result])
-            return
-        elapsed = time.perf_counter() - started
-        for submission in self._submissions(result.slot for result in results):
-            submission.pixels += elapsed
-        for slot, frame in painted:
-            self._running[slot].handle.emit(frame)
+    def _preview(self, running: _Running, result: SlotStep) -> None:
+        """Has an unfinished image painted whenever another one of its previews is due."""
+        request = running.request
+        due = result.positions_done * (request.previews + 1) // max(result.positions_total, 1)
+        if running.previews < due <= request.previews:
+            running.previews = due
+            tokens, decoded = self.engine.unfinished(result.slot)
+            self._painter.put(Picture(running.submission, request, 0, tokens, decoded))
 
-    def _frame(self, slot: int, index: int, tokens: Int, picture: Pixels) -> Frame:
-        request = self._running[slot].request
-        return Frame(index, restore_given(request, index, picture), tokens, request.sample_index)
+    def _not_painted(self, submission: Submission, error: Exception) -> None:
+        """For the painter's thread: ends the request; its slots are emptied by the next sweep."""
+        failure = _engine_error("making pixels", error)
+        submission.handle.fail(failure)
+        with self._changed:
+            self._unpainted.append((submission, failure))
+            self._changed.notify_all()
 
     def _submissions(self, slots: Iterable[int]) -> list[Submission]:
         """Whose samples hold `slots`, each once."""
@@ -309,9 +425,11 @@ class Scheduler:
     def _finish(self, slot: int) -> None:
         submission = self._running[slot].submission
         self._vacate(slot)
-        submission.finished += 1
         if submission.all_finished:
-            submission.handle.emit(Done(submission.timings(time.perf_counter())))
+            with self._changed:
+                self._painting.add(submission)
+            self._discard(submission)
+            self._painter.put(submission)
 
     def _end(self, submission: Submission, error: Exception) -> None:
         """Ends a request: no sample of it waits or holds a slot any more."""
@@ -321,15 +439,25 @@ class Scheduler:
         for slot, running in list(self._running.items()):
             if running.submission is submission:
                 self._vacate(slot)
+        self._discard(submission)
         submission.handle.fail(error)
 
     def _vacate(self, slot: int) -> None:
-        """Frees a slot before its owner hears of the end: who is done may count on the room."""
-        del self._running[slot]
+        """Frees a slot."""
+        with self._changed:
+            running = self._running.pop(slot)
+            running.submission.finished += 1
+            self._changed.notify_all()
         try:
             self.engine.release(slot)
         except Exception:
             log.exception("the engine could not release slot %d", slot)
+
+    def _discard(self, submission: Submission) -> None:
+        """Makes room for another request to be prepared."""
+        with self._changed:
+            submission.discard()
+            self._changed.notify_all()
 
 
 def _engine_error(doing: str, cause: Exception) -> EngineError:

@@ -1,50 +1,37 @@
-"""One request while it is decoded: its plan, its tokens so far, its place in the plan.
+"""One request while it is decoded: its plan, its place in the plan, the rows that are next.
 
-Knows no backend and no other request; batch.py puts the waves of several sequences together. Of a
-long clip it holds the frames that are being decoded and no others.
+Knows no backend and no other request. Its tokens are with the backend; of a long clip those of the
+frames that are being decoded and no others.
 
-Legend: N positions of the volume, G of the frames that may be given, w of the next call.
+Legend: N positions of the volume, G of the frames that may be given, w of a call, v columns of the
+visual window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from nuwa.spec.grid import Int
+from nuwa.spec.grid import MASKED, Int
 from nuwa.spec.plan import Plan
 from nuwa.spec.sampling import Sampling
 
+from .backends.base import Lane, Part, Rows, Stream
+
 Float = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False)
-class Lane:
-    """Where rows of a sequence run: a cache slot, a condition slot, and what of that they see.
-
-    text_length entries from text_first on are the lane's text; visual: i32 [N, v], the entries of
-    the visual volume that each position sees, in raster order, or None if it sees none (see
-    spec/conditions.py); guided: the logits of these rows are moved away from those of the
-    sequence's next lane.
-    """
-
-    cache_slot: int
-    condition_slot: int
-    text_length: int
-    text_first: int = 0
-    visual: Int | None = None
-    guided: bool = False
 
 
 class Sequence:
     """A volume of tokens that is being decoded.
 
-    draw: positions -> f32, their uniform numbers; tokens: i32 [G + 1], of the first frames in
-    raster order, <bos> last; known: bool [G], those that are given and never overwritten.
-    `call` has the rows that the next call decodes.
+    draw: positions -> f32, their uniform numbers; given: i32 [G], tokens of the first frames in
+    raster order, of which bool [G] `known` count and are never drawn; bos: the token that the first
+    position is fed; visual: i32 [N, v], the entries of the visual volume that each position sees,
+    or None if it sees none.
+
+    stream: as the backend sees it; it has the rows of the calls that are next.
     """
 
     def __init__(
@@ -53,90 +40,94 @@ class Sequence:
         lanes: tuple[Lane, ...],
         sampling: Sampling,
         draw: Callable[[Int], Float],
-        tokens: Int,
+        given: Int,
         known: npt.NDArray[np.bool_],
+        bos: int,
+        visual: Int | None = None,
     ) -> None:
-        self.plan, self.lanes, self.sampling = plan, lanes, sampling
-        self._draw, self._given, self._known = draw, tokens[:-1], known
-        self._step = 0
-        self.positions_done = 0
-        self.call = plan.call(0)
-        # A ring of frames: position p is at p modulo its size.
-        held, self._cells = plan.held_frames, plan.grid.height * plan.grid.width
-        self._size = held * self._cells
-        self._rolls = held < plan.grid.frames
-        self._tokens = np.zeros(self._size + 1, np.int32)
-        self._tokens[-1] = tokens[-1]
-        self._uniform = np.empty(self._size, np.float32)
-        self._free = np.ones(self._size, bool) if known.any() else None
+        self.plan = plan
+        self._draw, self._visual, self._bos = draw, visual, bos
+        # Of any position: its token, or MASKED. One more for those that are beyond the given ones.
+        self._given = np.append(np.where(known, given, MASKED), MASKED).astype(np.int32)
+        self._cells = plan.grid.height * plan.grid.width
+        self._held = plan.held_frames * self._cells  # a ring: position p is at p modulo its size
+        self._step = self._first_step = self._row = 0
+        self._bounds = [0]
         self._complete = 0
-        self._begun = 0
-        self._begin(held)
+        self.positions_done = 0
+        self.stream = Stream(lanes, sampling, self._held, self._stage())
 
     @property
     def width(self) -> int:
-        """w, how many positions the next call decodes."""
-        return len(self.call.position)
+        """w, how many positions are left of the call that is next, or under way."""
+        return 0 if self.done else self._bounds[self._step - self._first_step + 1] - self._row
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether the call that is next is as others are, not many of them merged."""
+        return self.width <= self.plan.widest
 
     @property
     def done(self) -> bool:
         """Whether every position is decoded."""
         return self._step == self.plan.steps
 
-    def fed(self) -> Int:
-        """i32 [w]: the tokens fed to the positions of the next call."""
-        fed = self.call.fed
-        if self._rolls:
-            fed = np.where(fed == self.plan.grid.size, self._size, fed % self._size)
-        return self._tokens[fed]
+    def part(self, most: int | None = None) -> Part:
+        """The rows that are next: of one call, all that are left of it or at most `most`.
 
-    def uniform(self) -> Float:
-        """f32 [w]: the draws of the positions of the next call."""
-        return self._uniform[self._place()]
+        A call may be decoded bit by bit: no row reads what a later one of it writes.
+        """
+        return Part(self.stream, self._row, self.width if most is None else min(most, self.width))
 
-    def accept(self, drawn: Int) -> tuple[tuple[int, Int], ...]:
-        """Takes the i32 [w] tokens of one call; (index, tokens [h, w]) of frames it completed.
+    def advance(self, count: int) -> range:
+        """Takes note that so many rows are decoded; the frames that are complete by them.
 
         Frames are announced in index order, even should a later one be complete first.
         """
-        place = self._place()
-        if self._free is None:
-            self._tokens[place] = drawn
-        else:
-            free = self._free[place]
-            self._tokens[place[free]] = drawn[free]
-        self.positions_done += self.width
-        complete, before = self.plan.complete_frames(self._step), self._complete
-        finished = tuple((frame, self._frame(frame)) for frame in range(before, complete))
-        self._complete = complete
-        self._step += 1
-        if not self.done:
-            self.call = self.plan.call(self._step)
-            if self._rolls:
-                self._begin(int(self.call.position.max()) // self._cells + 1)
-        return finished
+        self._row += count
+        self.positions_done += count
+        before = self._complete
+        if self._row == self._bounds[self._step - self._first_step + 1]:
+            self._complete = self.plan.complete_frames(self._step)
+            self._step += 1
+        return range(before, self._complete)
 
-    def _place(self) -> Int:
-        """i32 [w]: where the positions of the next call are held."""
-        position = self.call.position
-        return position % self._size if self._rolls else position
+    def restage(self) -> bool:
+        """Gives the stream new rows if it is through with those it has; whether it was."""
+        if self.done or self._row < self._bounds[-1]:
+            return False
+        self.stream.rows = self._stage()
+        return True
 
-    def _frame(self, index: int) -> Int:
-        grid = self.plan.grid
-        start = index * self._cells % self._size
-        frame = self._tokens[start : start + self._cells]
-        return frame.reshape(grid.height, grid.width).copy()
+    def decoded(self) -> npt.NDArray[np.bool_]:
+        """bool [N]: which positions of an image are decoded; all its rows are staged at once."""
+        assert self.plan.grid.frames == 1, "of a clip, frames are told when they are complete"
+        done = np.zeros(self._cells, bool)
+        done[self.stream.rows.place[: self._row]] = True
+        return done
 
-    def _begin(self, frames: int) -> None:
-        """Makes the frames up to number `frames` ready, in the place of those long complete."""
-        if frames <= self._begun:
-            return
-        position = np.arange(self._begun * self._cells, frames * self._cells, dtype=np.int32)
-        place = position % self._size
-        self._uniform[place] = self._draw(position)
-        if self._free is not None:
-            self._free[place] = True
-            given = np.flatnonzero(self._known[position[0] : position[-1] + 1])
-            self._free[place[given]] = False
-            self._tokens[place[given]] = self._given[position[given]]
-        self._begun = frames
+    def place(self, frame: int) -> tuple[int, int]:
+        """Where a complete frame's tokens are held: the first place, and how many."""
+        return frame * self._cells % self._held, self._cells
+
+    def _stage(self) -> Rows:
+        call, bounds = self.plan.stage(self._step)
+        self._bounds = bounds.tolist()
+        self._first_step, self._row = self._step, 0
+        first = call.fed == self.plan.grid.size
+        known = np.where(first, self._bos, self._known(call.fed))
+        held = call.fed % self._held
+        return Rows(
+            coordinates=np.ascontiguousarray(call.coordinates),
+            fed=np.where(known == MASKED, held, -1 - known).astype(np.int32),
+            place=call.position % np.int32(self._held),
+            given=self._known(call.position),
+            write_index=np.ascontiguousarray(call.write_index),
+            neighbours=np.ascontiguousarray(call.neighbours),
+            visual=None if self._visual is None else self._visual[call.position],
+            uniform=self._draw(call.position),
+        )
+
+    def _known(self, position: Int) -> Int:
+        """i32 [w]: tokens of positions, MASKED where they are drawn."""
+        return self._given[np.minimum(position, len(self._given) - 1)]

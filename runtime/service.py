@@ -49,6 +49,15 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             job = convert.read_image_request(request, self._scheduler.engine.info, self._limits)
             return replies.image_response(job, self._events(job, context))
 
+    def StreamImage(
+        self, request: pb.StreamImageRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.StreamImageResponse]:
+        with self._call():
+            info = self._scheduler.engine.info
+            with convert.inside("image"):
+                job = convert.read_stream_image_request(request, info, self._limits)
+                yield from replies.image_responses(job, self._events(job, context))
+
     def GenerateVideo(
         self, request: pb.GenerateVideoRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateVideoResponse]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .core import GenerationRequest, Timings
+from .engine_protocol import Prepared
 from .handle import Handle
 
 
@@ -15,14 +16,17 @@ from .handle import Handle
 class Submission:
     """`samples` sequences that share one handle.
 
-    started: samples that got a slot; finished: samples that are done. encode, decode and pixels are
-    the seconds in which the engine worked for at least one of them; steps are counted likewise.
+    started: samples that got a slot; finished: samples that are decoded; prepared: the request as
+    the engine has encoded it, None while it has not, or when no sample will need it. encode, decode
+    and pixels are the seconds in which the engine worked for at least one of them; steps are
+    counted likewise.
     """
 
     handle: Handle
     samples: int
     started: int = 0
     finished: int = 0
+    prepared: Prepared | None = None
     queue: float = 0.0
     encode: float = 0.0
     decode: float = 0.0
@@ -35,6 +39,17 @@ class Submission:
         index = request.sample_index + self.started
         self.started += 1
         return replace(request, sample_index=index)
+
+    @property
+    def running(self) -> int:
+        """Samples that hold a slot."""
+        return self.started - self.finished
+
+    def discard(self) -> None:
+        """Gives back what was encoded; harmless if nothing is."""
+        if self.prepared is not None:
+            self.prepared.close()
+            self.prepared = None
 
     @property
     def all_started(self) -> bool:

@@ -21,7 +21,8 @@ from .tasks import Task
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 TEXT_TOKENIZER = "tokenizer.json"
-PRECISIONS = ("fp32", "fp16")  # the storage type of weights and caches
+# The storage type of weights and caches; of int8 only the matrices of decoder_step are.
+PRECISIONS = ("fp32", "fp16", "int8")
 
 DECODER_STEP = "decoder_step"
 TEXT_ENCODER = "text_encoder"

@@ -32,6 +32,7 @@ from .schedule import (
 )
 
 MAX_PREDICTED_FRAMES = 1000  # of a clip that goes on beyond the trained length
+STAGED_CALLS = 16  # of such a clip whose rows are made at a time
 
 
 class Call(NamedTuple):
@@ -64,6 +65,11 @@ class Plan(Protocol):
         ...
 
     @property
+    def widest(self) -> int:
+        """Positions of the widest wave; a call that merges several may have more."""
+        ...
+
+    @property
     def held_frames(self) -> int:
         """How many frames in a row must be at hand at a time.
 
@@ -74,6 +80,13 @@ class Plan(Protocol):
 
     def call(self, step: int) -> Call:
         """The rows of a call."""
+        ...
+
+    def stage(self, step: int) -> tuple[Call, Int]:
+        """The rows of a call and of as many after it as are made at a time, one after the other.
+
+        And int32 [calls + 1], where the rows of each of these calls begin.
+        """
         ...
 
     def complete_frames(self, step: int) -> int:
@@ -114,13 +127,25 @@ class DecodePlan:
         return slice(int(self.bounds[step]), int(self.bounds[step + 1]))
 
     @property
+    def widest(self) -> int:
+        """Positions of the widest wave."""
+        return self.schedule.widest
+
+    @property
     def held_frames(self) -> int:
         """All frames."""
         return self.grid.frames
 
     def call(self, step: int) -> Call:
         """The rows of a call: views of the tables."""
-        rows = self.rows(step)
+        return self._views(self.rows(step))
+
+    def stage(self, step: int) -> tuple[Call, Int]:
+        """All rows from a call on: views of the tables."""
+        first = self.bounds[step]
+        return self._views(slice(int(first), None)), self.bounds[step:] - first
+
+    def _views(self, rows: slice) -> Call:
         return Call(
             self.position[rows],
             self.coordinates[rows],
@@ -171,6 +196,7 @@ class RollingPlan:
         pair = predecessors(Grid(2, most.height, most.width), decoder.shift)
         own = np.arange(self._cells, 2 * self._cells, dtype=np.int32)
         self._fed_back = own - pair[-self._cells :]  # how far before a position its token is
+        self.widest = max(len(cells) for cells in self._schedule.by_phase)
         self._merged = self._merge(known_frames) if kind == "wave" else [0]
         self.held_frames = self._held_frames()
 
@@ -181,10 +207,22 @@ class RollingPlan:
 
     def call(self, step: int) -> Call:
         """The rows of a call, made anew each time."""
-        begin, end = self._waves(step)
-        waves = [self._schedule.wave(wave, self.grid.frames) for wave in range(begin, end)]
-        frame, cell = (np.concatenate(part) for part in zip(*waves, strict=True))
-        return self._rows(frame, cell)
+        return self._made(step, step + 1)[0]
+
+    def stage(self, step: int) -> tuple[Call, Int]:
+        """The rows of up to STAGED_CALLS calls, made anew each time."""
+        return self._made(step, min(step + STAGED_CALLS, self.steps))
+
+    def _made(self, begin: int, end: int) -> tuple[Call, Int]:
+        """The rows of calls [begin, end), and where each call's begin."""
+        places, bounds = [], [0]
+        for step in range(begin, end):
+            first, last = self._waves(step)
+            waves = [self._schedule.wave(wave, self.grid.frames) for wave in range(first, last)]
+            places += waves
+            bounds.append(bounds[-1] + sum(len(frame) for frame, _ in waves))
+        frame, cell = (np.concatenate(part) for part in zip(*places, strict=True))
+        return self._rows(frame, cell), np.array(bounds, np.int32)
 
     def complete_frames(self, step: int) -> int:
         """How many frames are complete, and all before them, once a call is done."""

@@ -37,7 +37,8 @@ class Schedule:
     calls: int32 arrays of positions, in decoding order; entry: int32 [size], the cache entry of
     each position (a ring in decoding order); entries: ring size R, the least that keeps every
     entry until its last reader is done; oldest: int32 [size], the place in decoding order of the
-    oldest position that each position reads.
+    oldest position that each position reads; widest: positions of the largest call, before any were
+    merged.
     """
 
     grid: Grid
@@ -45,16 +46,12 @@ class Schedule:
     entry: Int
     entries: int
     oldest: Int
+    widest: int
 
     @property
     def steps(self) -> int:
         """Number of decoder calls."""
         return len(self.calls)
-
-    @property
-    def widest(self) -> int:
-        """Positions of the largest call."""
-        return max(len(call) for call in self.calls)
 
 
 def wave_index(
@@ -275,4 +272,5 @@ def _with_cache(grid: Grid, extents: Sequence[Extent], calls: tuple[Int, ...]) -
         written += len(call)
         entries = max(entries, written - int(oldest[call].min()))
     entry = (rank % entries).astype(np.int32)
-    return Schedule(grid, calls, entry, entries, oldest.astype(np.int32))
+    widest = max(len(call) for call in calls)
+    return Schedule(grid, calls, entry, entries, oldest.astype(np.int32), widest)

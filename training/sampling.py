@@ -42,7 +42,8 @@ def sample(
     temperature 0 is argmax; top_k 0 keeps all; top_p 1 keeps all, else the least set of likeliest
     tokens whose probability reaches it. ranks is arange(W): how many of the likeliest tokens are
     sorted to find the cut-offs; W must be K if any row has top_p < 1 without a top_k, else at
-    least the largest top_k, else 1. Tokens tied with the last kept one are kept too.
+    least the largest top_k, else 1. Tokens tied with the last kept one are kept too. -1 where a
+    row's logits are not all finite numbers.
     """
     greedy_T = logits_TK.argmax(dim=-1)
     scaled_TK = logits_TK / torch.where(temperature_T > 0, temperature_T, 1.0)[:, None]
@@ -61,8 +62,10 @@ def sample(
     kept_TK = (scaled_TK >= cut_T1) | ~filters_T1
     cdf_TK = torch.where(kept_TK, _weights(scaled_TK, highest_T1), 0).cumsum(dim=-1)
     drawn_T = (cdf_TK * _ONE <= _whole(uniform_T)[:, None] * cdf_TK[:, -1:]).sum(dim=-1)
-    drawn_T = drawn_T.clamp_max(logits_TK.shape[1] - 1)  # logits that are NaN must not lead outside
-    return torch.where(temperature_T > 0, drawn_T, greedy_T).to(torch.int32)
+    drawn_T = drawn_T.clamp_max(logits_TK.shape[1] - 1)  # whatever the numbers are, not outside
+    chosen_T = torch.where(temperature_T > 0, drawn_T, greedy_T)
+    finite_T = (logits_TK - logits_TK).sum(dim=-1) == 0.0  # any other number less itself is NaN
+    return torch.where(finite_T, chosen_T, -1).to(torch.int32)
 
 
 def _weights(scaled: Tensor, highest: Tensor) -> Tensor:

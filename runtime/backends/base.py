@@ -1,9 +1,11 @@
-"""What the engine asks of a device: a few verbs over numpy arrays; caches stay with the backend.
+"""What the engine asks of a device: a few verbs over numpy arrays; caches and tokens stay there.
 
-Knows no request, no schedule and no bundle folder. A backend is driven by one thread.
+Knows no request, no schedule and no bundle folder. Three threads drive a backend, each with methods
+of its own, at the same time: one encodes and tokenizes, into condition slots that no stream reads
+meanwhile; one opens, stages, steps, reads and closes streams; one detokenizes.
 
-Legend: T positions of a call, n neighbour columns, m columns of cross attention, W candidates to
-sort, B batch, M text length, N positions of a volume, H x W pixels and h x w tokens of a frame.
+Legend: K rows staged at a time, n neighbour columns, v columns of the visual window, B batch,
+M text length, N positions of a volume, H x W pixels and h x w tokens of a frame.
 """
 
 from __future__ import annotations
@@ -16,48 +18,90 @@ import numpy as np
 import numpy.typing as npt
 
 from nuwa.spec.grid import Int
+from nuwa.spec.sampling import Sampling
 
 from ..core import Pixels
 
 Float = npt.NDArray[np.float32]
+Bool = npt.NDArray[np.bool_]
 
 AUTO = "auto"
 NATIVE_CPU, ONNXRUNTIME_CPU = "native-cpu", "onnxruntime-cpu"
 BACKENDS = (AUTO, NATIVE_CPU, ONNXRUNTIME_CPU)  # what choice.make_backend takes
 
 
-@dataclass(frozen=True, eq=False)
-class StepBatch:
-    """One call of decoder_step, its inputs under their own names: T positions of any sequences.
+@dataclass(frozen=True)
+class Lane:
+    """Where rows of a stream run: a cache slot, a condition slot, and which text of that they see.
 
-    tokens i32 [T], fed in, codebook_size = <bos>; coordinates i32 [T, 3]; slot i32 [T], cache slot;
-    write_index i32 [T] and neighbours i32 [T, n], entries of that slot, -1 masked; condition_slot
-    i32 [T]; cross_neighbours i32 [T, m], entries of that slot (spec/conditions.py), -1 masked;
-    temperature, top_p, uniform, guidance f32 [T]; top_k i32 [T]; unconditional_row i32 [T], its own
-    index where a row is not guided; ranks i32 [W] = arange(W), W as spec/sampling.py says;
-    cross_columns i32 [m], which column of the cross bias each column stands for, the visual
-    window's or, one past them, text's; None for a model without a visual encoder.
+    text_length entries from text_first on are the lane's text.
     """
 
-    tokens: Int
+    cache_slot: int
+    condition_slot: int
+    text_length: int
+    text_first: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What is known of positions of one stream before they are decoded, in decoding order.
+
+    coordinates i32 [K, 3]; fed i32 [K], the place in the stream's tokens of what a position is fed,
+    or -1 - t for the token t; place i32 [K], where its own token goes; given i32 [K], its token if
+    that is not drawn, else -1; write_index i32 [K] and neighbours i32 [K, n], entries of the cache
+    slot, -1 masked or not written; visual i32 [K, v], the entries of the condition slot that it
+    sees besides text, -1 masked, None where it sees none; uniform f32 [K].
+
+    Arrays are contiguous.
+    """
+
     coordinates: Int
-    slot: Int
+    fed: Int
+    place: Int
+    given: Int
     write_index: Int
     neighbours: Int
-    condition_slot: Int
-    cross_neighbours: Int
-    temperature: Float
-    top_k: Int
-    top_p: Float
+    visual: Int | None
     uniform: Float
-    guidance: Float
-    unconditional_row: Int
-    ranks: Int
-    cross_columns: Int | None = None
+
+    def __len__(self) -> int:
+        return len(self.fed)
+
+
+@dataclass(eq=False)
+class Stream:
+    """One sequence as a backend sees it.
+
+    lanes: one or, guided, two: the logits of the first are moved away from those of the second.
+    held: how many tokens it keeps; rows are staged in turn, each time instead of those before.
+    """
+
+    lanes: tuple[Lane, ...]
+    sampling: Sampling
+    held: int
+    rows: Rows
+
+    @property
+    def guided(self) -> bool:
+        return len(self.lanes) > 1
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What a call does for a stream: `count` of its staged rows from `first` on, once a lane."""
+
+    stream: Stream
+    first: int
+    count: int
 
 
 class Backend(Protocol):
-    """A model on a device. All memory is allocated when it is made."""
+    """A model on a device. Caches and condition slots are allocated when it is made.
+
+    A sequence is a stream: opened, its rows staged, stepped by parts, its tokens read, closed. In
+    between nothing of it goes to the device or comes back but which rows are next.
+    """
 
     @property
     def name(self) -> str:
@@ -79,9 +123,27 @@ class Backend(Protocol):
         for a model with a visual encoder.
         """
 
-    def step(self, batch: StepBatch) -> Int:
-        """Runs one call; i32 [T], valid until the next one."""
+    def open(self, stream: Stream) -> None:
+        """Makes a stream ready to step; its tokens are of any value."""
+
+    def stage(self, stream: Stream) -> None:
+        """Takes the stream's new rows."""
+
+    def step(self, parts: Sequence[Part]) -> Bool:
+        """Runs one call, which draws each row's token and puts it into its place.
+
+        bool [parts]: logits of all rows were finite numbers; the tokens of a part that had others
+        are of any value. A call that raises has put no token anywhere and may be made again, whole
+        or in parts.
+        """
         ...
+
+    def tokens(self, stream: Stream, first: int, count: int) -> Int:
+        """i32 [count]: a copy of the tokens in places from `first` on."""
+        ...
+
+    def close(self, stream: Stream) -> None:
+        """Forgets a stream."""
 
     def tokenize(self, pixels: Pixels) -> Int:
         """u8 [B, H, W, 3] -> codes i32 [B, h, w]."""

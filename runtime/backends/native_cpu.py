@@ -13,8 +13,9 @@ import ctypes
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_int32, c_void_p
+from collections.abc import Iterable, Sequence
+from ctypes import POINTER, Structure, byref, c_float, c_int32, c_void_p, pointer
+from dataclasses import astuple, fields
 from functools import cache
 from pathlib import Path
 
@@ -24,19 +25,18 @@ import numpy.typing as npt
 from nuwa.spec.conditions import visual_columns
 from nuwa.spec.config import ModelConfig
 from nuwa.spec.grid import Int
-from nuwa.spec.manifest import DECODER_STEP, step_call_inputs
+from nuwa.spec.manifest import DECODER_STEP
 
 from ..bundle import Bundle
 from ..errors import UnavailableError
 from ..onnx_weights import Weights, read_weights
-from .base import NATIVE_CPU, Float, StepBatch
+from .base import NATIVE_CPU, Bool, Float, Lane, Part, Rows, Stream
 from .onnxruntime_graphs import OnnxRuntimeGraphs, allocate, cache_names
 
 log = logging.getLogger("nuwa.runtime")
 
-_ABI_VERSION = 1  # kAbiVersion of native/decoder_abi.h
+_ABI_VERSION = 2  # kAbiVersion of native/decoder_abi.h
 LEVELS = (4, 3, 0)  # x86-64 levels of the libraries, best first; 0 runs anywhere
-_TYPES = dict.fromkeys(("temperature", "top_p", "uniform", "guidance"), np.float32)
 _PREFIX = "nuwa."  # of the decoder's weights in decoder_step.onnx
 _BLOCK_WEIGHTS = (
     *("self_norm.weight", "self_norm.bias", "self_qkv.weight"),
@@ -48,6 +48,9 @@ _BLOCK_WEIGHTS = (
     *("bias", "cross_bias"),
 )
 _HEAD_WEIGHTS = ("head_norm.weight", "head_norm.bias", "head.weight", "head.bias")
+_LINEAR = ("self_qkv", "self_out", "cross_q", "cross_out", "ff_in", "ff_out", "head")
+MATRICES = tuple(f"{name}.weight" for name in _LINEAR)  # those that int8 is for
+_ROWS = tuple(field.name for field in fields(Rows))
 
 
 class _Shape(Structure):
@@ -59,39 +62,62 @@ class _Shape(Structure):
     ]
 
 
+class _Matrix(Structure):
+    _fields_ = [("weight", c_void_p), ("scale", c_void_p)]
+
+
+def _weight_fields(names: Iterable[str]) -> list[tuple[str, type]]:
+    return [(name.replace(".", "_"), _Matrix if name in MATRICES else c_void_p) for name in names]
+
+
 class _Layer(Structure):
-    _fields_ = [(name.replace(".", "_"), c_void_p) for name in _BLOCK_WEIGHTS]
+    _fields_ = _weight_fields(_BLOCK_WEIGHTS)
 
 
 class _Weights(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("tokens", "positions")),
-        *((name.replace(".", "_"), c_void_p) for name in _HEAD_WEIGHTS),
+        *_weight_fields(_HEAD_WEIGHTS),
         ("layers", POINTER(_Layer)),
     ]
 
 
+class _Lane(Structure):
+    _fields_ = [(field.name, c_int32) for field in fields(Lane)]
+
+
+class _Stream(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in (*_ROWS, "tokens")),
+        ("lanes", _Lane * 2),
+        *((name, c_int32) for name in ("lane_count", "top_k")),
+        *((name, c_float) for name in ("temperature", "top_p", "guidance")),
+    ]
+
+
+class _Part(Structure):
+    _fields_ = [
+        ("stream", POINTER(_Stream)),
+        *((name, c_int32) for name in ("first", "count", "finite")),
+    ]
+
+
 class _Step(Structure):
-    _sizes = ("neighbour_columns", "cross_neighbour_columns", "cache_entries", "condition_entries")
-    _rows = (
-        *("tokens", "coordinates", "slot", "write_index", "neighbours"),
-        *("condition_slot", "cross_neighbours", "cross_columns"),
-        *("temperature", "top_k", "top_p", "uniform", "guidance", "unconditional_row"),
-    )
     _memory = ("key_caches", "value_caches", "cross_keys", "cross_values")
     _fields_ = [
-        ("rows", c_int32),
-        *((name, c_int32) for name in _sizes),
-        *((name, c_void_p) for name in (*_rows, *_memory, "next_tokens", "logits")),
+        ("parts", POINTER(_Part)),
+        *((name, c_int32) for name in ("part_count", "neighbour_columns", "visual_columns")),
+        *((name, c_int32) for name in ("cache_entries", "condition_entries")),
+        *((name, c_void_p) for name in (*_memory, "logits")),
     ]
 
 
 class NativeCpu(OnnxRuntimeGraphs):
     """A backend; UnavailableError where no library fits.
 
-    Arguments as of OnnxRuntimeCpu. Weights and caches are fp32 whatever the bundle stores; spinning
-    concerns the encoders and tokenizers only. level: of the library, one of LEVELS; None means the
-    best one that machine and model allow.
+    Arguments as of OnnxRuntimeCpu. Caches, and weights that are not int8, are fp32 whatever the
+    bundle stores; spinning concerns the encoders and tokenizers only. level: of the library, one of
+    LEVELS; None means the best one that machine and model allow.
     """
 
     name = NATIVE_CPU
@@ -108,8 +134,8 @@ class NativeCpu(OnnxRuntimeGraphs):
         level: int | None = None,
     ) -> None:
         config, manifest = bundle.manifest.config, bundle.manifest
-        self._library = _library_for(config, level)
         weights = _decoder_weights(bundle)  # before all else, should they not be there
+        self._library = _library_for(config, weights, level)
         super().__init__(
             bundle,
             condition_slots=condition_slots,
@@ -122,7 +148,6 @@ class NativeCpu(OnnxRuntimeGraphs):
         self.caches = allocate(cache_names(layers), shape, np.float32)
         self.logits: Float | None = None
         self._keep_logits, self._codebook_size = logits, config.image.codebook_size
-        self._call_inputs = [name for name in step_call_inputs(config) if name != "ranks"]
         self._memory = [
             _pointers([arrays[f"{kind}_{layer}"] for layer in range(layers)])
             for arrays, kinds in (
@@ -131,7 +156,15 @@ class NativeCpu(OnnxRuntimeGraphs):
             )
             for kind in kinds
         ]
-        self._entries = (manifest.cache_entries, self._layout.entries)
+        self._step = _Step(
+            neighbour_columns=config.decoder.neighbour_count,
+            visual_columns=visual_columns(config),
+            cache_entries=manifest.cache_entries,
+            condition_entries=self._layout.entries,
+        )
+        for name, pointers in zip(_Step._memory, self._memory, strict=True):
+            setattr(self._step, name, ctypes.addressof(pointers))
+        self._streams: dict[Stream, _Held] = {}
         self._process = os.getpid()
         self._decoder = _new_decoder(self._library, config, weights, self.threads)
 
@@ -139,32 +172,78 @@ class NativeCpu(OnnxRuntimeGraphs):
         if getattr(self, "_decoder", None) and os.getpid() == self._process:
             self._library.nuwa_decoder_free(self._decoder)
 
-    def step(self, batch: StepBatch) -> Int:
+    def open(self, stream: Stream) -> None:
+        self._streams[stream] = _Held(stream)
+
+    def stage(self, stream: Stream) -> None:
+        self._streams[stream].stage(stream.rows)
+
+    def step(self, parts: Sequence[Part]) -> Bool:
         if os.getpid() != self._process:
             raise RuntimeError("a forked process has none of the decoder's threads; load it there")
-        rows = len(batch.tokens)
-        tokens = np.empty(rows, np.int32)
-        if self._keep_logits:
-            self.logits = np.empty((rows, self._codebook_size), np.float32)
-        call = _Step(
-            rows, batch.neighbours.shape[1], batch.cross_neighbours.shape[1], *self._entries
+        called = (_Part * len(parts))(
+            *(_Part(self._streams[part.stream].pointer, part.first, part.count) for part in parts)
         )
-        held = [  # as long as the call
-            np.ascontiguousarray(getattr(batch, name), _TYPES.get(name, np.int32))
-            for name in self._call_inputs
-        ]
-        for name, array in zip(self._call_inputs, held, strict=True):
-            setattr(call, name, array.ctypes.data)
-        for name, pointers in zip(_Step._memory, self._memory, strict=True):
-            setattr(call, name, ctypes.addressof(pointers))
-        call.next_tokens = tokens.ctypes.data
-        call.logits = None if self.logits is None else self.logits.ctypes.data
-        if self._library.nuwa_decoder_step(self._decoder, byref(call)):
-            raise MemoryError(f"no memory for a step of {rows} rows")
-        return tokens
+        self._step.parts, self._step.part_count = called, len(parts)
+        if self._keep_logits:
+            rows = sum(part.count * len(part.stream.lanes) for part in parts)
+            self.logits = np.zeros((rows, self._codebook_size), np.float32)
+            self._step.logits = self.logits.ctypes.data
+        if self._library.nuwa_decoder_step(self._decoder, byref(self._step)):
+            raise MemoryError(f"no memory for a step of {len(parts)} streams")
+        return np.array([part.finite for part in called], bool)
+
+    def tokens(self, stream: Stream, first: int, count: int) -> Int:
+        return self._streams[stream].tokens[first : first + count].copy()
+
+    def close(self, stream: Stream) -> None:
+        self._streams.pop(stream, None)
 
 
-def _library_for(config: ModelConfig, level: int | None) -> ctypes.CDLL:
+class _Held:
+    """A stream's tokens, its rows, and what the library is told of them."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.tokens = np.zeros(stream.held, np.int32)
+        self._told = _Stream(
+            tokens=self.tokens.ctypes.data,
+            lanes=(_Lane * 2)(*(_Lane(*astuple(lane)) for lane in stream.lanes)),
+            lane_count=len(stream.lanes),
+            top_k=stream.sampling.top_k,
+            temperature=stream.sampling.temperature,
+            top_p=stream.sampling.top_p,
+            guidance=stream.sampling.guidance_scale,
+        )
+        self.pointer = pointer(self._told)
+        self.stage(stream.rows)
+
+    def stage(self, rows: Rows) -> None:
+        self._rows = rows  # as long as the library may read them
+        for name in _ROWS:
+            array = getattr(rows, name)
+            wanted = np.float32 if name == "uniform" else np.int32
+            assert array is None or (array.dtype == wanted and array.flags.c_contiguous), name
+            setattr(self._told, name, None if array is None else array.ctypes.data)
+
+
+def multiply(level: int, rows: Float, matrix: npt.NDArray, scale: Float | None = None) -> Float:
+    """rows f32 [T, I] times a matrix, by the library of a level: f32 [T, O].
+
+    The matrix is f32 [O, I] or, with its scale f32 [O], int8 [I, O]; I is a multiple of 16.
+    """
+    library, rows = _load(level), np.ascontiguousarray(rows, np.float32)
+    matrix = np.ascontiguousarray(matrix, np.float32 if scale is None else np.int8)
+    outputs = matrix.shape[0 if scale is None else 1]
+    made = np.empty((len(rows), outputs), np.float32)
+    told = _Matrix(matrix.ctypes.data, None if scale is None else scale.ctypes.data)
+    addresses = (c_void_p(array.ctypes.data) for array in (rows, made))
+    given, to = addresses
+    if library.nuwa_multiply(given, len(rows), rows.shape[1], outputs, byref(told), to):
+        raise MemoryError(f"no memory for a product of {len(rows)} rows")
+    return made
+
+
+def _library_for(config: ModelConfig, weights: Weights, level: int | None) -> ctypes.CDLL:
     """The library of a level, or of the best one that the machine and the model's sizes allow.
 
     Without a level none with vectors narrower than the machine's AVX2: ONNX Runtime has wider ones.
@@ -183,6 +262,8 @@ def _library_for(config: ModelConfig, level: int | None) -> ctypes.CDLL:
             reasons.append(str(error))
             continue
         reason = _misfit(config, library.nuwa_lanes())
+        if not reason and _is_whole(weights) and not library.nuwa_has_int8():
+            reason = f"level {each} multiplies int8 with instructions that this machine lacks"
         if not reason:
             log.debug("the native decoder runs at level %d", each)
             return library
@@ -228,6 +309,8 @@ def _load(level: int) -> ctypes.CDLL:
     library.nuwa_decoder_new.argtypes = [POINTER(_Shape), POINTER(_Weights), c_int32]
     library.nuwa_decoder_step.argtypes = [c_void_p, POINTER(_Step)]
     library.nuwa_decoder_free.argtypes = [c_void_p]
+    sizes = [c_int32] * 3
+    library.nuwa_multiply.argtypes = [c_void_p, *sizes, POINTER(_Matrix), c_void_p]
     library.nuwa_decoder_free.restype = None
     version = library.nuwa_abi_version()
     if version != _ABI_VERSION:
@@ -281,20 +364,47 @@ def _cross_table(config: ModelConfig) -> int:
 
 
 def _decoder_weights(bundle: Bundle) -> Weights:
-    """f32 arrays by the names of _weight_shapes; UnavailableError if the bundle does not say."""
+    """By the names of _weight_shapes, f32 or, with scales beside them, int8 and transposed.
+
+    UnavailableError if the bundle does not say.
+    """
     found = read_weights(bundle.graph(DECODER_STEP))
     weights = {}
     for name, shape in _weight_shapes(bundle.manifest.config).items():
         full = _PREFIX + name
-        array = found.get(full, found.get(f"step.{full}"))  # a text-only model's are one deeper
+        array = _find(found, full)
+        scale = _find(found, _scale(full)) if name.endswith(MATRICES) else None
+        shape = shape if scale is None else shape[::-1]
         if array is None or array.shape != shape:
             has = "no weights" if array is None else f"weights of shape {array.shape} as"
             raise UnavailableError(
                 f"{DECODER_STEP}.onnx has {has} {full}, where {shape} are needed; export the "
                 f"checkpoint again"
             )
-        weights[name] = np.ascontiguousarray(array, np.float32)
+        whole = array.dtype == np.int8
+        if whole != (scale is not None) or (scale is not None and scale.shape != shape[-1:]):
+            raise UnavailableError(
+                f"{DECODER_STEP}.onnx has no fitting scales for {full}; export the checkpoint again"
+            )
+        if scale is None:
+            weights[name] = np.ascontiguousarray(array, np.float32)
+        else:
+            weights[name] = np.ascontiguousarray(array, np.int8)
+            weights[_scale(name)] = np.ascontiguousarray(scale, np.float32)
     return weights
+
+
+def _find(found: Weights, name: str) -> npt.NDArray | None:
+    return found.get(name, found.get(f"step.{name}"))  # a text-only model's are one deeper
+
+
+def _scale(name: str) -> str:
+    """What the scales of an int8 matrix go by."""
+    return name.removesuffix("weight") + "scale"
+
+
+def _is_whole(weights: Weights) -> bool:
+    return any(array.dtype == np.int8 for array in weights.values())
 
 
 def _new_decoder(
@@ -302,18 +412,23 @@ def _new_decoder(
 ) -> c_void_p:
     decoder, grid = config.decoder, config.decoder.grid
 
-    def pointers(names: Sequence[str]) -> list[int | None]:
-        return [weights[name].ctypes.data if name in weights else None for name in names]
+    def address(name: str) -> int | None:
+        return weights[name].ctypes.data if name in weights else None
+
+    def given(prefix: str, names: Iterable[str]) -> list[_Matrix | int | None]:
+        """Addresses of weights, with those of their scales where they may have some."""
+        return [
+            _Matrix(address(prefix + name), address(prefix + _scale(name)))
+            if name in MATRICES
+            else address(prefix + name)
+            for name in names
+        ]
 
     layers = (_Layer * decoder.layers)(
-        *(
-            _Layer(*pointers([f"blocks.{layer}.{name}" for name in _BLOCK_WEIGHTS]))
-            for layer in range(decoder.layers)
-        )
+        *(_Layer(*given(f"blocks.{layer}.", _BLOCK_WEIGHTS)) for layer in range(decoder.layers))
     )
-    made = _Weights(
-        *pointers(["embedding.tokens", "embedding.positions.table", *_HEAD_WEIGHTS]), layers
-    )
+    tables = given("", ["embedding.tokens", "embedding.positions.table"])
+    made = _Weights(*tables, *given("", _HEAD_WEIGHTS), layers)
     columns = [decoder.neighbour_columns(layer) for layer in range(decoder.layers)]
     bounds = np.array(columns, np.int32)
     shape = _Shape(
@@ -328,10 +443,10 @@ def _new_decoder(
         position_starts=(0, grid.frames, grid.frames + grid.height),
         column_bounds=bounds.ctypes.data,
     )
-    address = library.nuwa_decoder_new(byref(shape), byref(made), threads)
-    if not address:
+    decoder_address = library.nuwa_decoder_new(byref(shape), byref(made), threads)
+    if not decoder_address:
         raise UnavailableError(f"there is no memory for a decoder, or no {threads} threads")
-    return c_void_p(address)
+    return c_void_p(decoder_address)
 
 
 def _pointers(arrays: list[npt.NDArray]) -> ctypes.Array:

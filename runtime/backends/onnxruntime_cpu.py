@@ -9,6 +9,8 @@ Legend: S cache slots, R entries a slot, d width, L layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
@@ -17,10 +19,11 @@ from nuwa.spec.grid import Int
 from nuwa.spec.manifest import DECODER_STEP, step_call_inputs
 
 from ..bundle import Bundle
-from .base import ONNXRUNTIME_CPU, Float, StepBatch
+from .base import ONNXRUNTIME_CPU, Bool, Float, Part, Stream
 from .onnxruntime_graphs import OnnxRuntimeGraphs, allocate, cache_names
+from .step_batch import CrossColumns, StepBatch, assemble
 
-_STORAGE = {"fp32": np.float32, "fp16": np.float16}
+_STORAGE = {"fp32": np.float32, "fp16": np.float16, "int8": np.float32}
 
 
 class OnnxRuntimeCpu(OnnxRuntimeGraphs):
@@ -57,6 +60,8 @@ class OnnxRuntimeCpu(OnnxRuntimeGraphs):
         self.logits: Float | None = None
         self._keep_logits = logits
         self._call_inputs = step_call_inputs(config)
+        self._columns = CrossColumns(config)
+        self._tokens: dict[Stream, Int] = {}
         shape = (cache_slots, manifest.cache_entries, config.decoder.width)
         self.caches = allocate(cache_names(config.decoder.layers), shape, storage)
         self._binding = self._decoder.io_binding()
@@ -66,7 +71,34 @@ class OnnxRuntimeCpu(OnnxRuntimeGraphs):
             if name in self.caches:
                 self._binding.bind_ortvalue_output(f"{name}_out", value)
 
-    def step(self, batch: StepBatch) -> Int:
+    def open(self, stream: Stream) -> None:
+        self._tokens[stream] = np.zeros(stream.held, np.int32)
+
+    def stage(self, stream: Stream) -> None:
+        """Rows are read where they are."""
+
+    def tokens(self, stream: Stream, first: int, count: int) -> Int:
+        return self._tokens[stream][first : first + count].copy()
+
+    def close(self, stream: Stream) -> None:
+        self._tokens.pop(stream, None)
+
+    def step(self, parts: Sequence[Part]) -> Bool:
+        drawn = self.run(
+            assemble(parts, self._tokens.__getitem__, self._codebook_size, self._columns)
+        )
+        finite, start = [], 0
+        for part in parts:
+            rows, held = part.stream.rows, self._tokens[part.stream]
+            staged = slice(part.first, part.first + part.count)
+            own, given = drawn[start : start + part.count], rows.given[staged]
+            finite.append(bool((own[given < 0] >= 0).all()))
+            held[rows.place[staged]] = np.where(given < 0, own, given)
+            start += part.count * len(part.stream.lanes)
+        return np.array(finite, bool)
+
+    def run(self, batch: StepBatch) -> Int:
+        """The graph itself: i32 [T], -1 where a row's logits are no finite numbers."""
         for name in self._call_inputs:
             self._binding.bind_cpu_input(name, getattr(batch, name))
         tokens = np.empty(len(batch.tokens), np.int32)

@@ -1,6 +1,7 @@
 // One row of nearby attention (spec/reference.py), over entries of one slot.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -9,73 +10,86 @@
 
 namespace nuwa {
 
-// What a row looks at. neighbours: [columns] entries, -1 masked; bias: [heads][bias_stride] or
-// null; bias_columns: which column of the bias each column has, its own if null.
-struct Window {
-  const std::int32_t* neighbours;
-  int columns;
-  const float* bias;
-  int bias_stride;
-  const std::int32_t* bias_columns;
+// Which entries a row looks at, and which column of the bias each has. Scratch of a thread.
+class Window {
+ public:
+  void reserve(int most) {
+    entry_.reserve(most);
+    column_.reserve(most);
+    score_.reserve(most + kLanes);
+  }
+  void clear() { count_ = 0; }
+  void add(std::int32_t entry, std::int32_t column) {
+    entry_[count_] = entry;
+    column_[count_++] = column;
+  }
+  // Those that are not masked (-1); their columns are `from`, `from` + 1 and so on.
+  void add_all(const std::int32_t* entries, int count, std::int32_t from) {
+    for (int j = 0; j < count; ++j)
+      if (entries[j] >= 0) add(entries[j], from + j);
+  }
+
+  // query, out: [heads * head_dim]; keys, values: [entries][heads * head_dim]; bias:
+  // [heads][bias_stride] or null. head_dim is a multiple of kLanes. Without an entry, zeros.
+  void attend(const float* query, const float* keys, const float* values, const float* bias,
+              int bias_stride, int heads, int head_dim, float* out) {
+    const int width = heads * head_dim;
+    if (!count_) {
+      for (int i = 0; i < width; i += kLanes) store(out + i, Floats{});
+      return;
+    }
+    float* score = score_.get();
+    const float scale = 1.f / std::sqrt(static_cast<float>(head_dim));
+    for (int head = 0; head < heads; ++head, query += head_dim, out += head_dim) {
+      const float* head_keys = keys + head * head_dim;
+      Floats highest_score = all(-INFINITY);
+      for (int j = 0; j < count_; j += kLanes) {
+        Floats product[kLanes] = {};
+        const int here = std::min(count_ - j, kLanes);
+        for (int lane = 0; lane < here; ++lane) {
+          const float* key = head_keys + static_cast<std::size_t>(entry_[j + lane]) * width;
+          for (int i = 0; i < head_dim; i += kLanes)
+            product[lane] += load(query + i) * load(key + i);
+        }
+        store(score + j, sums(product) * scale);
+        if (bias)
+          for (int lane = 0; lane < here; ++lane)
+            score[j + lane] += bias[head * bias_stride + column_[j + lane]];
+        for (int lane = here; lane < kLanes; ++lane) score[j + lane] = -INFINITY;
+        highest_score = max(load(score + j), highest_score);
+      }
+      const float top = highest(highest_score);
+      Floats total{};
+      for (int j = 0; j < count_; j += kLanes) {
+        const Floats weight = exp(load(score + j) - top);
+        store(score + j, weight);
+        total += weight;
+      }
+      const float share = 1.f / sum(total);
+      const float* head_values = values + head * head_dim;
+      int i = 0;
+      for (; i + 4 * kLanes <= head_dim; i += 4 * kLanes)
+        mix<4>(head_values + i, width, share, out + i);
+      for (; i < head_dim; i += kLanes) mix<1>(head_values + i, width, share, out + i);
+    }
+  }
+
+ private:
+  // The weighted sum of Vectors vectors of all entries' values.
+  template <int Vectors>
+  void mix(const float* values, int width, float share, float* out) const {
+    const float* score = score_.get();
+    Floats mixed[Vectors] = {};
+    for (int j = 0; j < count_; ++j) {
+      const float* value = values + static_cast<std::size_t>(entry_[j]) * width;
+      for (int v = 0; v < Vectors; ++v) mixed[v] += score[j] * load(value + v * kLanes);
+    }
+    for (int v = 0; v < Vectors; ++v) store(out + v * kLanes, mixed[v] * share);
+  }
+
+  Array<std::int32_t> entry_, column_;
+  Array<float> score_;
+  int count_ = 0;
 };
-
-// Scratch of a thread, for windows of at most `columns`.
-struct AttentionScratch {
-  Array<std::int32_t> entry, column;
-  Array<float> score;
-
-  void reserve(int columns) {
-    entry.reserve(columns);
-    column.reserve(columns);
-    score.reserve(columns + kLanes);
-  }
-};
-
-// query, out: [heads * head_dim]; keys, values: [entries][heads * head_dim]. head_dim is a multiple
-// of kLanes. A row without a valid neighbour gives zeros.
-inline void attend(const float* query, const float* keys, const float* values, const Window& window,
-                   int heads, int head_dim, AttentionScratch& scratch, float* out) {
-  const int width = heads * head_dim;
-  std::int32_t *entry = scratch.entry.get(), *column = scratch.column.get();
-  float* score = scratch.score.get();
-  int used = 0;
-  for (int j = 0; j < window.columns; ++j) {
-    if (window.neighbours[j] < 0) continue;
-    entry[used] = window.neighbours[j];
-    column[used++] = window.bias_columns ? window.bias_columns[j] : j;
-  }
-  if (!used) {
-    for (int i = 0; i < width; i += kLanes) store(out + i, Floats{});
-    return;
-  }
-  const float scale = 1.f / std::sqrt(static_cast<float>(head_dim));
-  for (int head = 0; head < heads; ++head, query += head_dim, out += head_dim) {
-    const float* bias = window.bias ? window.bias + head * window.bias_stride : nullptr;
-    const float* head_keys = keys + head * head_dim;
-    const float* head_values = values + head * head_dim;
-    float highest_score = -INFINITY;
-    for (int j = 0; j < used; ++j) {
-      const float* key = head_keys + static_cast<std::size_t>(entry[j]) * width;
-      Floats product{};
-      for (int i = 0; i < head_dim; i += kLanes) product += load(query + i) * load(key + i);
-      score[j] = sum(product) * scale + (bias ? bias[column[j]] : 0.f);
-      highest_score = score[j] > highest_score ? score[j] : highest_score;
-    }
-    for (int j = used; j % kLanes; ++j) score[j] = -INFINITY;
-    Floats total{};
-    for (int j = 0; j < used; j += kLanes) {
-      const Floats weight = exp(load(score + j) - highest_score);
-      store(score + j, weight);
-      total += weight;
-    }
-    const float share = 1.f / sum(total);
-    for (int i = 0; i < head_dim; i += kLanes) {
-      Floats mixed{};
-      for (int j = 0; j < used; ++j)
-        mixed += score[j] * load(head_values + static_cast<std::size_t>(entry[j]) * width + i);
-      store(out + i, mixed * share);
-    }
-  }
-}
 
 }  // namespace nuwa

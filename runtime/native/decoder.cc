@@ -1,5 +1,6 @@
 #include "decoder.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -37,13 +38,13 @@ Layer packed(const NuwaLayer& from, const NuwaShape& shape, int index) {
   layer.last_column = shape.column_bounds[2 * index + 1];
   layer.self_norm = norm(from.self_norm_weight, from.self_norm_bias);
   layer.self_qkv = Linear::pack(from.self_qkv, nullptr, 3 * d, d);
-  layer.self_out = Linear::pack(from.self_out_weight, from.self_out_bias, d, d);
+  layer.self_out = Linear::pack(from.self_out, from.self_out_bias, d, d);
   layer.cross_norm = norm(from.cross_norm_weight, from.cross_norm_bias);
   layer.cross_q = Linear::pack(from.cross_q, nullptr, d, d);
-  layer.cross_out = Linear::pack(from.cross_out_weight, from.cross_out_bias, d, d);
+  layer.cross_out = Linear::pack(from.cross_out, from.cross_out_bias, d, d);
   layer.ff_norm = norm(from.ff_norm_weight, from.ff_norm_bias);
-  layer.ff_in = Linear::pack(from.ff_in_weight, from.ff_in_bias, 2 * f, d, gated_order(f).data());
-  layer.ff_out = Linear::pack(from.ff_out_weight, from.ff_out_bias, d, f);
+  layer.ff_in = Linear::pack(from.ff_in, from.ff_in_bias, 2 * f, d, gated_order(f).data());
+  layer.ff_out = Linear::pack(from.ff_out, from.ff_out_bias, d, f);
   const std::size_t columns = layer.last_column - layer.first_column;
   layer.bias = copied_if_any(from.bias, shape.heads * columns);
   const std::size_t table = shape.cross_table;
@@ -78,9 +79,10 @@ Decoder::Decoder(const NuwaShape& shape, const NuwaWeights& weights, int threads
       bos_(shape.bos),
       cross_table_(shape.cross_table),
       tokens_(copied(weights.tokens, static_cast<std::size_t>(shape.codebook + 1) * shape.width)),
-      positions_(copied(weights.positions, static_cast<std::size_t>(shape.positions) * shape.width)),
+      positions_(
+          copied(weights.positions, static_cast<std::size_t>(shape.positions) * shape.width)),
       head_norm_{copied(weights.head_norm_weight, width_), copied(weights.head_norm_bias, width_)},
-      head_(Linear::pack(weights.head_weight, weights.head_bias, codebook_, width_)),
+      head_(Linear::pack(weights.head, weights.head_bias, codebook_, width_)),
       logits_stride_(head_.panels * kPanel),
       team_(threads),
       members_(threads) {
@@ -90,47 +92,85 @@ Decoder::Decoder(const NuwaShape& shape, const NuwaWeights& weights, int threads
 }
 
 void Decoder::step(const NuwaStep& call) {
-  reserve(call);
+  lay_out(call);
   team_.run([&](int member) { run(call, members_[member]); });
+  std::size_t draw = 0;
+  for (int i = 0; i < call.part_count; ++i) {
+    NuwaPart& part = call.parts[i];
+    part.finite = 1;
+    for (; draw < draws_.size() && draws_[draw].part == i; ++draw)
+      part.finite &= draws_[draw].finite;
+  }
 }
 
-void Decoder::reserve(const NuwaStep& call) {
-  const std::size_t rows = call.rows;
+// Which rows the call has, which of them are drawn, whose they are, and room for them.
+void Decoder::lay_out(const NuwaStep& call) {
+  rows_.clear();
+  draws_.clear();
+  for (int i = 0; i < call.part_count; ++i) {
+    const NuwaPart& part = call.parts[i];
+    const NuwaStream& stream = *part.stream;
+    int drawn = 0;  // a lane
+    for (int row = part.first; row < part.first + part.count; ++row) drawn += stream.given[row] < 0;
+    for (int lane = 0; lane < stream.lane_count; ++lane) {
+      const bool guided = stream.lane_count > 1 && !lane;
+      for (int row = part.first; row < part.first + part.count; ++row) {
+        if (stream.given[row] < 0) {
+          const int here = static_cast<int>(draws_.size());
+          const int row_of_call = static_cast<int>(rows_.size());
+          draws_.push_back({row_of_call, guided ? here + drawn : -1, i, !lane, true});
+        }
+        rows_.push_back({&stream, &stream.lanes[lane], row});
+      }
+    }
+  }
+  const std::size_t rows = rows_.size();
   x_.reserve(rows * width_);
-  normed_.reserve(rows * width_);
   query_.reserve(rows * width_);
-  attended_.reserve(rows * width_);
-  active_.reserve(rows * hidden_);
-  logits_.reserve(rows * logits_stride_);
+  normed_.reserve(rows, width_);
+  attended_.reserve(rows, width_);
+  active_.reserve(rows, hidden_);
+  logits_.reserve(draws_.size() * logits_stride_);
+  int text = 0;
+  for (const Row& row : rows_) text = std::max(text, row.lane->text_length);
+  const auto share = [this](std::size_t count, int member) {
+    return static_cast<int>(count * member / team_.size());
+  };
   for (int i = 0; i < team_.size(); ++i) {
     Member& member = members_[i];
     member.index = i;
-    member.first_row = static_cast<int>(static_cast<long>(call.rows) * i / team_.size());
-    member.last_row = static_cast<int>(static_cast<long>(call.rows) * (i + 1) / team_.size());
-    member.attention.reserve(std::max(call.neighbour_columns, call.cross_neighbour_columns));
+    member.first_row = share(rows, i);
+    member.last_row = share(rows, i + 1);
+    member.first_draw = share(draws_.size(), i);
+    member.last_draw = share(draws_.size(), i + 1);
+    member.window.reserve(std::max(call.neighbour_columns, text + call.visual_columns));
     member.sampling.reserve(codebook_, logits_stride_);
   }
 }
 
 void Decoder::run(const NuwaStep& call, Member& member) {
-  embed(call, member);
+  embed(member);
   for (int layer = 0; layer < static_cast<int>(layers_.size()); ++layer) {
     attend_to_cache(call, layer, member);
     attend_to_conditions(call, layer, member);
-    feed_forward(call, layers_[layer], member);
+    feed_forward(layers_[layer], member);
   }
   draw_tokens(call, member);
 }
 
-void Decoder::embed(const NuwaStep& call, const Member& member) {
+void Decoder::embed(const Member& member) {
   for (int row = member.first_row; row < member.last_row; ++row) {
+    const NuwaStream& stream = *rows_[row].stream;
+    const int index = rows_[row].index;
+    const std::int32_t fed = stream.fed[index];
+    const std::int32_t token = fed < 0 ? -1 - fed : stream.tokens[fed];
     float* x = x_.get() + static_cast<std::size_t>(row) * width_;
-    const std::size_t token = call.tokens[row];
-    std::memcpy(x, tokens_.get() + token * width_, width_ * sizeof(float));
-    if (call.tokens[row] == bos_) continue;
+    std::memcpy(x, tokens_.get() + static_cast<std::size_t>(token) * width_,
+                width_ * sizeof(float));
+    if (token == bos_) continue;
     const float* place[3];
     for (int axis = 0; axis < 3; ++axis) {
-      const std::size_t entry = call.coordinates[3 * row + axis] + position_starts_[axis];
+      const std::size_t entry = stream.coordinates[3 * index + axis] + position_starts_[axis];
       place[axis] = positions_.get() + entry * width_;
     }
     for (int i = 0; i < width_; i += kLanes)
@@ -142,16 +182,18 @@ void Decoder::attend_to_cache(const NuwaStep& call, int index, Member& member) {
   const Layer& layer = layers_[index];
   float *keys = call.key_caches[index], *values = call.value_caches[index];
   const std::size_t slot_size = static_cast<std::size_t>(call.cache_entries) * width_;
-  normalize(layer.self_norm, member);
+  normalize(layer.self_norm, layer.self_qkv, member);
   team_.meet();
-  product(normed_, call, layer.self_qkv, member, [&](int row, int p, Floats low, Floats high) {
+  const int rows = static_cast<int>(rows_.size());
+  product(normed_, rows, layer.self_qkv, member, [&](int row, int p, Floats low, Floats high) {
     const int column = p * kPanel;
     float* to = query_.get() + static_cast<std::size_t>(row) * width_ + column;
     if (column >= width_) {
-      const std::int32_t entry = call.write_index[row];
+      const Row& at = rows_[row];
+      const std::int32_t entry = at.stream->write_index[at.index];
       if (entry < 0) return;
       const int part = column / width_;
-      to = (part == 1 ? keys : values) + call.slot[row] * slot_size +
+      to = (part == 1 ? keys : values) + at.lane->cache_slot * slot_size +
            static_cast<std::size_t>(entry) * width_ + (column - part * width_);
     }
     store(to, low);
@@ -160,104 +202,136 @@ void Decoder::attend_to_cache(const NuwaStep& call, int index, Member& member) {
   team_.meet();
   const int columns = layer.last_column - layer.first_column;
   for (int row = member.first_row; row < member.last_row; ++row) {
-    const std::size_t at = static_cast<std::size_t>(row) * width_;
-    const std::size_t slot = call.slot[row] * slot_size;
-    const std::int32_t* nearby = call.neighbours +
-                                 static_cast<std::size_t>(row) * call.neighbour_columns +
-                                 layer.first_column;
-    const Window window{nearby, columns, layer.bias.get(), columns, nullptr};
-    attend(query_.get() + at, keys + slot, values + slot, window, heads_, head_dim_,
-           member.attention, attended_.get() + at);
+    const Row& at = rows_[row];
+    const std::size_t slot = at.lane->cache_slot * slot_size;
+    const std::size_t nearby = static_cast<std::size_t>(at.index) * call.neighbour_columns;
+    member.window.clear();
+    member.window.add_all(at.stream->neighbours + nearby + layer.first_column, columns, 0);
+    member.window.attend(query_.get() + static_cast<std::size_t>(row) * width_, keys + slot,
+                         values + slot, layer.bias.get(), columns, heads_, head_dim_,
+                         attended_.row(row));
+    if (layer.self_out.is_whole()) attended_.quantize_row(row);
   }
   team_.meet();
-  add_product(attended_, call, layer.self_out, member);
+  add_product(attended_, layer.self_out, member);
   team_.meet();
 }
 
 void Decoder::attend_to_conditions(const NuwaStep& call, int index, Member& member) {
   const Layer& layer = layers_[index];
   const std::size_t slot_size = static_cast<std::size_t>(call.condition_entries) * width_;
-  normalize(layer.cross_norm, member);
+  normalize(layer.cross_norm, layer.cross_q, member);
   team_.meet();
-  product(normed_, call, layer.cross_q, member, [&](int row, int p, Floats low, Floats high) {
+  const int rows = static_cast<int>(rows_.size());
+  product(normed_, rows, layer.cross_q, member, [&](int row, int p, Floats low, Floats high) {
     float* to = query_.get() + static_cast<std::size_t>(row) * width_ + p * kPanel;
     store(to, low);
     store(to + kLanes, high);
   });
   team_.meet();
+  const int text_column = cross_table_ - 1;
   for (int row = member.first_row; row < member.last_row; ++row) {
-    const std::size_t at = static_cast<std::size_t>(row) * width_;
-    const std::size_t slot = call.condition_slot[row] * slot_size;
-    const int columns = call.cross_neighbour_columns;
-    const std::int32_t* nearby = call.cross_neighbours + static_cast<std::size_t>(row) * columns;
-    const Window window{nearby, columns, layer.cross_bias.get(), cross_table_, call.cross_columns};
-    attend(query_.get() + at, call.cross_keys[index] + slot, call.cross_values[index] + slot,
-           window, heads_, head_dim_, member.attention, attended_.get() + at);
+    const Row& at = rows_[row];
+    const std::size_t slot = at.lane->condition_slot * slot_size;
+    member.window.clear();
+    for (int j = 0; j < at.lane->text_length; ++j)
+      member.window.add(at.lane->text_first + j, text_column);
+    if (at.stream->visual) {
+      const std::size_t seen = static_cast<std::size_t>(at.index) * call.visual_columns;
+      member.window.add_all(at.stream->visual + seen, call.visual_columns, 0);
+    }
+    member.window.attend(query_.get() + static_cast<std::size_t>(row) * width_,
+                         call.cross_keys[index] + slot, call.cross_values[index] + slot,
+                         layer.cross_bias.get(), cross_table_, heads_, head_dim_,
+                         attended_.row(row));
+    if (layer.cross_out.is_whole()) attended_.quantize_row(row);
   }
   team_.meet();
-  add_product(attended_, call, layer.cross_out, member);
+  add_product(attended_, layer.cross_out, member);
   team_.meet();
 }
 
-void Decoder::feed_forward(const NuwaStep& call, const Layer& layer, const Member& member) {
-  normalize(layer.ff_norm, member);
+void Decoder::feed_forward(const Layer& layer, const Member& member) {
+  normalize(layer.ff_norm, layer.ff_in, member);
   team_.meet();
-  product(normed_, call, layer.ff_in, member, [&](int row, int p, Floats value, Floats gate) {
-    store(active_.get() + static_cast<std::size_t>(row) * hidden_ + p * kLanes, value * gelu(gate));
+  const int rows = static_cast<int>(rows_.size());
+  product(normed_, rows, layer.ff_in, member, [&](int row, int p, Floats value, Floats gate) {
+    store(active_.row(row) + p * kLanes, value * gelu(gate));
   });
   team_.meet();
-  add_product(active_, call, layer.ff_out, member);
+  if (layer.ff_out.is_whole()) {
+    for (int row = member.first_row; row < member.last_row; ++row) active_.quantize_row(row);
+    team_.meet();
+  }
+  add_product(active_, layer.ff_out, member);
   team_.meet();
 }
 
 void Decoder::draw_tokens(const NuwaStep& call, Member& member) {
-  normalize(head_norm_, member);
+  for (int draw = member.first_draw; draw < member.last_draw; ++draw) {
+    const float* x = x_.get() + static_cast<std::size_t>(draws_[draw].row) * width_;
+    layer_norm(x, head_norm_, width_, normed_.row(draw));
+    if (head_.is_whole()) normed_.quantize_row(draw);
+  }
   team_.meet();
-  product(normed_, call, head_, member, [&](int row, int p, Floats low, Floats high) {
-    float* to = logits_.get() + static_cast<std::size_t>(row) * logits_stride_ + p * kPanel;
+  const int draws = static_cast<int>(draws_.size());
+  product(normed_, draws, head_, member, [&](int draw, int p, Floats low, Floats high) {
+    float* to = logits_.get() + static_cast<std::size_t>(draw) * logits_stride_ + p * kPanel;
     store(to, low);
     store(to + kLanes, high);
   });
   team_.meet();
   float* guided = member.sampling.guided.get();
-  for (int row = member.first_row; row < member.last_row; ++row) {
-    const float* logits = logits_.get() + static_cast<std::size_t>(row) * logits_stride_;
-    if (call.unconditional_row[row] != row) {
-      const std::size_t partner = call.unconditional_row[row];
-      const float* other = logits_.get() + partner * logits_stride_;
+  for (int draw = member.first_draw; draw < member.last_draw; ++draw) {
+    Draw& at = draws_[draw];
+    const Row& row = rows_[at.row];
+    const NuwaStream& stream = *row.stream;
+    const float* logits = logits_.get() + static_cast<std::size_t>(draw) * logits_stride_;
+    if (at.other >= 0) {
+      const float* other = logits_.get() + static_cast<std::size_t>(at.other) * logits_stride_;
       for (int i = 0; i < logits_stride_; i += kLanes) {
         const Floats from = load(other + i);
-        store(guided + i, from + call.guidance[row] * (load(logits + i) - from));
+        store(guided + i, from + stream.guidance * (load(logits + i) - from));
       }
       logits = guided;
     }
     if (call.logits)
-      std::memcpy(call.logits + static_cast<std::size_t>(row) * codebook_, logits,
+      std::memcpy(call.logits + static_cast<std::size_t>(at.row) * codebook_, logits,
                   codebook_ * sizeof(float));
-    const Drawing drawing{call.temperature[row], call.top_k[row], call.top_p[row],
-                          call.uniform[row]};
-    call.next_tokens[row] = draw(logits, codebook_, drawing, member.sampling);
+    if (!at.draws) continue;
+    const Drawing drawing{stream.temperature, stream.top_k, stream.top_p,
+                          stream.uniform[row.index]};
+    at.finite = all_finite(logits, logits_stride_);
+    stream.tokens[stream.place[row.index]] =
+        nuwa::draw(logits, codebook_, drawing, member.sampling);
+  }
+  // Like what is drawn, what is given is put in its place when all rows have been fed.
+  for (int row = member.first_row; row < member.last_row; ++row) {
+    const NuwaStream& stream = *rows_[row].stream;
+    const int index = rows_[row].index;
+    if (rows_[row].lane == stream.lanes && stream.given[index] >= 0)
+      stream.tokens[stream.place[index]] = stream.given[index];
   }
 }
 
-void Decoder::normalize(const Norm& norm, const Member& member) {
+void Decoder::normalize(const Norm& norm, const Linear& next, const Member& member) {
   for (int row = member.first_row; row < member.last_row; ++row) {
-    const std::size_t at = static_cast<std::size_t>(row) * width_;
-    layer_norm(x_.get() + at, norm, width_, normed_.get() + at);
+    layer_norm(x_.get() + static_cast<std::size_t>(row) * width_, norm, width_, normed_.row(row));
+    if (next.is_whole()) normed_.quantize_row(row);
   }
 }
 
 template <class Done>
-void Decoder::product(const Array<float>& rows, const NuwaStep& call, const Linear& linear,
-                      const Member& member, Done done) {
+void Decoder::product(const Rows& rows, int count, const Linear& linear, const Member& member,
+                      Done done) {
   const int first = linear.panels * member.index / team_.size();
   const int last = linear.panels * (member.index + 1) / team_.size();
-  multiply(rows.get(), call.rows, linear, first, last, done);
+  multiply(rows, count, linear, first, last, done);
 }
 
-void Decoder::add_product(const Array<float>& rows, const NuwaStep& call, const Linear& linear,
-                          const Member& member) {
-  product(rows, call, linear, member, [&](int row, int p, Floats low, Floats high) {
+void Decoder::add_product(const Rows& rows, const Linear& linear, const Member& member) {
+  const int count = static_cast<int>(rows_.size());
+  product(rows, count, linear, member, [&](int row, int p, Floats low, Floats high) {
     float* x = x_.get() + static_cast<std::size_t>(row) * width_ + p * kPanel;
     store(x, load(x) + low);
     store(x + kLanes, load(x + kLanes) + high);
@@ -284,6 +358,8 @@ std::int32_t guarded(Work work) {
 std::int32_t nuwa_abi_version() { return kAbiVersion; }
 
 std::int32_t nuwa_lanes() { return nuwa::kLanes; }
+
+std::int32_t nuwa_has_int8() { return nuwa::has_whole(); }
 
 std::int32_t nuwa_best_level() {
 #if defined(__x86_64__)
@@ -312,6 +388,26 @@ void* nuwa_decoder_new(const NuwaShape* shape, const NuwaWeights* weights, std::
 
 std::int32_t nuwa_decoder_step(void* decoder, const NuwaStep* step) {
   return guarded([&] { static_cast<nuwa::Decoder*>(decoder)->step(*step); });
+}
+
+std::int32_t nuwa_multiply(const float* from, std::int32_t rows, std::int32_t in, std::int32_t out,
+                           const NuwaMatrix* matrix, float* to) {
+  return guarded([&] {
+    const nuwa::Linear linear = nuwa::Linear::pack(*matrix, nullptr, out, in);
+    nuwa::Rows given;
+    given.reserve(rows, in);
+    std::memcpy(given.row(0), from, static_cast<std::size_t>(rows) * in * sizeof(float));
+    if (linear.is_whole())
+      for (int row = 0; row < rows; ++row) given.quantize_row(row);
+    nuwa::multiply(given, rows, linear, 0, linear.panels,
+                   [&](int row, int p, nuwa::Floats low, nuwa::Floats high) {
+                     float sums[nuwa::kPanel];
+                     nuwa::store(sums, low);
+                     nuwa::store(sums + nuwa::kLanes, high);
+                     for (int i = 0; i < nuwa::kPanel && p * nuwa::kPanel + i < out; ++i)
+                       to[static_cast<std::size_t>(row) * out + p * nuwa::kPanel + i] = sums[i];
+                   });
+  });
 }
 
 void nuwa_decoder_free(void* decoder) { delete static_cast<nuwa::Decoder*>(decoder); }

@@ -1,4 +1,5 @@
-// decoder_step on a CPU: what export/graphs.py exports, as one function over packed weights.
+// decoder_step on a CPU: what export/graphs.py exports, as one function over packed weights and the
+// streams that it decodes.
 //
 // Threads share every phase: products by panels of outputs, everything else by rows. They meet
 // where a phase reads what another thread wrote. Keys and values go straight from the product into
@@ -36,27 +37,37 @@ class Decoder {
   void step(const NuwaStep& call);
 
  private:
-  // One thread's part of a step: its rows, and what it needs to itself.
+  // A row of a call: a staged row of a stream, in one of its lanes.
+  struct Row {
+    const NuwaStream* stream;
+    const NuwaLane* lane;
+    int index;
+  };
+  // A row whose logits are needed. other: of the draws, the one that its logits are moved away
+  // from, or -1; draws: whether a token is drawn from them; finite: whether they are numbers.
+  struct Draw {
+    int row, other, part;
+    bool draws, finite;
+  };
+  // One thread's part of a step: its rows and draws, and what it needs to itself.
   struct Member {
-    int index, first_row, last_row;
-    AttentionScratch attention;
+    int index, first_row, last_row, first_draw, last_draw;
+    Window window;
     SamplingScratch sampling;
   };
 
-  void reserve(const NuwaStep& call);
+  void lay_out(const NuwaStep& call);
   void run(const NuwaStep& call, Member& member);
-  void embed(const NuwaStep& call, const Member& member);
+  void embed(const Member& member);
   void attend_to_cache(const NuwaStep& call, int layer, Member& member);
   void attend_to_conditions(const NuwaStep& call, int layer, Member& member);
-  void feed_forward(const NuwaStep& call, const Layer& layer, const Member& member);
+  void feed_forward(const Layer& layer, const Member& member);
   void draw_tokens(const NuwaStep& call, Member& member);
 
-  void normalize(const Norm& norm, const Member& member);
+  void normalize(const Norm& norm, const Linear& next, const Member& member);
   template <class Done>
-  void product(const Array<float>& rows, const NuwaStep& call, const Linear& linear,
-               const Member& member, Done done);
-  void add_product(const Array<float>& rows, const NuwaStep& call, const Linear& linear,
-                   const Member& member);
+  void product(const Rows& rows, int count, const Linear& linear, const Member& member, Done done);
+  void add_product(const Rows& rows, const Linear& linear, const Member& member);
 
   const int width_, heads_, head_dim_, hidden_, codebook_, bos_, cross_table_;
   int position_starts_[3];
@@ -68,9 +79,12 @@ class Decoder {
 
   Team team_;
   std::vector<Member> members_;
+  std::vector<Row> rows_;
+  std::vector<Draw> draws_;
   // By row of a call: the residual stream, its norm, queries, what attention gives, the
-  // feed-forward's hidden values, logits.
-  Array<float> x_, normed_, query_, attended_, active_, logits_;
+  // feed-forward's hidden values; by draw: logits. normed_ is by draw for the last norm.
+  Array<float> x_, query_, logits_;
+  Rows normed_, attended_, active_;
 };
 
 }  // namespace nuwa

@@ -1,53 +1,116 @@
 // Linear layers whose weights are packed for a register tile, and their products with T rows.
 //
-// An output is summed over its inputs in order, one multiply-add after the other, in one lane of a
-// vector, fused or not fused in every tile alike. So its bits do not depend on how many rows there are, which thread has it, or where in a
-// tile it lies: what a request draws does not depend on its company.
+// Weights are f32, or int8 with a scale for every output; the rows they meet are then quantized too
+// (whole.h). An output is summed over its inputs in order, one multiply-add after the other, in one
+// lane of a vector, fused or not fused in every tile alike. So its bits do not depend on how many
+// rows there are, which thread has it, or where in a tile it lies: what a request draws does not
+// depend on its company.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <utility>
 
+#include "decoder_abi.h"
 #include "memory.h"
 #include "vector.h"
+#include "whole.h"
 
 namespace nuwa {
 
-// [out][in] weights as panels of kPanel outputs: panel p is [in][kPanel], zero beyond the last
-// output.
+// Rows that are multiplied: [rows][width], and for int8 the same as whole numbers of a scale.
+struct Rows {
+  Array<float> value;
+  Array<WholeRow> whole;
+  Array<float> scale;
+  int width = 0;
+
+  void reserve(std::size_t rows, int row_width) {
+    width = row_width;
+    value.reserve(rows * width);
+    whole.reserve(rows * width);
+    scale.reserve(rows);
+  }
+  float* row(int index) { return value.get() + static_cast<std::size_t>(index) * width; }
+  const float* row(int index) const {
+    return value.get() + static_cast<std::size_t>(index) * width;
+  }
+  void quantize_row(int index) {
+    WholeRow* out = whole.get() + static_cast<std::size_t>(index) * width;
+    scale[index] = quantize(row(index), width, out);
+  }
+};
+
+// [out][in] weights as panels of kPanel outputs, zero beyond the last output. A panel is
+// [in][kPanel] of f32, or [in / kGroup][kPanel][kGroup] whole numbers.
 struct Linear {
   int in = 0, panels = 0;
   Array<float> weight, bias;
+  Array<WholeWeight> whole;
+  Array<float> scale;
+  Array<std::int32_t> start;  // where sums start, by output
+
+  bool is_whole() const { return whole.get() != nullptr; }
 
   // order: which row of `from` each output is, in turn; all rows as they come if null.
-  static Linear pack(const float* from, const float* from_bias, int out, int in,
+  static Linear pack(const NuwaMatrix& from, const float* from_bias, int out, int in,
                      const int* order = nullptr) {
     Linear made;
     made.in = in;
     made.panels = (out + kPanel - 1) / kPanel;
-    made.weight = Array<float>(static_cast<std::size_t>(made.panels) * in * kPanel);
-    made.bias = Array<float>(static_cast<std::size_t>(made.panels) * kPanel);
+    const std::size_t outputs = static_cast<std::size_t>(made.panels) * kPanel;
+    made.bias = Array<float>(outputs);
+    if (from.scale) {
+      made.whole = Array<WholeWeight>(outputs * in);
+      made.scale = Array<float>(outputs);
+      made.start = Array<std::int32_t>(outputs);
+    } else {
+      made.weight = Array<float>(outputs * in);
+    }
     for (int j = 0; j < out; ++j) {
       const int row = order ? order[j] : j;
-      float* to = made.panel(j / kPanel) + j % kPanel;
-      const float* weights = from + static_cast<std::size_t>(row) * in;
-      for (int k = 0; k < in; ++k) to[static_cast<std::size_t>(k) * kPanel] = weights[k];
+      if (from.scale)
+        made.pack_whole(from, out, row, j);
+      else
+        made.pack_row(static_cast<const float*>(from.weight) + static_cast<std::size_t>(row) * in,
+                      j);
       if (from_bias) made.bias[j] = from_bias[row];
     }
     return made;
   }
 
-  float* panel(int p) { return weight.get() + static_cast<std::size_t>(p) * in * kPanel; }
   const float* panel(int p) const {
     return weight.get() + static_cast<std::size_t>(p) * in * kPanel;
+  }
+  const WholeWeight* whole_panel(int p) const {
+    return whole.get() + static_cast<std::size_t>(p) * in * kPanel;
+  }
+
+ private:
+  void pack_row(const float* from, int j) {
+    float* to = weight.get() + static_cast<std::size_t>(j / kPanel) * in * kPanel + j % kPanel;
+    for (int k = 0; k < in; ++k) to[static_cast<std::size_t>(k) * kPanel] = from[k];
+  }
+
+  void pack_whole(const NuwaMatrix& from, int out, int row, int j) {
+    const std::int8_t* weights = static_cast<const std::int8_t*>(from.weight) + row;
+    WholeWeight* to = whole.get() + static_cast<std::size_t>(j / kPanel) * in * kPanel;
+    std::int32_t total = 0;
+    for (int k = 0; k < in; ++k) {
+      to[(static_cast<std::size_t>(k / kGroup) * kPanel + j % kPanel) * kGroup + k % kGroup] =
+          weights[static_cast<std::size_t>(k) * out];
+      total += weights[static_cast<std::size_t>(k) * out];
+    }
+    scale[j] = from.scale[row];
+    start[j] = -kRaised * total;
   }
 };
 
 typedef Floats Sums[2];  // one row's outputs of a panel
+typedef Ints WholeSums[2];
 
-// M rows, at most kTileRows, times one panel. A function of its own for every number of rows, so that
-// all sums stay in registers.
+// M rows, at most kTileRows, times one panel. A function of its own for every number of rows, so
+// that all sums stay in registers.
 template <int M>
 __attribute__((noinline)) void tile(const float* rows, int in, const float* panel, Sums* sums) {
   Floats sum[M][2] = {};
@@ -66,35 +129,83 @@ __attribute__((noinline)) void tile(const float* rows, int in, const float* pane
   }
 }
 
+template <int M>
+NUWA_WHOLE __attribute__((noinline)) void whole_tile(const WholeRow* rows, int in,
+                                                     const WholeWeight* panel, Ints low_start,
+                                                     Ints high_start, WholeSums* sums) {
+  Ints sum[M][2];
+#pragma GCC unroll 12
+  for (int i = 0; i < M; ++i) {
+    sum[i][0] = low_start;
+    sum[i][1] = high_start;
+  }
+  for (int k = 0; k < in; k += kGroup, panel += kPanel * kGroup) {
+#pragma GCC unroll 12
+    for (int i = 0; i < M; ++i) {
+      const WholeRow* inputs = rows + static_cast<std::size_t>(i) * in + k;
+      sum[i][0] = add_group(sum[i][0], inputs, panel);
+      sum[i][1] = add_group(sum[i][1], inputs, panel + kLanes * kGroup);
+    }
+  }
+  for (int i = 0; i < M; ++i) {
+    sums[i][0] = sum[i][0];
+    sums[i][1] = sum[i][1];
+  }
+}
+
 typedef void (*Tile)(const float*, int, const float*, Sums*);
+typedef void (*WholeTile)(const WholeRow*, int, const WholeWeight*, Ints, Ints, WholeSums*);
 
 template <int... M>
 constexpr std::array<Tile, sizeof...(M)> tiles(std::integer_sequence<int, M...>) {
   return {{tile<M + 1>...}};
 }
+template <int... M>
+constexpr std::array<WholeTile, sizeof...(M)> whole_tiles(std::integer_sequence<int, M...>) {
+  return {{whole_tile<M + 1>...}};
+}
 
 constexpr std::array<Tile, kTileRows> kTiles = tiles(std::make_integer_sequence<int, kTileRows>());
+constexpr std::array<WholeTile, kTileRows> kWholeTiles =
+    whole_tiles(std::make_integer_sequence<int, kTileRows>());
 constexpr int kBlocksAtATime = 16;  // row blocks that a panel meets while it is in a near cache
 
-// Panels [first, last) of linear(rows [count][in]). done(row, panel, low, high) takes each row's
-// kPanel outputs, as two vectors.
+// Panels [first, last) of linear(the first `count` rows), which are quantized if the layer is.
+// done(row, panel, low, high) takes each row's kPanel outputs, as two vectors.
 template <class Done>
-void multiply(const float* rows, int count, const Linear& linear, int first, int last, Done done) {
+void multiply(const Rows& rows, int count, const Linear& linear, int first, int last, Done done) {
+  const int in = linear.in;
+  const bool whole = linear.is_whole();
   Sums sums[kTileRows];
+  WholeSums whole_sums[kTileRows];
   const int blocks = (count + kTileRows - 1) / kTileRows;
   for (int block0 = 0; block0 < blocks; block0 += kBlocksAtATime) {
     const int block1 = std::min(blocks, block0 + kBlocksAtATime);
     for (int p = first; p < last; ++p) {
-      const Floats low = load(linear.bias.get() + p * kPanel);
-      const Floats high = load(linear.bias.get() + p * kPanel + kLanes);
+      const std::size_t output = static_cast<std::size_t>(p) * kPanel;
+      const Floats low = load(linear.bias.get() + output);
+      const Floats high = load(linear.bias.get() + output + kLanes);
       for (int block = block0; block < block1; ++block) {
         // Blocks of nearly equal size: a last one of a single row would leave most registers idle.
         const int begin = static_cast<int>(static_cast<long>(count) * block / blocks);
         const int end = static_cast<int>(static_cast<long>(count) * (block + 1) / blocks);
-        const float* from = rows + static_cast<std::size_t>(begin) * linear.in;
-        kTiles[end - begin - 1](from, linear.in, linear.panel(p), sums);
-        for (int row = begin; row < end; ++row)
-          done(row, p, sums[row - begin][0] + low, sums[row - begin][1] + high);
+        if (whole) {
+          const Floats low_scale = load(linear.scale.get() + output);
+          const Floats high_scale = load(linear.scale.get() + output + kLanes);
+          kWholeTiles[end - begin - 1](rows.whole.get() + static_cast<std::size_t>(begin) * in, in,
+                                       linear.whole_panel(p), load(linear.start.get() + output),
+                                       load(linear.start.get() + output + kLanes), whole_sums);
+          for (int row = begin; row < end; ++row) {
+            const WholeSums& sum = whole_sums[row - begin];
+            const float scale = rows.scale[row];
+            done(row, p, __builtin_convertvector(sum[0], Floats) * scale * low_scale + low,
+                 __builtin_convertvector(sum[1], Floats) * scale * high_scale + high);
+          }
+        } else {
+          kTiles[end - begin - 1](rows.row(begin), in, linear.panel(p), sums);
+          for (int row = begin; row < end; ++row)
+            done(row, p, sums[row - begin][0] + low, sums[row - begin][1] + high);
+        }
       }
     }
   }

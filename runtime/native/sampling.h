@@ -43,6 +43,13 @@ inline std::int64_t whole(float fraction) {
   return static_cast<std::int64_t>(fraction * static_cast<float>(kOne));
 }
 
+// size: a multiple of kLanes.
+inline bool all_finite(const float* logits, int size) {
+  Floats odd{};
+  for (int i = 0; i < size; i += kLanes) odd += load(logits + i) * 0.f;
+  return sum(odd) == 0.f;
+}
+
 // Only scaled logits of at least this much are drawn from; -infinity without top_k and top_p.
 inline float cut_off(int codebook, float highest_logit, const Drawing& drawing,
                      SamplingScratch& scratch) {

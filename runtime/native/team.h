@@ -38,8 +38,8 @@ class Team {
       {
         std::lock_guard<std::mutex> lock(mutex_);
         task_ = &task;
-        ++round_;
         busy_.store(size_ - 1, std::memory_order_relaxed);
+        round_.fetch_add(1, std::memory_order_release);
       }
       wake_.notify_all();
     }
@@ -61,9 +61,12 @@ class Team {
 
  private:
   // A meeting takes about a microsecond if all members run; where they share a core with others,
-  // waiting actively would keep the one that is waited for from running.
+  // waiting actively would keep the one that is waited for from running. Between two tasks there is
+  // some tenth of a millisecond, and waking a thread takes as long.
+  static constexpr int kActiveTurns = 4000;
+
   static void pause(int turn) {
-    constexpr int kActiveTurns = 4000, kYieldingTurns = 1000;
+    constexpr int kYieldingTurns = 1000;
     if (turn >= kActiveTurns + kYieldingTurns) {
       // Whoever is waited for has no core: a container's quota, or a busy machine.
       std::this_thread::sleep_for(std::chrono::microseconds(50));
@@ -82,15 +85,15 @@ class Team {
 
   void follow(int member) {
     for (long seen = 0;;) {
-      const std::function<void(int)>* task;
-      {
+      const auto waiting = [&] { return round_.load(std::memory_order_acquire) == seen; };
+      for (int turn = 0; turn < kActiveTurns && waiting(); ++turn) pause(turn);
+      if (waiting()) {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return dismissed_ || round_ != seen; });
         if (dismissed_) return;
-        seen = round_;
-        task = task_;
       }
-      (*task)(member);
+      ++seen;  // no round begins before all members are through with the one before
+      (*task_)(member);
       busy_.fetch_sub(1, std::memory_order_acq_rel);
     }
   }
@@ -109,8 +112,8 @@ class Team {
   std::mutex mutex_;
   std::condition_variable wake_;
   const std::function<void(int)>* task_ = nullptr;
-  long round_ = 0;
   bool dismissed_ = false;
+  alignas(64) std::atomic<long> round_{0};
   alignas(64) std::atomic<int> busy_{0};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<unsigned> phase_{0};

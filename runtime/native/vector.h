@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace nuwa {
 
@@ -29,6 +30,7 @@ typedef float LooseFloats __attribute__((vector_size(kLanes * 4), aligned(4), ma
 typedef std::int32_t LooseInts __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
 inline Floats load(const float* from) { return *reinterpret_cast<const LooseFloats*>(from); }
+inline Ints load(const std::int32_t* from) { return *reinterpret_cast<const LooseInts*>(from); }
 inline void store(float* to, Floats value) { *reinterpret_cast<LooseFloats*>(to) = value; }
 inline void store(std::int32_t* to, Ints value) { *reinterpret_cast<LooseInts*>(to) = value; }
 inline Floats all(float value) { return value - Floats{}; }
@@ -43,14 +45,41 @@ inline float sum(Floats value) {
   return lane[0];
 }
 
+// Of what two vectors hold, the lanes that a stage of sums() adds up: blocks of `Stride` lanes in
+// turn from the one and from the other, the first of every two (Half 0) or the second (Half 1).
+template <int Stride, int Half, int... Lane>
+inline Floats blocks_of(Floats a, Floats b, std::integer_sequence<int, Lane...>) {
+  return __builtin_shufflevector(
+      a, b,
+      (Lane / (2 * Stride) * 2 * Stride + Half * Stride + Lane % Stride +
+       (Lane / Stride % 2 ? kLanes : 0))...);
+}
+
+// Lane i: the sum of the lanes of values[i]. As many vectors as there are lanes, each summed up in
+// the same order whatever the others hold.
+template <int Stride = 1>
+inline Floats sums(const Floats* values) {
+  if constexpr (Stride == kLanes) {
+    return values[0];
+  } else {
+    constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
+    Floats halved[kLanes / Stride / 2];
+    for (int i = 0; i < kLanes / Stride / 2; ++i) {
+      const Floats a = values[2 * i], b = values[2 * i + 1];
+      halved[i] = blocks_of<Stride, 0>(a, b, lanes) + blocks_of<Stride, 1>(a, b, lanes);
+    }
+    return sums<2 * Stride>(halved);
+  }
+}
+
 inline float highest(Floats value) {
   float best = value[0];
   for (int i = 1; i < kLanes; ++i) best = value[i] > best ? value[i] : best;
   return best;
 }
 
-// exp(x) to about one unit in the last place; 0 below -87, and x is at most 88 or not a number. Range reduction and
-// polynomial as in the Cephes library.
+// exp(x) to about one unit in the last place; 0 below -87, and x is at most 88 or not a number.
+// Range reduction and polynomial as in the Cephes library.
 inline Floats exp(Floats x) {
   const Floats low = all(-87.33654f);
   const Ints under = x < low;

@@ -11,7 +11,7 @@ onnx = pytest.importorskip("onnx")
 torch = pytest.importorskip("torch")
 from onnx import numpy_helper  # noqa: E402
 
-from nuwa.export import operators  # noqa: E402
+from nuwa.export import graphs, operators  # noqa: E402
 from nuwa.export.parity import LIMITS, ExportError, Figures  # noqa: E402
 from nuwa.export.verify import verify_graph  # noqa: E402
 from nuwa.spec.manifest import (  # noqa: E402
@@ -132,6 +132,37 @@ def test_changed_weight_is_refused(tamper, name, words, factor):
 def test_changed_operator_is_refused(tamper, function, old, new):
     with pytest.raises(ExportError, match=DECODER_STEP):
         tamper(DECODER_STEP, edit_function(function, old, new))
+
+
+@pytest.fixture(scope="module")
+def int8_step(checkpoint, tmp_path_factory):
+    """decoder_step of the checkpoint in int8."""
+    path = tmp_path_factory.mktemp("int8") / graph_file(DECODER_STEP)
+    (step, *_) = graphs.graphs(checkpoint, "int8")
+    graphs.write_graph(step, path)
+    return path
+
+
+def test_int8_is_near_and_is_the_same_in_pytorch(checkpoint, int8_step):
+    figures = verify_graph(checkpoint, int8_step, DECODER_STEP, "int8")
+    assert figures["quantized_error"] < 1e-5 < figures["logits_relative"] < 0.2
+    with pytest.raises(ExportError, match="logits_relative .* for fp32"):
+        verify_graph(checkpoint, int8_step, DECODER_STEP, "fp32")
+
+
+@pytest.mark.parametrize("words", ["head scale", "blocks.0 ff_out scale"])
+def test_int8_with_one_wrong_scale_is_refused(checkpoint, int8_step, tmp_path, words):
+    """A change that is lost in what int8 costs anyway, but not beside int8 in PyTorch."""
+    model = onnx.load(int8_step)
+    for weight in model.graph.initializer:
+        if all(word in weight.name for word in words.split()):
+            scales = numpy_helper.to_array(weight).copy()
+            scales[-1] *= np.float32(1.05)
+            weight.CopyFrom(numpy_helper.from_array(scales, weight.name))
+    path = tmp_path / int8_step.name
+    onnx.save(model, path)
+    with pytest.raises(ExportError, match="quantized_error"):
+        verify_graph(checkpoint, path, DECODER_STEP, "int8")
 
 
 def test_columns_taken_for_others_are_refused(tamper):

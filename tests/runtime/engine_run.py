@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from nuwa.runtime.core import GenerationRequest, SlotStep
-from nuwa.runtime.engine import Engine, load_engine
+from nuwa.runtime.engine import Engine, Prepared, load_engine
 from nuwa.spec.manifest import MANIFEST, Manifest
 from nuwa.spec.tasks import Task
 
@@ -34,6 +34,7 @@ class Run:
     """What one admitted request has given so far. frames: tokens i32 [h, w] by index."""
 
     request: GenerationRequest
+    prepared: Prepared
     frames: dict[int, np.ndarray] = field(default_factory=dict)
     steps: int = 0
     last: SlotStep | None = None
@@ -58,15 +59,17 @@ class Run:
 
 def admit(engine: Engine, request: GenerationRequest, slot: int) -> Run:
     engine.check(request)
-    engine.admit(request, slot)
-    return Run(request)
+    run = Run(request, engine.prepare(request))
+    engine.admit(run.prepared, slot)
+    return run
 
 
 def step(engine: Engine, runs: dict[int, Run]) -> None:
-    """One step; every unfinished run must have a share in it, and nothing else."""
+    """One step; nothing but unfinished runs may have a share in it."""
     waiting = {slot for slot, run in runs.items() if run.last is None or not run.last.done}
     results = engine.step()
-    assert {result.slot for result in results} == waiting
+    assert {result.slot for result in results} <= waiting
+    assert waiting == {result.slot for result in results} or len(waiting) > 1
     for result in results:
         runs[result.slot].take(result)
 
@@ -75,8 +78,14 @@ def finish(engine: Engine, runs: dict[int, Run]) -> None:
     """Steps until all are done, then releases their slots."""
     while any(run.last is None or not run.last.done for run in runs.values()):
         step(engine, runs)
-    for slot in runs:
-        engine.release(slot)
+    for slot, run in runs.items():
+        stop(engine, slot, run)
+
+
+def stop(engine: Engine, slot: int, run: Run) -> None:
+    """Gives back a slot, wherever its run is, and what was prepared for it."""
+    engine.release(slot)
+    run.prepared.close()
 
 
 def alone(engine: Engine, request: GenerationRequest, slot: int = 0) -> Run:

@@ -11,17 +11,20 @@ masks are accepted and otherwise ignored. The prompt "refused" fails `check`.
 
 Its ranker "first" scores a sample by the first token of its first frame; its ranker "broken" fails.
 
-To misbehave on purpose: put an error into `admit_error`, `step_error` (used once) or give a seed in
-`bad_pixel_seeds`; clear `gate` to hold every step until it is set again.
+To misbehave on purpose: put an error into `prepare_error`, `admit_error`, `step_error` (used once),
+into `slot_errors` for the next step of a slot, or give a seed in `bad_pixel_seeds`; clear `gate` to
+hold every step until it is set again.
 """
 
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 
 from nuwa.runtime.core import GenerationRequest, ModelInfo, SlotStep, UnsupportedTaskError
+from nuwa.runtime.errors import FieldError
 from nuwa.spec.tasks import Task
 
 GRID = 4
@@ -30,6 +33,7 @@ CODEBOOK = 512
 MAX_FRAMES = 10
 MAX_PREDICTED_FRAMES = 1000
 CLASSES = 5
+AHEAD = 2
 TASKS = tuple(task for task in Task if task is not Task.S2I)
 
 
@@ -54,6 +58,15 @@ def first_token(prompt: str, frames: np.ndarray) -> float:
 def broken(prompt: str, frames: np.ndarray) -> float:
     """The ranker "broken"."""
     raise ValueError("secret of the ranker")
+
+
+class FakePrepared:
+    def __init__(self, request: GenerationRequest, among: list[FakePrepared]) -> None:
+        self.request, self._among = request, among
+
+    def close(self) -> None:
+        if self in self._among:
+            self._among.remove(self)
 
 
 class FakeEngine:
@@ -82,8 +95,11 @@ class FakeEngine:
         self.rows_done: dict[int, int] = {}
         self.steps = 0
         self.pixel_calls: list[int] = []
+        self.prepared: list[FakePrepared] = []
+        self.prepare_error: Exception | None = None
         self.admit_error: Exception | None = None
         self.step_error: Exception | None = None
+        self.slot_errors: dict[int, Exception] = {}
         self.bad_pixel_seeds: set[int] = set()
         self.gate = threading.Event()
         self.gate.set()
@@ -92,10 +108,25 @@ class FakeEngine:
         if request.task not in TASKS:
             raise UnsupportedTaskError(f"{request.task} is not among {', '.join(TASKS)}")
         if request.prompt == "refused":
-            raise ValueError("prompt 'refused' is refused")
+            raise FieldError("prompt", "prompt 'refused' is refused")
 
-    def admit(self, request: GenerationRequest, slot: int) -> None:
+    @property
+    def room(self) -> int:
+        return self.slots + AHEAD - len(self.prepared)
+
+    def prepare(self, request: GenerationRequest) -> FakePrepared:
+        assert self.room > 0, "there is no room to prepare a request"
+        if self.prepare_error:
+            error, self.prepare_error = self.prepare_error, None
+            raise error
+        prepared = FakePrepared(request, self.prepared)
+        self.prepared.append(prepared)
+        return prepared
+
+    def admit(self, prepared: FakePrepared, slot: int, sample_index: int) -> None:
         assert slot not in self.allocated, "a slot was used twice"
+        assert prepared in self.prepared, "it was given back, or never prepared"
+        request = replace(prepared.request, sample_index=sample_index)
         self.allocated[slot] = request
         self.rows_done[slot] = 0
         self.admitted.append(request)
@@ -112,6 +143,8 @@ class FakeEngine:
         return [self._step_slot(slot, request) for slot, request in self.allocated.items()]
 
     def _step_slot(self, slot: int, request: GenerationRequest) -> SlotStep:
+        if error := self.slot_errors.pop(slot, None):
+            return SlotStep(slot, 0, 1, (), False, error)
         self.rows_done[slot] += 1
         rows, rows_total = self.rows_done[slot], GRID * request.frame_count
         frames: tuple = ()
@@ -119,6 +152,13 @@ class FakeEngine:
             index = rows // GRID - 1
             frames = ((index, expected_tokens(request.seed + request.sample_index, index)),)
         return SlotStep(slot, GRID * rows, GRID * rows_total, frames, rows == rows_total)
+
+    def unfinished(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
+        request = self.allocated[slot]
+        tokens = expected_tokens(request.seed + request.sample_index, 0)
+        decoded = np.zeros((GRID, GRID), bool)
+        decoded[: self.rows_done[slot]] = True
+        return np.where(decoded, tokens, 0).astype(np.int32), decoded
 
     def release(self, slot: int) -> None:
         self.allocated.pop(slot, None)

@@ -72,7 +72,8 @@ def test_a_clip(client):
     np.testing.assert_array_equal(result.frames, expected_pixels(tokens))
     np.testing.assert_array_equal(media.decode_clip(result.animation), result.frames)
     kinds = [type(event) for event in seen]
-    assert kinds == [Accepted, *([Progress] * 4 + [Frame]) * 3, ClipDone]
+    assert (kinds[0], kinds[-1]) == (Accepted, ClipDone)
+    assert (kinds.count(Progress), kinds.count(Frame), len(kinds)) == (12, 3, 17)
     assert result.timings.steps == 12 and result.seed == 9
 
 

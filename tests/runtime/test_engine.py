@@ -9,14 +9,14 @@ import pytest
 
 from nuwa.runtime.backends.base import BACKENDS
 from nuwa.runtime.core import GenerationRequest
-from nuwa.runtime.engine import cache_slots
+from nuwa.runtime.engine import cache_slots, condition_slots
 from nuwa.spec.grid import Grid
 from nuwa.spec.manifest import Manifest
 from nuwa.spec.plan import decode_plan
 from nuwa.spec.sampling import Sampling
 from nuwa.spec.tasks import Task
 
-from .engine_run import PROMPT, admit, alone, finish, step, tiny_engine
+from .engine_run import PROMPT, Run, admit, alone, finish, step, stop, tiny_engine
 
 SEEDS = (0, 1, 2, 3, 2**40 + 5)
 SAMPLINGS = {
@@ -144,8 +144,7 @@ def test_a_neighbour_that_leaves_midway_changes_nothing(engine, seed):
     for _ in range(3):
         step(engine, runs)
     for slot in (1, 3):
-        engine.release(slot)
-        del runs[slot]
+        stop(engine, slot, runs.pop(slot))
         step(engine, runs)
     # A newcomer takes the room of one that was stopped halfway.
     late = request("clip", "top_p", seed=seed + 400)
@@ -164,7 +163,7 @@ def test_a_slot_remembers_nothing(tiny_bundle):
     assert (alone(engine, wanted).tokens == first).all()
     stopped = {0: admit(engine, request("image", "guided", seed=7), 0)}
     step(engine, stopped)
-    engine.release(0)
+    stop(engine, 0, stopped[0])
     assert (alone(engine, wanted).tokens == first).all()
     assert (alone(engine, wanted, slot=1).tokens == first).all()
 
@@ -181,8 +180,8 @@ def test_a_finished_slot_waits_for_its_release(engine):
         step(engine, runs)
     results = engine.step()
     assert [result.slot for result in results] == [1]
-    engine.release(0)
-    engine.release(1)
+    for slot, run in runs.items():
+        stop(engine, slot, run)
 
 
 def test_frames_come_as_soon_as_their_tokens_are_complete(engine, tiny_bundle):
@@ -193,7 +192,7 @@ def test_frames_come_as_soon_as_their_tokens_are_complete(engine, tiny_bundle):
     while not run.last or not run.last.done:
         step(engine, {0: run})
         seen.append(len(run.frames))
-    engine.release(0)
+    stop(engine, 0, run)
     expected = [(plan.frame_done <= call).sum() for call in range(plan.steps)]
     assert seen == expected
     assert plan.frame_done[0] < plan.steps - 1, "the first frame is out before the last step"
@@ -222,16 +221,96 @@ def test_pixels_are_the_detokenizers(engine, tiny_checkpoint):
         assert (engine.pixels(tokens[index : index + 1])[0] == pixels[index]).all()
 
 
-def test_admit_that_fails_leaves_the_slot_free(engine, monkeypatch):
+def test_a_request_that_cannot_be_prepared_leaves_its_room(engine, monkeypatch):
     def fail(*_):
         raise RuntimeError("no text today")
 
     monkeypatch.setattr(engine._backend, "encode_text", fail)
+    room = engine.room
     with pytest.raises(RuntimeError, match="no text today"):
-        engine.admit(request(), 0)
+        engine.prepare(request())
     monkeypatch.undo()
-    assert engine.step() == []
+    assert engine.step() == [] and engine.room == room
     alone(engine, request("image"))
+
+
+def test_samples_share_what_is_prepared_once(engine, monkeypatch):
+    wanted = request("clip", "guided", seed=5)
+    expected = [
+        alone(engine, dataclasses.replace(wanted, sample_index=index)).tokens for index in range(3)
+    ]
+    encoded = []
+    encode = engine._backend.encode_text
+    monkeypatch.setattr(engine._backend, "encode_text", lambda *a: (encoded.append(a), encode(*a)))
+    prepared = engine.prepare(wanted)
+    runs = {slot: Run(wanted, prepared) for slot in range(3)}
+    for slot in runs:
+        engine.admit(prepared, slot, sample_index=slot)
+    finish(engine, runs)
+    for slot, run in runs.items():
+        assert (run.tokens == expected[slot]).all()
+    assert len(encoded) == 1
+
+
+def test_a_slot_at_fault_fails_alone(engine, monkeypatch):
+    """One whose numbers are none, and one that the backend cannot run: others go on as if alone."""
+    wanted = request("clip", "guided", seed=5)
+    expected = alone(engine, wanted).tokens
+    runs = {slot: admit(engine, wanted, slot) for slot in range(3)}
+    for _ in range(3):
+        step(engine, runs)
+    stream, calls = engine._sequences[1].stream, []
+    backend_step = engine._backend.step
+
+    def refuse(parts):
+        calls.append(len(parts))
+        if any(part.stream is stream for part in parts):
+            raise MemoryError("no memory for this one")
+        return backend_step(parts)
+
+    monkeypatch.setattr(engine._backend, "step", refuse)
+    errors = {result.slot: result.error for result in engine.step()}
+    monkeypatch.undo()
+    assert calls == [3, 1, 1, 1] and isinstance(errors[1], MemoryError)
+    assert errors[0] is None and errors[2] is None
+    stop(engine, 1, runs.pop(1))
+    ill = runs[2].prepared.slot
+    kept = {name: array[ill].copy() for name, array in engine._backend.conditions.items()}
+    for array in engine._backend.conditions.values():
+        array[ill] = np.nan
+    errors = {result.slot: result.error for result in engine.step()}
+    assert errors[0] is None and isinstance(errors[2], FloatingPointError)
+    stop(engine, 2, runs.pop(2))
+    for name, array in kept.items():
+        engine._backend.conditions[name][ill] = array
+    run = runs[0]
+    while not engine._sequences[0].done:
+        for result in engine.step():
+            run.frames |= dict(result.frames)
+    frames = np.stack([run.frames[index] for index in sorted(run.frames)])
+    assert (frames == expected[-len(frames) :]).all() and len(frames) > 0
+    stop(engine, 0, run)
+
+
+def test_a_failing_slot_may_try_again(engine, monkeypatch):
+    """A call that raised has changed nothing: the tokens are those of a run without it."""
+    wanted = request("clip", "guided", seed=6)
+    expected = alone(engine, wanted).tokens
+    run = admit(engine, wanted, 0)
+    backend_step = engine._backend.step
+
+    def late(parts):
+        backend_step(parts)
+        raise RuntimeError("after all was computed")
+
+    while not engine._sequences[0].done:
+        monkeypatch.setattr(engine._backend, "step", late)
+        (failed,) = engine.step()
+        assert isinstance(failed.error, RuntimeError) and failed.frames == ()
+        monkeypatch.undo()
+        step(engine, {0: run})
+    stop(engine, 0, run)
+    assert (run.tokens == expected).all()
 
 
 def test_info_describes_the_bundle(engine, tiny_bundle):
@@ -253,7 +332,7 @@ def test_slots(tiny_bundle):
     engine = tiny_engine(tiny_bundle, slots=3)
     assert engine.slots == 3
     assert len(engine._backend.caches["key_cache_0"]) == cache_slots(3) == 6
-    assert len(engine._backend.conditions["cross_key_0"]) == 3
+    assert len(engine._backend.conditions["cross_key_0"]) == condition_slots(3) == 5 == engine.room
 
 
 def test_a_bundle_with_other_cache_sizes_is_refused(tiny_bundle, tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nuwa.runtime.core import GenerationRequest, UnsupportedTaskError
+from nuwa.runtime.engine import condition_slots
 from nuwa.spec.grid import Grid
 from nuwa.spec.known import blank_hidden, hidden_edges, known_cells
 from nuwa.spec.sampling import Sampling
@@ -214,13 +215,13 @@ def test_graphs_are_loaded_when_they_are_needed(tiny_bundle):
     assert "_sketches" in vars(backend)
 
 
-def test_admit_that_fails_leaves_the_slot_free(engine, monkeypatch):
+def test_a_request_that_cannot_be_prepared_leaves_its_room(engine, monkeypatch):
     def fail(*_):
         raise RuntimeError("no sketches today")
 
     monkeypatch.setattr(engine._backend, "encode_visual", fail)
     with pytest.raises(RuntimeError, match="no sketches today"):
-        engine.admit(request(Task.S2I), 0)
+        engine.prepare(request(Task.S2I))
     monkeypatch.undo()
-    assert engine.step() == []
+    assert engine.step() == [] and engine.room == condition_slots(engine.slots)
     alone(engine, request(Task.S2I))

@@ -10,9 +10,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from nuwa.runtime.backends.base import Lane
 from nuwa.runtime.core import GenerationRequest
 from nuwa.runtime.errors import FieldError
-from nuwa.runtime.sequence import Lane, Sequence
+from nuwa.runtime.sequence import Sequence
 from nuwa.spec.config import preset
 from nuwa.spec.grid import Grid
 from nuwa.spec.philox import uniforms
@@ -20,7 +21,7 @@ from nuwa.spec.plan import RollingPlan
 from nuwa.spec.sampling import Sampling
 from nuwa.spec.tasks import Task
 
-from .engine_run import PROMPT, admit, alone, finish, step, tiny_engine
+from .engine_run import PROMPT, admit, alone, finish, step, stop, tiny_engine
 
 TRAINED, SIDE, CELLS = 3, 4, 16  # frames, and tokens of a side and of a frame
 FRAMES = 25
@@ -150,7 +151,7 @@ def test_frames_come_while_later_ones_are_decoded(engine, clip):
         seen = len(run.frames)
         step(engine, {0: run})
         waits += [run.steps] * (len(run.frames) - seen)
-    engine.release(0)
+    stop(engine, 0, run)
     gaps = np.diff(waits)
     assert (gaps[TRAINED:] == gaps[-1]).all(), "one frame every few steps"
     assert waits[0] < 12
@@ -190,16 +191,16 @@ def peak(frames: int) -> int:
     """Bytes that the plan and the sequence of a clip take at most, without a model."""
     decoder = preset("sprites").decoder
     cells = decoder.grid.height * decoder.grid.width
-    tokens, known = np.zeros(2 * cells + 1, np.int32), np.ones(2 * cells, bool)
+    tokens, known = np.zeros(2 * cells, np.int32), np.ones(2 * cells, bool)
     tracemalloc.start()
     plan = RollingPlan(decoder, frames, known_frames=2)
     sequence = Sequence(
-        plan, (Lane(0, 0, 5),), Sampling(), functools.partial(uniforms, 0, 0), tokens, known
+        plan, (Lane(0, 0, 5),), Sampling(), functools.partial(uniforms, 0, 0), tokens, known, 9
     )
     count = 0
     while not sequence.done:
-        sequence.fed(), sequence.uniform()
-        count += len(sequence.accept(np.ones(sequence.width, np.int32)))
+        count += len(sequence.advance(sequence.width))
+        sequence.restage()
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == frames and sequence.positions_done == plan.grid.size
@@ -211,24 +212,42 @@ def test_memory_does_not_grow_with_the_clip():
     assert peak(1000) < 1.1 * peak(30)
 
 
-def test_tokens_and_draws_of_a_ring_are_those_of_the_whole():
+@pytest.mark.parametrize("most", [None, 3])
+def test_tokens_and_draws_of_a_ring_are_those_of_the_whole(most):
     """Every position is fed its predecessor's token and has its own draw, far into a clip."""
     decoder = dataclasses.replace(preset("sprites").decoder, grid=Grid(2, 3, 5))
-    frames, cells = 40, 15
+    frames, cells, bos = 40, 15, 5000
     position = np.arange(frames * cells, dtype=np.int32)
     wanted = (position * 7919 % 1009).astype(np.int32)  # any function of the position
     draws = uniforms(3, 4, position)
-    given = np.append(wanted[: 2 * cells], -5).astype(np.int32)
+    given = wanted[: 2 * cells]
     for kind, known in itertools.product(("wave", "raster"), (0, 1, 2)):
         plan = RollingPlan(decoder, frames, known, kind)
         mask = np.arange(2 * cells) < known * cells
-        sequence = Sequence(plan, (), Sampling(), functools.partial(uniforms, 3, 4), given, mask)
-        finished = []
+        draw = functools.partial(uniforms, 3, 4)
+        sequence = Sequence(plan, (), Sampling(), draw, given, mask, bos)
+        held = np.zeros(sequence.stream.held, np.int32)
+        calls = iter(plan.call(step) for step in range(plan.steps))
+        finished, seen = [], 0
         while not sequence.done:
-            call = sequence.call
-            assert (sequence.fed() == np.append(wanted, -5)[call.fed]).all()
-            assert (sequence.uniform() == draws[call.position]).all()
-            drawn = np.where(call.position < known * cells, -1, wanted[call.position])
-            finished += sequence.accept(drawn.astype(np.int32))
+            if not seen:
+                call = next(calls)
+            part, rows = sequence.part(most), sequence.stream.rows
+            now = slice(part.first, part.first + part.count)
+            own = slice(seen, seen + part.count)
+            fed = np.where(
+                rows.fed[now] < 0, -1 - rows.fed[now], held[np.maximum(rows.fed[now], 0)]
+            )
+            assert (fed == np.append(wanted, bos)[call.fed[own]]).all()
+            assert (rows.uniform[now] == draws[call.position[own]]).all()
+            token = wanted[call.position[own]]
+            is_known = call.position[own] < known * cells
+            assert (rows.given[now] == np.where(is_known, token, -1)).all()
+            held[rows.place[now]] = token
+            for frame in sequence.advance(part.count):
+                first, count = sequence.place(frame)
+                finished.append((frame, held[first : first + count].copy()))
+            sequence.restage()
+            seen = (seen + part.count) % len(call.position)
         assert [index for index, _ in finished] == list(range(frames))
         assert (np.stack([frame for _, frame in finished]).reshape(-1) == wanted).all()

@@ -165,9 +165,9 @@ def test_a_sample_that_cannot_be_admitted_ends_the_request_alone():
     bad = scheduler.submit(request(seed=2), samples=4)
     admit = engine.admit
 
-    def refuse_the_second(request, slot):
-        admit(request, slot)
-        if request.sample_index == 1:
+    def refuse_the_second(prepared, slot, sample_index):
+        admit(prepared, slot, sample_index)
+        if sample_index == 1:
             raise MemoryError("no room")
 
     engine.admit = refuse_the_second

@@ -25,6 +25,7 @@ from nuwa.runtime.scheduler import Scheduler
 from nuwa.spec.tasks import Task
 
 from .fake_engine import FakeEngine, expected_pixels, expected_tokens
+from .messages import wait_until
 
 
 def request(seed: int = 0, frames: int = 1) -> GenerationRequest:
@@ -36,6 +37,9 @@ def turn(scheduler: Scheduler, times: int = 1) -> None:
     for _ in range(times):
         scheduler.turn()
         assert len(scheduler.engine.allocated) == scheduler.active
+        held = [submission for submission in scheduler._queue if submission.prepared]
+        held += {running.submission for running in scheduler._running.values()}
+        assert len(scheduler.engine.prepared) == len(set(held))
 
 
 def test_a_clip_gives_its_events_in_order_and_its_pixels():
@@ -200,6 +204,51 @@ def test_a_request_that_cannot_be_admitted_fails_alone():
     assert len(after.result()[0]) == 1
 
 
+def test_a_request_that_cannot_be_prepared_fails_alone():
+    engine = FakeEngine(slots=2)
+    scheduler = Scheduler(engine)
+    engine.prepare_error = MemoryError("no room")
+    bad, good = scheduler.submit(request(2)), scheduler.submit(request(1))
+    turn(scheduler, 4)
+    with pytest.raises(EngineError, match="preparing the request: MemoryError"):
+        bad.result()
+    assert len(good.result()[0]) == 1 and engine.prepared == []
+
+
+def test_a_slot_that_fails_ends_its_request_alone():
+    engine = FakeEngine(slots=2)
+    scheduler = Scheduler(engine)
+    handles = [scheduler.submit(request(seed)) for seed in range(2)]
+    turn(scheduler)
+    engine.slot_errors[1] = FloatingPointError("not a number")
+    turn(scheduler, 3)
+    assert len(handles[0].result()[0]) == 1
+    with pytest.raises(EngineError, match="while decoding: FloatingPointError: not a number"):
+        handles[1].result()
+
+
+def test_requests_are_prepared_while_others_decode():
+    engine = FakeEngine()
+    scheduler = Scheduler(engine)
+    handles = [scheduler.submit(request(seed)) for seed in range(4)]
+    turn(scheduler)
+    assert [each.request.seed for each in engine.prepared] == [0, 1, 2]
+    turn(scheduler, 15)
+    assert [len(handle.result()[0]) for handle in handles] == [1] * 4 and engine.prepared == []
+
+
+def test_many_samples_do_not_keep_others_from_being_prepared():
+    engine = FakeEngine()
+    scheduler = Scheduler(engine)
+    for seed in range(3):
+        scheduler.submit(request(seed), samples=5)
+    late, later = scheduler.submit(request(9)), scheduler.submit(request(8))
+    turn(scheduler, 20)
+    assert len(late.result()[0]) == len(later.result()[0]) == 1, "after one sample of each"
+    turn(scheduler, 50)
+    assert (scheduler.active, scheduler.queued, engine.prepared) == (0, 0, [])
+
+
 def test_a_request_whose_pixels_fail_fails_alone():
     engine = FakeEngine(slots=3)
     engine.bad_pixel_seeds = {1}
@@ -240,7 +289,7 @@ def test_what_the_engine_refuses_is_not_queued():
 
 def test_timings_are_the_phases_of_the_request():
     engine = FakeEngine()
-    slow = {"admit": 0.02, "step": 0.01, "pixels": 0.03}
+    slow = {"prepare": 0.02, "step": 0.01, "pixels": 0.03}
     for name, seconds in slow.items():
         method = getattr(engine, name)
 
@@ -307,6 +356,38 @@ def test_many_threads_over_the_decode_thread():
         np.testing.assert_array_equal(tokens, expected_tokens(seed, 0))
 
 
+@pytest.fixture
+def unpainted():
+    """A running scheduler with a request that is decoded and whose pixels do not come."""
+    engine, gate = FakeEngine(), threading.Event()
+    pixels = engine.pixels
+    engine.pixels = lambda tokens: (gate.wait(60), pixels(tokens))[1]
+    with Scheduler(engine) as scheduler:
+        yield scheduler, engine
+        gate.set()
+
+
+@pytest.mark.parametrize("way", ["cancel", "deadline"])
+def test_a_request_that_waits_for_its_pixels_can_be_ended(unpainted, way):
+    scheduler, engine = unpainted
+    handle = scheduler.submit(request(frames=3), timeout=0.5 if way == "deadline" else None)
+    wait_until(lambda: engine.steps == 12 and scheduler.active == 0)
+    if way == "cancel":
+        handle.cancel()
+    with pytest.raises(CancelledError if way == "cancel" else DeadlineExceededError):
+        handle.result()
+
+
+def test_close_ends_what_waits_for_its_pixels(unpainted, monkeypatch):
+    scheduler, engine = unpainted
+    monkeypatch.setattr("nuwa.runtime.scheduler.CLOSE_SECONDS", 0.1)
+    handle = scheduler.submit(request())
+    wait_until(lambda: engine.steps == 4 and scheduler.active == 0)
+    scheduler.close()
+    with pytest.raises(ShuttingDownError):
+        handle.result()
+
+
 def test_close_ends_what_runs_and_what_waits():
     engine = FakeEngine()
     engine.gate.clear()
@@ -348,7 +429,7 @@ def test_nobody_waits_for_a_dead_decode_thread(monkeypatch, caplog):
     handle = scheduler.submit(request())
     monkeypatch.setattr(scheduler, "_admit", lambda: 1 / 0)
     scheduler.start()
-    with pytest.raises(EngineError, match="decode thread died"):
+    with pytest.raises(EngineError, match="thread nuwa-decode died"):
         handle.result()
     assert "ZeroDivisionError" in caplog.text
     with pytest.raises(ShuttingDownError):

@@ -240,6 +240,52 @@ class GenerateImageResponse(_message.Message):
     scores: _containers.RepeatedCompositeFieldContainer[SampleScore]
     def __init__(self, request_id: _Optional[str] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., seed: _Optional[int] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., samples: _Optional[_Iterable[_Union[Sample, _Mapping]]] = ..., scores: _Optional[_Iterable[_Union[SampleScore, _Mapping]]] = ...) -> None: ...
 
+class StreamImageRequest(_message.Message):
+    __slots__ = ("image", "preview_count")
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    PREVIEW_COUNT_FIELD_NUMBER: _ClassVar[int]
+    image: GenerateImageRequest
+    preview_count: int
+    def __init__(self, image: _Optional[_Union[GenerateImageRequest, _Mapping]] = ..., preview_count: _Optional[int] = ...) -> None: ...
+
+class StreamImageResponse(_message.Message):
+    __slots__ = ("accepted", "progress", "preview", "sample", "done")
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    PREVIEW_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    accepted: AcceptedEvent
+    progress: ProgressEvent
+    preview: PreviewEvent
+    sample: Sample
+    done: ImageDoneEvent
+    def __init__(self, accepted: _Optional[_Union[AcceptedEvent, _Mapping]] = ..., progress: _Optional[_Union[ProgressEvent, _Mapping]] = ..., preview: _Optional[_Union[PreviewEvent, _Mapping]] = ..., sample: _Optional[_Union[Sample, _Mapping]] = ..., done: _Optional[_Union[ImageDoneEvent, _Mapping]] = ...) -> None: ...
+
+class ImageDoneEvent(_message.Message):
+    __slots__ = ("request_id", "seed", "timings", "sample_index", "scores")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    seed: int
+    timings: Timings
+    sample_index: int
+    scores: _containers.RepeatedCompositeFieldContainer[SampleScore]
+    def __init__(self, request_id: _Optional[str] = ..., seed: _Optional[int] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., sample_index: _Optional[int] = ..., scores: _Optional[_Iterable[_Union[SampleScore, _Mapping]]] = ...) -> None: ...
+
+class PreviewEvent(_message.Message):
+    __slots__ = ("frame", "decoded_position_count", "sample_index")
+    FRAME_FIELD_NUMBER: _ClassVar[int]
+    DECODED_POSITION_COUNT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    frame: Frame
+    decoded_position_count: int
+    sample_index: int
+    def __init__(self, frame: _Optional[_Union[Frame, _Mapping]] = ..., decoded_position_count: _Optional[int] = ..., sample_index: _Optional[int] = ...) -> None: ...
+
 class GenerateVideoRequest(_message.Message):
     __slots__ = ("request_id", "task", "prompt", "sketch", "video", "mask", "frame_count", "sampling", "output", "schedule", "animation_format", "frames_per_second", "sample_count", "rank_by", "return_count")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]

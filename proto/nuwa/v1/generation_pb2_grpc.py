@@ -40,6 +40,11 @@ class GenerationServiceStub:
                 request_serializer=nuwa_dot_v1_dot_generation__pb2.GenerateImageRequest.SerializeToString,
                 response_deserializer=nuwa_dot_v1_dot_generation__pb2.GenerateImageResponse.FromString,
                 _registered_method=True)
+        self.StreamImage = channel.unary_stream(
+                '/nuwa.v1.GenerationService/StreamImage',
+                request_serializer=nuwa_dot_v1_dot_generation__pb2.StreamImageRequest.SerializeToString,
+                response_deserializer=nuwa_dot_v1_dot_generation__pb2.StreamImageResponse.FromString,
+                _registered_method=True)
         self.GenerateVideo = channel.unary_stream(
                 '/nuwa.v1.GenerationService/GenerateVideo',
                 request_serializer=nuwa_dot_v1_dot_generation__pb2.GenerateVideoRequest.SerializeToString,
@@ -58,6 +63,16 @@ class GenerationServiceServicer:
 
     def GenerateImage(self, request, context):
         """Generates an image, or several samples of it (tasks T2I, S2I, I2I, TI2I).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamImage(self, request, context):
+        """As GenerateImage, with events while it is made. Events of a sample come in this order: one
+        `accepted`, `progress` and `preview` events mixed, and the finished `sample`. Events of several
+        samples are mixed. With rank_by, samples come after all are scored, the best one first. After
+        all samples there is one `done`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -88,6 +103,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.GenerateImage,
                     request_deserializer=nuwa_dot_v1_dot_generation__pb2.GenerateImageRequest.FromString,
                     response_serializer=nuwa_dot_v1_dot_generation__pb2.GenerateImageResponse.SerializeToString,
+            ),
+            'StreamImage': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamImage,
+                    request_deserializer=nuwa_dot_v1_dot_generation__pb2.StreamImageRequest.FromString,
+                    response_serializer=nuwa_dot_v1_dot_generation__pb2.StreamImageResponse.SerializeToString,
             ),
             'GenerateVideo': grpc.unary_stream_rpc_method_handler(
                     servicer.GenerateVideo,
@@ -128,6 +148,33 @@ class GenerationService:
             '/nuwa.v1.GenerationService/GenerateImage',
             nuwa_dot_v1_dot_generation__pb2.GenerateImageRequest.SerializeToString,
             nuwa_dot_v1_dot_generation__pb2.GenerateImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/nuwa.v1.GenerationService/StreamImage',
+            nuwa_dot_v1_dot_generation__pb2.StreamImageRequest.SerializeToString,
+            nuwa_dot_v1_dot_generation__pb2.StreamImageResponse.FromString,
             options,
             channel_credentials,
             insecure,

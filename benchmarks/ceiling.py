@@ -1,0 +1,107 @@
+"""What a step must do at least: its matrix products alone, and its bytes, at this machine's rates.
+
+The products run as one ONNX graph on ONNX Runtime, each with weights of its own, so that they come
+from where a step finds them; in fp32, or int8 with sums in int32.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import onnxruntime as ort
+
+from nuwa.spec.config import ModelConfig
+
+Shapes = list[tuple[int, int]]
+
+
+def products(model: ModelConfig) -> Shapes:
+    """(inputs, outputs) of a step's linear layers."""
+    decoder = model.decoder
+    d, inner = decoder.width, decoder.ff_multiplier * decoder.width
+    layer = [(d, 3 * d), (d, d), (d, d), (d, d), (d, 2 * inner), (inner, d)]
+    return layer * decoder.layers + [(d, model.image.codebook_size)]
+
+
+def step_flops(model: ModelConfig, rows: int) -> float:
+    """Floating-point operations of a step's products; attention adds a few percent."""
+    return 2.0 * rows * sum(inputs * outputs for inputs, outputs in products(model))
+
+
+def step_bytes(model: ModelConfig, rows: int, weight_bytes: int = 4) -> float:
+    """Bytes that a step reads and writes at least: weights once; keys, values, text by row."""
+    decoder = model.decoder
+    weights = weight_bytes * sum(inputs * outputs for inputs, outputs in products(model))
+    seen = decoder.neighbour_count + 16  # entries of the cache, and of a short text
+    return weights + rows * decoder.layers * 2 * (seen + 1) * decoder.width * 4
+
+
+class Products:
+    """All matrix products of a step, for any number of rows."""
+
+    def __init__(self, shapes: Shapes, threads: int, precision: str = "fp32") -> None:
+        self._widths = sorted({inputs for inputs, _ in shapes})
+        self._type = np.int8 if precision == "int8" else np.float32
+        self._session = _session(shapes, threads, self._type)
+
+    def seconds(self, rows: int) -> float:
+        """Median time of the products for so many rows."""
+        feeds = {f"x{width}": np.ones((rows, width), self._type) for width in self._widths}
+        return timed(lambda: self._session.run(None, feeds))
+
+
+def copy_bandwidth(size: int, threads: int) -> float:
+    """Bytes a second, read and written, of copying `size` bytes; numpy copies on one core."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    parts = [np.ones(size // threads, np.uint8) for _ in range(threads)]
+    targets = [np.empty_like(part) for part in parts]
+    with ThreadPoolExecutor(threads) as pool:
+        seconds = timed(lambda: list(pool.map(np.copyto, targets, parts)))
+    return 2 * size / seconds
+
+
+def timed(call: Callable[[], object], repeats: int = 15) -> float:
+    """Median seconds of a call, after two to warm up."""
+    spent = []
+    for _ in range(repeats + 2):
+        began = time.perf_counter()
+        call()
+        spent.append(time.perf_counter() - began)
+    return statistics.median(spent[2:])
+
+
+def _session(shapes: Shapes, threads: int, dtype: type) -> ort.InferenceSession:
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    whole = dtype is np.int8
+    product, given, made = (
+        ("MatMulInteger", TensorProto.INT8, TensorProto.INT32)
+        if whole
+        else ("MatMul", TensorProto.FLOAT, TensorProto.FLOAT)
+    )
+    draw = np.random.default_rng(0)
+    nodes, weights, outputs = [], [], []
+    for index, (rows, columns) in enumerate(shapes):
+        weight = draw.standard_normal((rows, columns)) * (40 if whole else 1)
+        weights.append(numpy_helper.from_array(weight.astype(dtype), f"w{index}"))
+        nodes.append(helper.make_node(product, [f"x{rows}", f"w{index}"], [f"y{index}"]))
+        nodes.append(helper.make_node("ReduceMax", [f"y{index}"], [f"m{index}"], keepdims=0))
+        outputs.append(helper.make_tensor_value_info(f"m{index}", made, []))
+    inputs = [
+        helper.make_tensor_value_info(f"x{rows}", given, ["T", rows])
+        for rows in sorted({rows for rows, _ in shapes})
+    ]
+    graph = helper.make_graph(nodes, "products", inputs, outputs, weights)
+    opset = [helper.make_opsetid("", 20)]
+    proto = helper.make_model(graph, opset_imports=opset, ir_version=10)
+    onnx.checker.check_model(proto)
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = threads
+    return ort.InferenceSession(
+        proto.SerializeToString(), settings, providers=["CPUExecutionProvider"]
+    )

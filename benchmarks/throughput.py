@@ -1,0 +1,162 @@
+"""Mixed requests that arrive at once, against the same requests one at a time.
+
+Thirty-two requests, four of each task, with the model's own sampling defaults; pictures, sketches
+and clips are those of the sprites' split `val`. Both ways alternate, on engines of the same backend
+and as many threads; every request must give the same tokens both ways. Also how long the steps of
+the crowd take, and how the first and the last request fare. The last line is JSON.
+
+    python benchmarks/throughput.py BUNDLE
+    python benchmarks/throughput.py BUNDLE --slots 16 --rounds 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+from hardware import hardware
+
+from nuwa.runtime.backends.base import AUTO, BACKENDS
+from nuwa.runtime.core import GenerationRequest
+from nuwa.runtime.engine import Engine, load_engine
+from nuwa.runtime.handle import Handle
+from nuwa.runtime.scheduler import Scheduler
+from nuwa.spec.sampling import Sampling
+from nuwa.spec.tasks import Task
+from nuwa.training.sprites.world import SpriteWorld
+
+GIVEN = 2  # frames of V2V
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--slots", type=int, default=8, help="of the engine that takes all at once")
+    parser.add_argument("--each", type=int, default=4, help="requests of a task")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--level", default="digits", help="of the sprites (%(default)s)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--backend", choices=BACKENDS, default=AUTO)
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    options = parser.parse_args()
+    load = {"threads": options.threads, "backend": options.backend}
+    alone = load_engine(options.bundle, slots=1, **load)
+    crowd = load_engine(options.bundle, slots=options.slots, **load)
+    requests = mixed(crowd, options.each, options.level)
+    with Scheduler(alone) as one, Scheduler(crowd) as many:
+        one_by_one(one, requests[:: options.each])  # warm-up, once a task
+        at_once(many, requests[:: options.each])
+        steps = time_steps(crowd)
+        rounds = []
+        for _ in range(options.rounds):
+            steps.clear()
+            serial, expected = one_by_one(one, requests)
+            together, tokens = at_once(many, requests)
+            equal = all(np.array_equal(a, b) for a, b in zip(expected, tokens, strict=True))
+            rounds.append(
+                {
+                    "one_at_a_time_seconds": serial,
+                    "at_once_seconds": together,
+                    "ratio": serial / together,
+                    "tokens_equal": equal,
+                    "step_median_seconds": statistics.median(steps),
+                    "step_p99_seconds": float(np.quantile(steps, 0.99)),
+                    "step_longest_seconds": max(steps),
+                }
+            )
+            print(
+                f"one at a time {serial:.2f} s, at once {together:.2f} s, ratio "
+                f"{serial / together:.2f}, tokens equal: {equal}; {len(steps)} steps, median "
+                f"{1e3 * statistics.median(steps):.1f} ms, p99 "
+                f"{1e3 * np.quantile(steps, 0.99):.1f} ms, longest {1e3 * max(steps):.1f} ms",
+                flush=True,
+            )
+    report = {
+        "hardware": hardware(options.threads),
+        "bundle": crowd.info.name,
+        "precision": crowd.info.precision,
+        "backend": crowd.info.backend,
+        "requests": len(requests),
+        "slots": options.slots,
+        "ratio": statistics.median(each["ratio"] for each in rounds),
+        "step_p99_over_median": statistics.median(
+            each["step_p99_seconds"] / each["step_median_seconds"] for each in rounds
+        ),
+        "rounds": rounds,
+    }
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report))
+    return 0
+
+
+def mixed(engine: Engine, each: int, level: str) -> list[GenerationRequest]:
+    """`each` requests of every task that the bundle can do, task by task."""
+    world, requests = SpriteWorld(level, "val"), []
+    for task in engine.info.tasks:
+        for index in range(each):
+            sample = world.sample(index)
+            frames = slice(None) if task.is_video else slice(0, 1)
+            caption = sample.video_caption if task.is_video else sample.image_caption
+            given = sample.frames[:GIVEN] if task is Task.V2V else sample.frames[frames]
+            mask = np.zeros(sample.frames.shape[1:3], bool)
+            mask[:, : mask.shape[1] // 2] = True
+            requests.append(
+                GenerationRequest(
+                    task,
+                    caption if task.needs_text else "",
+                    frame_count=len(sample.frames) if task.is_video else 1,
+                    seed=index,
+                    sampling=engine.info.sampling.get(task, Sampling()),
+                    frames=given if task.needs_frames else None,
+                    mask=mask if task.needs_mask else None,
+                    sketch=sample.segmentation[frames] if task.needs_sketch else None,
+                )
+            )
+    return requests
+
+
+def one_by_one(scheduler: Scheduler, requests: list[GenerationRequest]) -> tuple[float, list]:
+    """Seconds, and the tokens of every request."""
+    began = time.perf_counter()
+    tokens = [_tokens(scheduler.submit(request)) for request in requests]
+    return time.perf_counter() - began, tokens
+
+
+def at_once(scheduler: Scheduler, requests: list[GenerationRequest]) -> tuple[float, list]:
+    """The same, all submitted before any is waited for."""
+    began = time.perf_counter()
+    handles = [scheduler.submit(request) for request in requests]
+    tokens = [_tokens(handle) for handle in handles]
+    return time.perf_counter() - began, tokens
+
+
+def time_steps(engine: Engine) -> list[float]:
+    """A list that from now on has the seconds of every step of the engine."""
+    steps: list[float] = []
+    step = engine.step
+
+    def timed():
+        began = time.perf_counter()
+        results = step()
+        steps.append(time.perf_counter() - began)
+        return results
+
+    engine.step = timed  # type: ignore[method-assign]
+    return steps
+
+
+def _tokens(handle: Handle) -> np.ndarray:
+    return np.stack([frame.tokens for frame in handle.result()[0]])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
