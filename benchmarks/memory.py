@@ -34,7 +34,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--slots", type=int, nargs=2, default=[2, 18], metavar="N")
+    parser.add_argument("--slots", type=int, nargs=2, default=[18, 34], metavar="N")
     parser.add_argument("--repeats", type=int, default=3, help="processes of each size")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="also write the JSON here")

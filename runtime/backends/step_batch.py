@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -123,7 +124,7 @@ def assemble(
     ]
     sampling = [stream.sampling for stream in streams]
 
-    def gather(name: str) -> Int:
+    def gather(name: str) -> Any:
         rows = [
             getattr(part.stream.rows, name)[part.first : part.first + part.count]
             for part, _ in pairs
