@@ -12,12 +12,9 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import sys
 from collections.abc import Iterable, Sequence
-from ctypes import POINTER, Structure, byref, c_float, c_int32, c_void_p, pointer
-from dataclasses import astuple, fields
-from functools import cache
-from pathlib import Path
+from ctypes import byref, c_void_p, pointer
+from dataclasses import astuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,86 +27,28 @@ from nuwa.spec.manifest import DECODER_STEP
 from ..bundle import Bundle
 from ..errors import UnavailableError
 from ..onnx_weights import Weights, read_weights
-from .base import NATIVE_CPU, Bool, Float, Lane, Part, Rows, Stream
+from .base import NATIVE_CPU, Bool, Float, Part, Rows, Stream
+from .native_library import (
+    BLOCK_WEIGHTS,
+    HEAD_WEIGHTS,
+    LEVELS,
+    MATRICES,
+    ROWS,
+    AbiLane,
+    AbiLayer,
+    AbiMatrix,
+    AbiPart,
+    AbiShape,
+    AbiStep,
+    AbiStream,
+    AbiWeights,
+    load,
+)
 from .onnxruntime_graphs import OnnxRuntimeGraphs, allocate, cache_names
 
 log = logging.getLogger("nuwa.runtime")
 
-_ABI_VERSION = 2  # kAbiVersion of native/decoder_abi.h
-LEVELS = (4, 3, 0)  # x86-64 levels of the libraries, best first; 0 runs anywhere
 _PREFIX = "nuwa."  # of the decoder's weights in decoder_step.onnx
-_BLOCK_WEIGHTS = (
-    *("self_norm.weight", "self_norm.bias", "self_qkv.weight"),
-    *("self_out.weight", "self_out.bias"),
-    *("cross_norm.weight", "cross_norm.bias", "cross_q.weight"),
-    *("cross_out.weight", "cross_out.bias"),
-    *("ff_norm.weight", "ff_norm.bias", "ff_in.weight", "ff_in.bias"),
-    *("ff_out.weight", "ff_out.bias"),
-    *("bias", "cross_bias"),
-)
-_HEAD_WEIGHTS = ("head_norm.weight", "head_norm.bias", "head.weight", "head.bias")
-_LINEAR = ("self_qkv", "self_out", "cross_q", "cross_out", "ff_in", "ff_out", "head")
-MATRICES = tuple(f"{name}.weight" for name in _LINEAR)  # those that int8 is for
-_ROWS = tuple(field.name for field in fields(Rows))
-
-
-class _Shape(Structure):
-    _fields_ = [
-        *((name, c_int32) for name in ("width", "layers", "heads", "codebook", "hidden", "bos")),
-        *((name, c_int32) for name in ("cross_table", "positions")),
-        ("position_starts", c_int32 * 3),
-        ("column_bounds", c_void_p),
-    ]
-
-
-class _Matrix(Structure):
-    _fields_ = [("weight", c_void_p), ("scale", c_void_p)]
-
-
-def _weight_fields(names: Iterable[str]) -> list[tuple[str, type]]:
-    return [(name.replace(".", "_"), _Matrix if name in MATRICES else c_void_p) for name in names]
-
-
-class _Layer(Structure):
-    _fields_ = _weight_fields(_BLOCK_WEIGHTS)
-
-
-class _Weights(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("tokens", "positions")),
-        *_weight_fields(_HEAD_WEIGHTS),
-        ("layers", POINTER(_Layer)),
-    ]
-
-
-class _Lane(Structure):
-    _fields_ = [(field.name, c_int32) for field in fields(Lane)]
-
-
-class _Stream(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in (*_ROWS, "tokens")),
-        ("lanes", _Lane * 2),
-        *((name, c_int32) for name in ("lane_count", "top_k")),
-        *((name, c_float) for name in ("temperature", "top_p", "guidance")),
-    ]
-
-
-class _Part(Structure):
-    _fields_ = [
-        ("stream", POINTER(_Stream)),
-        *((name, c_int32) for name in ("first", "count", "finite")),
-    ]
-
-
-class _Step(Structure):
-    _memory = ("key_caches", "value_caches", "cross_keys", "cross_values")
-    _fields_ = [
-        ("parts", POINTER(_Part)),
-        *((name, c_int32) for name in ("part_count", "neighbour_columns", "visual_columns")),
-        *((name, c_int32) for name in ("cache_entries", "condition_entries")),
-        *((name, c_void_p) for name in (*_memory, "logits")),
-    ]
 
 
 class NativeCpu(OnnxRuntimeGraphs):
@@ -156,13 +95,13 @@ class NativeCpu(OnnxRuntimeGraphs):
             )
             for kind in kinds
         ]
-        self._step = _Step(
+        self._step = AbiStep(
             neighbour_columns=config.decoder.neighbour_count,
             visual_columns=visual_columns(config),
             cache_entries=manifest.cache_entries,
             condition_entries=self._layout.entries,
         )
-        for name, pointers in zip(_Step._memory, self._memory, strict=True):
+        for name, pointers in zip(AbiStep.MEMORY, self._memory, strict=True):
             setattr(self._step, name, ctypes.addressof(pointers))
         self._streams: dict[Stream, _Held] = {}
         self._process = os.getpid()
@@ -181,8 +120,8 @@ class NativeCpu(OnnxRuntimeGraphs):
     def step(self, parts: Sequence[Part]) -> Bool:
         if os.getpid() != self._process:
             raise RuntimeError("a forked process has none of the decoder's threads; load it there")
-        called = (_Part * len(parts))(
-            *(_Part(self._streams[part.stream].pointer, part.first, part.count) for part in parts)
+        called = (AbiPart * len(parts))(
+            *(AbiPart(self._streams[part.stream].pointer, part.first, part.count) for part in parts)
         )
         self._step.parts, self._step.part_count = called, len(parts)
         if self._keep_logits:
@@ -205,9 +144,9 @@ class _Held:
 
     def __init__(self, stream: Stream) -> None:
         self.tokens = np.zeros(stream.held, np.int32)
-        self._told = _Stream(
+        self._told = AbiStream(
             tokens=self.tokens.ctypes.data,
-            lanes=(_Lane * 2)(*(_Lane(*astuple(lane)) for lane in stream.lanes)),
+            lanes=(AbiLane * 2)(*(AbiLane(*astuple(lane)) for lane in stream.lanes)),
             lane_count=len(stream.lanes),
             top_k=stream.sampling.top_k,
             temperature=stream.sampling.temperature,
@@ -219,28 +158,11 @@ class _Held:
 
     def stage(self, rows: Rows) -> None:
         self._rows = rows  # as long as the library may read them
-        for name in _ROWS:
+        for name in ROWS:
             array = getattr(rows, name)
             wanted = np.float32 if name == "uniform" else np.int32
             assert array is None or (array.dtype == wanted and array.flags.c_contiguous), name
             setattr(self._told, name, None if array is None else array.ctypes.data)
-
-
-def multiply(level: int, rows: Float, matrix: npt.NDArray, scale: Float | None = None) -> Float:
-    """rows f32 [T, I] times a matrix, by the library of a level: f32 [T, O].
-
-    The matrix is f32 [O, I] or, with its scale f32 [O], int8 [I, O]; I is a multiple of 16.
-    """
-    library, rows = _load(level), np.ascontiguousarray(rows, np.float32)
-    matrix = np.ascontiguousarray(matrix, np.float32 if scale is None else np.int8)
-    outputs = matrix.shape[0 if scale is None else 1]
-    made = np.empty((len(rows), outputs), np.float32)
-    told = _Matrix(matrix.ctypes.data, None if scale is None else scale.ctypes.data)
-    addresses = (c_void_p(array.ctypes.data) for array in (rows, made))
-    given, to = addresses
-    if library.nuwa_multiply(given, len(rows), rows.shape[1], outputs, byref(told), to):
-        raise MemoryError(f"no memory for a product of {len(rows)} rows")
-    return made
 
 
 def _library_for(config: ModelConfig, weights: Weights, level: int | None) -> ctypes.CDLL:
@@ -248,7 +170,7 @@ def _library_for(config: ModelConfig, weights: Weights, level: int | None) -> ct
 
     Without a level none with vectors narrower than the machine's AVX2: ONNX Runtime has wider ones.
     """
-    best = _load(0).nuwa_best_level()
+    best = load(0).nuwa_best_level()
     levels = [each for each in LEVELS if each <= best and (each or not best)]
     if level is not None:
         if level > best:
@@ -257,7 +179,7 @@ def _library_for(config: ModelConfig, weights: Weights, level: int | None) -> ct
     reasons = []
     for each in levels:
         try:
-            library = _load(each)
+            library = load(each)
         except UnavailableError as error:
             reasons.append(str(error))
             continue
@@ -287,38 +209,6 @@ def _misfit(config: ModelConfig, lanes: int) -> str:
 
 def _hidden(config: ModelConfig) -> int:
     return config.decoder.ff_multiplier * config.decoder.width
-
-
-@cache
-def _load(level: int) -> ctypes.CDLL:
-    name = f"libnuwa_cpu{f'_{level}' if level else ''}.so"
-    # An editable install has its libraries in another folder than its sources.
-    folders = [Path(folder) / "native" for folder in sys.modules["nuwa.runtime"].__path__]
-    for folder in folders:
-        if (folder / name).is_file():
-            break
-    else:
-        raise UnavailableError(
-            f"{name} was not built: installing nuwa-runtime where there is a C++ compiler builds it"
-        )
-    try:
-        library = ctypes.CDLL(str(folder / name))
-    except OSError as error:
-        raise UnavailableError(f"{folder / name} cannot be loaded: {error}") from None
-    library.nuwa_decoder_new.restype = c_void_p
-    library.nuwa_decoder_new.argtypes = [POINTER(_Shape), POINTER(_Weights), c_int32]
-    library.nuwa_decoder_step.argtypes = [c_void_p, POINTER(_Step)]
-    library.nuwa_decoder_free.argtypes = [c_void_p]
-    sizes = [c_int32] * 3
-    library.nuwa_multiply.argtypes = [c_void_p, *sizes, POINTER(_Matrix), c_void_p]
-    library.nuwa_decoder_free.restype = None
-    version = library.nuwa_abi_version()
-    if version != _ABI_VERSION:
-        raise UnavailableError(
-            f"{folder / name} is of another version ({version}, this is {_ABI_VERSION}); install "
-            f"nuwa-runtime again"
-        )
-    return library
 
 
 def _weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -415,23 +305,23 @@ def _new_decoder(
     def address(name: str) -> int | None:
         return weights[name].ctypes.data if name in weights else None
 
-    def given(prefix: str, names: Iterable[str]) -> list[_Matrix | int | None]:
+    def given(prefix: str, names: Iterable[str]) -> list[AbiMatrix | int | None]:
         """Addresses of weights, with those of their scales where they may have some."""
         return [
-            _Matrix(address(prefix + name), address(prefix + _scale(name)))
+            AbiMatrix(address(prefix + name), address(prefix + _scale(name)))
             if name in MATRICES
             else address(prefix + name)
             for name in names
         ]
 
-    layers = (_Layer * decoder.layers)(
-        *(_Layer(*given(f"blocks.{layer}.", _BLOCK_WEIGHTS)) for layer in range(decoder.layers))
+    layers = (AbiLayer * decoder.layers)(
+        *(AbiLayer(*given(f"blocks.{layer}.", BLOCK_WEIGHTS)) for layer in range(decoder.layers))
     )
     tables = given("", ["embedding.tokens", "embedding.positions.table"])
-    made = _Weights(*tables, *given("", _HEAD_WEIGHTS), layers)
+    made = AbiWeights(*tables, *given("", HEAD_WEIGHTS), layers)
     columns = [decoder.neighbour_columns(layer) for layer in range(decoder.layers)]
     bounds = np.array(columns, np.int32)
-    shape = _Shape(
+    shape = AbiShape(
         width=decoder.width,
         layers=decoder.layers,
         heads=decoder.heads,

@@ -11,9 +11,10 @@ import types
 import numpy as np
 import pytest
 
-from nuwa.runtime.backends import native_cpu
+from nuwa.runtime.backends import native_cpu, native_library
 from nuwa.runtime.backends.base import Lane, Part
-from nuwa.runtime.backends.native_cpu import LEVELS, NativeCpu
+from nuwa.runtime.backends.native_cpu import NativeCpu
+from nuwa.runtime.backends.native_library import LEVELS
 from nuwa.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from nuwa.runtime.backends.step_batch import CrossColumns, StepBatch, assemble
 from nuwa.runtime.bundle import open_bundle
@@ -60,7 +61,7 @@ def made_as(kind: str, bundle, **arguments):
     level = int(kind.split()[-1])
     if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
         pytest.skip("no C++ compiler, so no native decoder")
-    if level > native_cpu._load(0).nuwa_best_level():
+    if level > native_library.load(0).nuwa_best_level():
         pytest.skip(f"this machine cannot run level {level}")
     return NativeCpu(bundle, **arguments, level=level)
 
@@ -558,7 +559,7 @@ def test_whole_numbers_add_up_to_the_same_on_every_level(bundle, kind, inputs, o
     scale = draw.random(outputs, np.float32)
     unit = np.maximum(np.abs(rows).max(1, keepdims=True) * np.float32(1 / 127), np.float32(1e-30))
     sums = np.rint(rows / unit).astype(np.int64) @ weight.astype(np.int64)
-    made = native_cpu.multiply(int(kind.split()[-1]), rows, weight, scale)
+    made = native_library.multiply(int(kind.split()[-1]), rows, weight, scale)
     wanted = sums.astype(np.float64) * unit * scale
     np.testing.assert_allclose(made, wanted, rtol=3e-7, atol=0.0)
 
@@ -569,7 +570,7 @@ def test_products_of_real_numbers(bundle, kind):
     draw = np.random.default_rng(1)
     rows = draw.standard_normal((29, 64)).astype(np.float32)
     weight = draw.standard_normal((70, 64)).astype(np.float32)
-    made = native_cpu.multiply(int(kind.split()[-1]), rows, weight)
+    made = native_library.multiply(int(kind.split()[-1]), rows, weight)
     np.testing.assert_allclose(made, rows.astype(np.float64) @ weight.T, rtol=1e-5, atol=1e-5)
 
 
@@ -597,12 +598,12 @@ def test_given_tokens_are_put_in_place_and_fed(bundle, backend):
 def test_structures_are_as_large_as_the_header_says():
     """As a C compiler lays out decoder_abi.h on a 64-bit machine."""
     sizes = {
-        native_cpu._Shape: 56,
-        native_cpu._Layer: 192,
-        native_cpu._Weights: 64,
-        native_cpu._Stream: 124 + 4,
-        native_cpu._Part: 24,
-        native_cpu._Step: 72,
+        native_library.AbiShape: 56,
+        native_library.AbiLayer: 192,
+        native_library.AbiWeights: 64,
+        native_library.AbiStream: 124 + 4,
+        native_library.AbiPart: 24,
+        native_library.AbiStep: 72,
     }
     assert {each: ctypes.sizeof(each) for each in sizes} == sizes
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from nuwa.runtime.backends import native_cpu, onnxruntime_graphs
+from nuwa.runtime.backends import native_cpu, native_library, onnxruntime_graphs
 from nuwa.runtime.backends.choice import make_backend
 from nuwa.runtime.backends.native_cpu import NativeCpu
 from nuwa.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
@@ -29,13 +29,13 @@ def no_library(monkeypatch):
     def load(level):
         raise UnavailableError("libnuwa_cpu.so was not built")
 
-    monkeypatch.setattr(native_cpu, "_load", load)
+    monkeypatch.setattr(native_cpu, "load", load)
 
 
 def test_auto_takes_the_native_one_where_it_is_built(bundle):
     if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
         pytest.skip("no C++ compiler, so no native decoder")
-    if native_cpu._load(0).nuwa_best_level() < 3:
+    if native_library.load(0).nuwa_best_level() < 3:
         pytest.skip("this machine has no AVX2, where auto takes ONNX Runtime or level 0")
     assert make_backend("auto", bundle, **SIZES).name == "native-cpu"
     assert make_backend("onnxruntime-cpu", bundle, **SIZES).name == "onnxruntime-cpu"
@@ -60,7 +60,7 @@ def test_sizes_that_fit_no_vector_are_named(bundle, monkeypatch):
         nuwa_best_level = staticmethod(lambda: 4)
         nuwa_lanes = staticmethod(lambda: 48)
 
-    monkeypatch.setattr(native_cpu, "_load", lambda level: Library)
+    monkeypatch.setattr(native_cpu, "load", lambda level: Library)
     with pytest.raises(UnavailableError, match="the model's width, 32, is not a multiple of 96"):
         NativeCpu(bundle, **SIZES)
 
@@ -76,12 +76,12 @@ def test_a_library_that_does_not_load_is_one_that_is_not_there(tmp_path, monkeyp
     (tmp_path / "native").mkdir()
     (tmp_path / "native" / "libnuwa_cpu.so").write_bytes(b"no library")
     monkeypatch.setattr(sys.modules["nuwa.runtime"], "__path__", [str(tmp_path)])
-    native_cpu._load.cache_clear()
+    native_library.load.cache_clear()
     try:
         with pytest.raises(UnavailableError, match="cannot be loaded"):
-            native_cpu._load(0)
+            native_library.load(0)
     finally:
-        native_cpu._load.cache_clear()
+        native_library.load.cache_clear()
 
 
 @pytest.mark.parametrize(
