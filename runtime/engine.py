@@ -137,6 +137,7 @@ class Engine:
         self._text = bundle.text_tokenizer
         self._layout = ConditionLayout.of(self._config)
         self._sequences: dict[int, Sequence] = {}
+        self._busy = False  # whether a step is to follow the last one
         _check_cache(bundle.manifest)
         self._free = list(range(condition_slots(slots)))  # condition slots; lists are thread-safe
         for slot in self._free:
@@ -204,10 +205,12 @@ class Engine:
         """
         active = {slot: s for slot, s in self._sequences.items() if not s.done}
         parts = self._parts(active)
-        return [
+        results = [
             self._advance(slot, part, error)
             for (slot, part), error in zip(parts.items(), self._run([*parts.values()]), strict=True)
         ]
+        self._busy = any(not sequence.done for sequence in active.values())
+        return results
 
     def unfinished(self, slot: int) -> tuple[Int, Known]:
         """Of an image in a slot: its tokens i32 [h, w], and bool [h, w], which are decoded."""
@@ -221,6 +224,7 @@ class Engine:
         sequence = self._sequences.pop(slot, None)
         if sequence is not None:
             self._backend.close(sequence.stream)
+            self._busy = self._busy and bool(self._sequences)
 
     def _parts(self, active: dict[int, Sequence]) -> dict[int, Part]:
         """What each slot does in the next call.
@@ -269,11 +273,11 @@ class Engine:
 
     def pixels(self, tokens: Int) -> Pixels:
         """Tokens i32 [F, h, w] -> u8 [F, H, W, 3]; given.restore_given puts given pixels back."""
-        return self._backend.detokenize(tokens)
+        return self._backend.detokenize(tokens, busy=self._busy)
 
     def tokens(self, pixels: Pixels) -> Int:
         """u8 [F, H, W, 3] -> tokens i32 [F, h, w]; `pixels` of them is what the tokenizer keeps."""
-        return self._backend.tokenize(pixels)
+        return self._backend.tokenize(pixels, busy=self._busy)
 
     def _given_tokens(self, request: GenerationRequest) -> tuple[Int, Known]:
         """i32 [N] and bool [N]; tokens that are not known are 0."""
@@ -298,7 +302,7 @@ class Engine:
         if config.visual is None:
             return None
         if request.sketch is not None:
-            codes = self._backend.tokenize_sketch(request.sketch).reshape(-1)
+            codes = self._backend.tokenize_sketch(request.sketch, busy=self._busy).reshape(-1)
             return codes + np.int32(config.image.codebook_size)
         if request.task.needs_mask and known.any():
             assert request.mask is not None, "a checked request has the mask that its task needs"
@@ -328,7 +332,7 @@ class Engine:
         if visual is None:
             return None
         near = visual_neighbours(self._config, grid)
-        self._backend.encode_visual(visual, grid.coordinates(), near, slot)
+        self._backend.encode_visual(visual, grid.coordinates(), near, slot, busy=self._busy)
         return visual_window(self._config, grid)
 
     def _lanes(self, prepared: Prepared, slot: int) -> tuple[Lane, ...]:

@@ -31,7 +31,10 @@ class Sequence:
     position is fed; visual: i32 [N, v], the entries of the visual volume that each position sees,
     or None if it sees none.
 
-    stream: as the backend sees it; it has the rows of the calls that are next.
+    stream: as the backend sees it; it has the rows of the calls that are next. width: w, how many
+    positions are left of the call that is next, or under way; ordinary: whether that call is as
+    others are, not many of them merged; done: whether every position is decoded. All of that stays
+    as it is between `advance` and `restage`, which are made once a step: plain attributes.
     """
 
     def __init__(
@@ -51,26 +54,12 @@ class Sequence:
         self._given = np.append(np.where(known, given, MASKED), MASKED).astype(np.int32)
         self._cells = plan.grid.height * plan.grid.width
         self._held = plan.held_frames * self._cells  # a ring: position p is at p modulo its size
-        self._step = self._first_step = self._row = 0
-        self._bounds = [0]
+        self._steps, self._widest = plan.steps, plan.widest
+        self._step = self._row = 0
         self._complete = 0
         self.positions_done = 0
+        self.done = self._steps == 0
         self.stream = Stream(lanes, sampling, self._held, self._stage())
-
-    @property
-    def width(self) -> int:
-        """w, how many positions are left of the call that is next, or under way."""
-        return 0 if self.done else self._bounds[self._step - self._first_step + 1] - self._row
-
-    @property
-    def ordinary(self) -> bool:
-        """Whether the call that is next is as others are, not many of them merged."""
-        return self.width <= self.plan.widest
-
-    @property
-    def done(self) -> bool:
-        """Whether every position is decoded."""
-        return self._step == self.plan.steps
 
     def part(self, most: int | None = None) -> Part:
         """The rows that are next: of one call, all that are left of it or at most `most`.
@@ -87,14 +76,17 @@ class Sequence:
         self._row += count
         self.positions_done += count
         before = self._complete
-        if self._row == self._bounds[self._step - self._first_step + 1]:
+        if self._row == self._ends[-1]:
             self._complete = self.plan.complete_frames(self._step)
             self._step += 1
+            self._ends.pop()
+            self.done = self._step == self._steps
+        self._look()
         return range(before, self._complete)
 
     def restage(self) -> bool:
         """Gives the stream new rows if it is through with those it has; whether it was."""
-        if self.done or self._row < self._bounds[-1]:
+        if self.done or self._ends:
             return False
         self.stream.rows = self._stage()
         return True
@@ -110,10 +102,15 @@ class Sequence:
         """Where a complete frame's tokens are held: the first place, and how many."""
         return frame * self._cells % self._held, self._cells
 
+    def _look(self) -> None:
+        self.width = self._ends[-1] - self._row if self._ends else 0
+        self.ordinary = self.width <= self._widest
+
     def _stage(self) -> Rows:
         call, bounds = self.plan.stage(self._step)
-        self._bounds = bounds.tolist()
-        self._first_step, self._row = self._step, 0
+        # Where the rows of each staged call end, that of the one under way last.
+        self._row, self._ends = 0, bounds[:0:-1].tolist()
+        self._look()
         first = call.fed == self.plan.grid.size
         known = np.where(first, self._bos, self._known(call.fed))
         held = call.fed % self._held

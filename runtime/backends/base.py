@@ -23,7 +23,6 @@ from nuwa.spec.sampling import Sampling
 from ..core import Pixels
 
 Float = npt.NDArray[np.float32]
-Bool = npt.NDArray[np.bool_]
 
 AUTO = "auto"
 NATIVE_CPU, ONNXRUNTIME_CPU = "native-cpu", "onnxruntime-cpu"
@@ -115,12 +114,19 @@ class Backend(Protocol):
         """
 
     def encode_visual(
-        self, tokens: Int, coordinates: Int, neighbours: Int, condition_slot: int
+        self,
+        tokens: Int,
+        coordinates: Int,
+        neighbours: Int,
+        condition_slot: int,
+        *,
+        busy: bool = False,
     ) -> None:
         """Puts those of one volume of visual ids i32 [N] into the visual entries of a slot.
 
-        coordinates i32 [N, 3]; neighbours i32 [N, n], positions of the volume, -1 masked. Only
-        for a model with a visual encoder.
+        coordinates i32 [N, 3]; neighbours i32 [N, n], positions of the volume, -1 masked; busy:
+        streams are stepped beside, here and below: on a processor a call then leaves cores for
+        that. Only for a model with a visual encoder.
         """
 
     def open(self, stream: Stream) -> None:
@@ -129,10 +135,10 @@ class Backend(Protocol):
     def stage(self, stream: Stream) -> None:
         """Takes the stream's new rows."""
 
-    def step(self, parts: Sequence[Part]) -> Bool:
+    def step(self, parts: Sequence[Part]) -> list[bool]:
         """Runs one call, which draws each row's token and puts it into its place.
 
-        bool [parts]: logits of all rows were finite numbers; the tokens of a part that had others
+        Of each part: logits of all rows were finite numbers; the tokens of a part that had others
         are of any value. A call that raises has put no token anywhere and may be made again, whole
         or in parts.
         """
@@ -145,17 +151,17 @@ class Backend(Protocol):
     def close(self, stream: Stream) -> None:
         """Forgets a stream."""
 
-    def tokenize(self, pixels: Pixels) -> Int:
+    def tokenize(self, pixels: Pixels, *, busy: bool = False) -> Int:
         """u8 [B, H, W, 3] -> codes i32 [B, h, w]."""
         ...
 
-    def tokenize_sketch(self, class_maps: npt.NDArray[np.uint8]) -> Int:
+    def tokenize_sketch(self, class_maps: npt.NDArray[np.uint8], *, busy: bool = False) -> Int:
         """u8 [B, H, W] of class ids -> sketch codes i32 [B, h, w].
 
         Only for a model with a sketch tokenizer.
         """
         ...
 
-    def detokenize(self, codes: Int) -> Pixels:
+    def detokenize(self, codes: Int, *, busy: bool = False) -> Pixels:
         """codes i32 [B, h, w] -> u8 [B, H, W, 3]."""
         ...

@@ -27,7 +27,7 @@ from nuwa.spec.manifest import DECODER_STEP
 from ..bundle import Bundle
 from ..errors import UnavailableError
 from ..onnx_weights import Weights, read_weights
-from .base import NATIVE_CPU, Bool, Float, Part, Rows, Stream
+from .base import NATIVE_CPU, Float, Part, Rows, Stream
 from .native_library import (
     BLOCK_WEIGHTS,
     HEAD_WEIGHTS,
@@ -104,6 +104,7 @@ class NativeCpu(OnnxRuntimeGraphs):
         for name, pointers in zip(AbiStep.MEMORY, self._memory, strict=True):
             setattr(self._step, name, ctypes.addressof(pointers))
         self._streams: dict[Stream, _Held] = {}
+        self._make_room(1)
         self._process = os.getpid()
         self._decoder = _new_decoder(self._library, config, weights, self.threads)
 
@@ -117,20 +118,29 @@ class NativeCpu(OnnxRuntimeGraphs):
     def stage(self, stream: Stream) -> None:
         self._streams[stream].stage(stream.rows)
 
-    def step(self, parts: Sequence[Part]) -> Bool:
+    def step(self, parts: Sequence[Part]) -> list[bool]:
         if os.getpid() != self._process:
             raise RuntimeError("a forked process has none of the decoder's threads; load it there")
-        called = (AbiPart * len(parts))(
-            *(AbiPart(self._streams[part.stream].pointer, part.first, part.count) for part in parts)
-        )
-        self._step.parts, self._step.part_count = called, len(parts)
+        if len(parts) > len(self._told):
+            self._make_room(len(parts))
+        told = self._told[: len(parts)]
+        for each, part in zip(told, parts, strict=True):
+            each.stream = self._streams[part.stream].pointer
+            each.first, each.count = part.first, part.count
+        self._step.part_count = len(parts)
+        self._step.threads = self._cores.free
         if self._keep_logits:
             rows = sum(part.count * len(part.stream.lanes) for part in parts)
             self.logits = np.zeros((rows, self._codebook_size), np.float32)
             self._step.logits = self.logits.ctypes.data
         if self._library.nuwa_decoder_step(self._decoder, byref(self._step)):
             raise MemoryError(f"no memory for a step of {len(parts)} streams")
-        return np.array([part.finite for part in called], bool)
+        return [bool(each.finite) for each in told]
+
+    def _make_room(self, parts: int) -> None:
+        """For what a step is told of so many parts, which is written anew for each step."""
+        called = (AbiPart * parts)()
+        self._step.parts, self._told = called, list(called)
 
     def tokens(self, stream: Stream, first: int, count: int) -> Int:
         return self._streams[stream].tokens[first : first + count].copy()

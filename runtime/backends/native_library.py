@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ..errors import UnavailableError
 from .base import Float, Lane, Rows
 
-_ABI_VERSION = 2  # kAbiVersion of native/decoder_abi.h
+_ABI_VERSION = 3  # kAbiVersion of native/decoder_abi.h
 LEVELS = (4, 3, 0)  # x86-64 levels of the libraries, best first; 0 runs anywhere
 BLOCK_WEIGHTS = (
     *("self_norm.weight", "self_norm.bias", "self_qkv.weight"),
@@ -90,7 +90,7 @@ class AbiStep(Structure):
     _fields_ = [
         ("parts", POINTER(AbiPart)),
         *((name, c_int32) for name in ("part_count", "neighbour_columns", "visual_columns")),
-        *((name, c_int32) for name in ("cache_entries", "condition_entries")),
+        *((name, c_int32) for name in ("cache_entries", "condition_entries", "threads")),
         *((name, c_void_p) for name in (*MEMORY, "logits")),
     ]
 

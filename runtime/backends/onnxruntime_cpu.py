@@ -19,7 +19,7 @@ from nuwa.spec.grid import Int
 from nuwa.spec.manifest import DECODER_STEP, step_call_inputs
 
 from ..bundle import Bundle
-from .base import ONNXRUNTIME_CPU, Bool, Float, Part, Stream
+from .base import ONNXRUNTIME_CPU, Float, Part, Stream
 from .onnxruntime_graphs import OnnxRuntimeGraphs, allocate, cache_names
 from .step_batch import CrossColumns, StepBatch, assemble
 
@@ -83,7 +83,7 @@ class OnnxRuntimeCpu(OnnxRuntimeGraphs):
     def close(self, stream: Stream) -> None:
         self._tokens.pop(stream, None)
 
-    def step(self, parts: Sequence[Part]) -> Bool:
+    def step(self, parts: Sequence[Part]) -> list[bool]:
         drawn = self.run(
             assemble(parts, self._tokens.__getitem__, self._codebook_size, self._columns)
         )
@@ -95,7 +95,7 @@ class OnnxRuntimeCpu(OnnxRuntimeGraphs):
             finite.append(bool((own[given < 0] >= 0).all()))
             held[rows.place[staged]] = np.where(given < 0, own, given)
             start += part.count * len(part.stream.lanes)
-        return np.array(finite, bool)
+        return finite
 
     def run(self, batch: StepBatch) -> Int:
         """The graph itself: i32 [T], -1 where a row's logits are no finite numbers."""

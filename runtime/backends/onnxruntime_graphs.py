@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import cached_property
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,8 @@ from nuwa.spec.manifest import (
 
 from ..bundle import Bundle
 from ..core import Pixels
+from .cores import Cores
+from .frame_graph import FrameGraph
 
 _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # Linux control groups: microseconds of every so many
 
@@ -57,10 +60,14 @@ class OnnxRuntimeGraphs:
             raise ValueError(f"threads {threads} is not at least 1")
         config = bundle.manifest.config
         self.bundle, self.threads = bundle, threads or cores()
-        self._options = _options(self.threads, spinning)
+        self._spinning = spinning
+        self._cores = Cores(self.threads)
+        helpers = self.threads - 1
+        self._pool = ThreadPoolExecutor(helpers, "nuwa-frames") if helpers else None
         self._text = self.session(TEXT_ENCODER)
-        self._tokenizer = self.session(IMAGE_TOKENIZER)
-        self._detokenizer = self.session(IMAGE_DETOKENIZER)
+        self._tokenizer = self._frame_graph(IMAGE_TOKENIZER)
+        self._detokenizer = self._frame_graph(IMAGE_DETOKENIZER)
+        self._visuals: dict[int, ort.InferenceSession] = {}  # by how many threads they take
         self._layout = ConditionLayout.of(config)
         layers = config.decoder.layers
         shape = (condition_slots, self._layout.entries, config.decoder.width)
@@ -73,35 +80,48 @@ class OnnxRuntimeGraphs:
             self.conditions[name][list(condition_slots), first : first + rows.shape[1]] = rows
 
     def encode_visual(
-        self, tokens: Int, coordinates: Int, neighbours: Int, condition_slot: int
+        self,
+        tokens: Int,
+        coordinates: Int,
+        neighbours: Int,
+        condition_slot: int,
+        *,
+        busy: bool = False,
     ) -> None:
         inputs = {"tokens": tokens, "coordinates": coordinates, "neighbours": neighbours}
-        encoded = self._visual.run(self._condition_names, inputs)
+        used = self._cores.share if busy else self.threads
+        with self._cores.lend(used):
+            encoded = self._visual(used).run(self._condition_names, inputs)
         first = self._layout.visual
         for name, rows in zip(self._condition_names, encoded, strict=True):
             self.conditions[name][condition_slot, first : first + len(rows)] = rows
 
-    def tokenize(self, pixels: Pixels) -> Int:
-        return self._tokenizer.run(["codes"], {"pixels": pixels})[0]
+    def tokenize(self, pixels: Pixels, *, busy: bool = False) -> Int:
+        return self._tokenizer.run(pixels, busy=busy)
 
-    def tokenize_sketch(self, class_maps: npt.NDArray[np.uint8]) -> Int:
-        return self._sketches.run(["codes"], {"class_maps": class_maps})[0]
+    def tokenize_sketch(self, class_maps: npt.NDArray[np.uint8], *, busy: bool = False) -> Int:
+        return self._sketches.run(class_maps, busy=busy)
 
-    def detokenize(self, codes: Int) -> Pixels:
-        return self._detokenizer.run(["pixels"], {"codes": codes})[0]
+    def detokenize(self, codes: Int, *, busy: bool = False) -> Pixels:
+        return self._detokenizer.run(codes, busy=busy)
 
-    def session(self, graph: str) -> ort.InferenceSession:
-        """A graph of the bundle, ready to run."""
+    def session(self, graph: str, threads: int | None = None) -> ort.InferenceSession:
+        """A graph of the bundle, ready to run on so many threads, by default on all."""
+        options = _options(threads or self.threads, self._spinning)
         path = self.bundle.graph(graph)
-        return ort.InferenceSession(path, self._options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def _frame_graph(self, graph: str) -> FrameGraph:
+        return FrameGraph(partial(self.session, graph), self._cores, self._pool)
 
     @cached_property
-    def _visual(self) -> ort.InferenceSession:
-        return self.session(VISUAL_ENCODER)
+    def _sketches(self) -> FrameGraph:
+        return self._frame_graph(SKETCH_TOKENIZER)
 
-    @cached_property
-    def _sketches(self) -> ort.InferenceSession:
-        return self.session(SKETCH_TOKENIZER)
+    def _visual(self, threads: int) -> ort.InferenceSession:
+        if threads not in self._visuals:
+            self._visuals[threads] = self.session(VISUAL_ENCODER, threads)
+        return self._visuals[threads]
 
 
 def allocate(names: Sequence[str], shape: tuple[int, ...], storage: npt.DTypeLike) -> Layers:

@@ -92,6 +92,7 @@ Decoder::Decoder(const NuwaShape& shape, const NuwaWeights& weights, int threads
 }
 
 void Decoder::step(const NuwaStep& call) {
+  team_.employ(call.threads);
   lay_out(call);
   team_.run([&](int member) { run(call, members_[member]); });
   std::size_t draw = 0;
@@ -134,9 +135,9 @@ void Decoder::lay_out(const NuwaStep& call) {
   int text = 0;
   for (const Row& row : rows_) text = std::max(text, row.lane->text_length);
   const auto share = [this](std::size_t count, int member) {
-    return static_cast<int>(count * member / team_.size());
+    return static_cast<int>(count * member / team_.working());
   };
-  for (int i = 0; i < team_.size(); ++i) {
+  for (int i = 0; i < team_.working(); ++i) {
     Member& member = members_[i];
     member.index = i;
     member.first_row = share(rows, i);
@@ -324,8 +325,8 @@ void Decoder::normalize(const Norm& norm, const Linear& next, const Member& memb
 template <class Done>
 void Decoder::product(const Rows& rows, int count, const Linear& linear, const Member& member,
                       Done done) {
-  const int first = linear.panels * member.index / team_.size();
-  const int last = linear.panels * (member.index + 1) / team_.size();
+  const int first = linear.panels * member.index / team_.working();
+  const int last = linear.panels * (member.index + 1) / team_.working();
   multiply(rows, count, linear, first, last, done);
 }
 

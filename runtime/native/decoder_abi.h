@@ -12,7 +12,7 @@
 
 extern "C" {
 
-constexpr std::int32_t kAbiVersion = 2;
+constexpr std::int32_t kAbiVersion = 3;
 
 // Sizes of a model. column_bounds: [L][2], the half-open range of `neighbours` that a layer reads;
 // positions: rows of the table of positions, position_starts: [3], where those of the three axes
@@ -80,11 +80,13 @@ struct NuwaPart {
 };
 
 // One call, and the memory of the caches: L pointers each, to f32 [slots][R][d] and [slots][E][d].
+// threads: how many of the decoder's threads work on it; what they compute does not depend on it.
 // logits: f32 [T][K] to fill, T counting each part's rows once a lane, its first lane's before its
 // second's, or null. Rows whose token is given are left out of the logits: theirs are not touched.
 struct NuwaStep {
   NuwaPart* parts;
   std::int32_t part_count, neighbour_columns, visual_columns, cache_entries, condition_entries;
+  std::int32_t threads;
   float *const *key_caches, *const *value_caches;
   const float *const *cross_keys, *const *cross_values;
   float* logits;

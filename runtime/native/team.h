@@ -1,9 +1,11 @@
 // Threads that run one function together and wait for each other inside it.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdint>
 #include <functional>
 #include <mutex>
 #include <thread>
@@ -32,14 +34,19 @@ class Team {
 
   int size() const { return size_; }
 
-  // task(member) for members 0 .. size - 1; the caller is member 0. It must not throw.
+  // How many members work, until this is called again; all at first. Not inside a task.
+  void employ(int members) { working_ = std::clamp(members, 1, size_); }
+  int working() const { return working_; }
+
+  // task(member) for members 0 .. working - 1; the caller is member 0. It must not throw.
   void run(const std::function<void(int)>& task) {
-    if (size_ > 1) {
+    if (working_ > 1) {
       {
         std::lock_guard<std::mutex> lock(mutex_);
         task_ = &task;
-        busy_.store(size_ - 1, std::memory_order_relaxed);
-        round_.fetch_add(1, std::memory_order_release);
+        busy_.store(working_ - 1, std::memory_order_relaxed);
+        const std::int64_t rounds = round_.load(std::memory_order_relaxed) / kMost + 1;
+        round_.store(rounds * kMost + working_, std::memory_order_release);
       }
       wake_.notify_all();
     }
@@ -47,11 +54,11 @@ class Team {
     for (int turn = 0; busy_.load(std::memory_order_acquire); ++turn) pause(turn);
   }
 
-  // Inside a task: waits until all members are here.
+  // Inside a task: waits until all working members are here.
   void meet() {
-    if (size_ == 1) return;
+    if (working_ == 1) return;
     const unsigned phase = phase_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == working_ - 1) {
       arrived_.store(0, std::memory_order_relaxed);
       phase_.store(phase + 1, std::memory_order_release);
       return;
@@ -84,15 +91,19 @@ class Team {
   }
 
   void follow(int member) {
-    for (long seen = 0;;) {
-      const auto waiting = [&] { return round_.load(std::memory_order_acquire) == seen; };
-      for (int turn = 0; turn < kActiveTurns && waiting(); ++turn) pause(turn);
-      if (waiting()) {
+    for (std::int64_t seen = 0;;) {
+      const auto called = [&] {
+        const std::int64_t round = round_.load(std::memory_order_acquire);
+        return round != seen && member < round % kMost;
+      };
+      for (int turn = 0; turn < kActiveTurns && !called(); ++turn) pause(turn);
+      if (!called()) {
         std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return dismissed_ || round_ != seen; });
+        wake_.wait(lock, [&] { return dismissed_ || called(); });
         if (dismissed_) return;
       }
-      ++seen;  // no round begins before all members are through with the one before
+      // No round begins before all members that work are through with the one before.
+      seen = round_.load(std::memory_order_relaxed);
       (*task_)(member);
       busy_.fetch_sub(1, std::memory_order_acq_rel);
     }
@@ -107,13 +118,16 @@ class Team {
     for (std::thread& thread : threads_) thread.join();
   }
 
+  static constexpr std::int64_t kMost = 1 << 16;  // members
+
   const int size_;
+  int working_ = size_;
   std::vector<std::thread> threads_;
   std::mutex mutex_;
   std::condition_variable wake_;
   const std::function<void(int)>* task_ = nullptr;
   bool dismissed_ = false;
-  alignas(64) std::atomic<long> round_{0};
+  alignas(64) std::atomic<std::int64_t> round_{0};  // rounds so far * kMost + members of this one
   alignas(64) std::atomic<int> busy_{0};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<unsigned> phase_{0};

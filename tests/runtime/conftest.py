@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 import pytest
 
+from nuwa.runtime.client import Client, LocalClient
 from nuwa.runtime.server import Server
 from nuwa.v1 import generation_pb2_grpc
 
@@ -32,3 +33,14 @@ def channel(server):
 @pytest.fixture
 def stub(channel):
     return generation_pb2_grpc.GenerationServiceStub(channel)
+
+
+@pytest.fixture(params=["server", "local"])
+def client(request, engine):
+    """Both clients in turn: over a server of its own, and without one."""
+    if request.param == "local":
+        with LocalClient(engine) as client:
+            yield client
+        return
+    with Server(engine) as server, Client(server.address) as client:
+        yield client

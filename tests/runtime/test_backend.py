@@ -13,6 +13,7 @@ import pytest
 
 from nuwa.runtime.backends import native_cpu, native_library
 from nuwa.runtime.backends.base import Lane, Part
+from nuwa.runtime.backends.cores import Cores
 from nuwa.runtime.backends.native_cpu import NativeCpu
 from nuwa.runtime.backends.native_library import LEVELS
 from nuwa.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
@@ -373,7 +374,7 @@ def test_tokens_of_each_row_follow_its_own_settings(bundle, backend):
     ]
     for array in backend.caches.values():
         array[:] = 0
-    assert backend.step(opened(backend, *crowd)).all()
+    assert all(backend.step(opened(backend, *crowd)))
     tokens = np.array(drawn(backend, *crowd))
     likeliest = backend.logits.argmax(axis=1).reshape(3, -1)
     assert (tokens[:2] == likeliest[:2]).all()
@@ -382,7 +383,7 @@ def test_tokens_of_each_row_follow_its_own_settings(bundle, backend):
 
 def test_serving_binds_no_logits(bundle, kind):
     backend = made_as(kind, bundle, cache_slots=1, condition_slots=1, threads=1, spinning=False)
-    assert backend.step(opened(backend, sequence(bundle, Lane(0, 0, 3)))).tolist() == [True]
+    assert backend.step(opened(backend, sequence(bundle, Lane(0, 0, 3)))) == [True]
     assert backend.logits is None
     if kind == "onnxruntime":
         assert len(backend._binding.get_outputs()) == 1 + len(backend.caches)
@@ -435,7 +436,7 @@ def test_native_logits_are_those_of_onnxruntime(bundle, plain, kind, sees):
     for _ in range(clips[0].plan.steps):
         tokens = []
         for backend in (expected, native):
-            assert backend.step(opened(backend, *clips)).all()
+            assert all(backend.step(opened(backend, *clips)))
             tokens.append(np.concatenate(drawn(backend, *clips)))
         same.append(tokens[0] == tokens[1])
         np.testing.assert_allclose(native.logits, expected.logits, rtol=1e-4, atol=1e-4)
@@ -524,9 +525,9 @@ def test_logits_that_are_no_numbers_are_told(bundle, backend):
         if name.startswith("cross_value"):
             array[1] = np.nan
     ill, well = (sequence(bundle, Lane(c, c, 5), calls=4, temperature=1.0) for c in (1, 2))
-    assert backend.step(opened(backend, well)).tolist() == [True]
+    assert backend.step(opened(backend, well)) == [True]
     alone = drawn(backend, well)
-    assert backend.step(opened(backend, ill, well)).tolist() == [False, True]
+    assert backend.step(opened(backend, ill, well)) == [False, True]
     assert np.isnan(backend.logits[: ill.width]).all(), "they are not hidden"
     assert drawn(backend, well) == alone
     assert all(-1 <= token < 64 for token in drawn(backend, ill)[0])
@@ -541,7 +542,7 @@ def test_one_number_that_is_none_is_enough_to_be_told(other, kind, value):
         if name.startswith("cross_value"):
             array[1, :, 5] = value
     ill, well = (sequence(other, Lane(c, c, 5), calls=4, temperature=1.0) for c in (1, 2))
-    assert backend.step(opened(backend, ill, well)).tolist() == [False, True]
+    assert backend.step(opened(backend, ill, well)) == [False, True]
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
@@ -585,7 +586,7 @@ def test_given_tokens_are_put_in_place_and_fed(bundle, backend):
     tokens = []
     while not made.done:
         parts = [made.part()]
-        assert backend.step(parts).all()
+        assert all(backend.step(parts))
         tokens += drawn(backend, made)[0]
         made.advance(made.width)
     order = decode_plan(config.decoder, config.decoder.grid).position
@@ -647,3 +648,49 @@ def test_native_bits_do_not_depend_on_threads(bundle, kind):
         assert (alone.logits == many.logits).all()
     for name, array in alone.caches.items():
         assert (array == many.caches[name]).all()
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_a_step_takes_the_cores_that_others_leave(bundle, kind):
+    alone, many = loaded(bundle, kind), loaded(bundle, kind, threads=3)
+    crowd = [sequence(bundle, Lane(s, s % CONDITIONS, 5), seed=s) for s in range(SLOTS)]
+    expected = None
+    for lent in [0, 1, 5, 0, 2, 1, 0] * 5:  # threads that wait come back, and go again
+        for backend, taken in ((alone, 0), (many, lent)):
+            parts = opened(backend, *crowd)
+            with backend._cores.lend(taken):
+                backend.step(parts)
+                assert backend._step.threads == max(1, backend.threads - taken)
+        expected = alone.logits if expected is None else expected
+        assert (alone.logits == expected).all() and (many.logits == expected).all()
+
+
+@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize("threads", [1, 3, 8])
+def test_frames_are_shared_out(bundle, threads, busy):
+    backend = loaded(bundle, "onnxruntime", threads)
+    codes = np.random.default_rng(2).integers(0, 64, (7, 4, 4), np.int32)
+    one_by_one = [backend.detokenize(codes[i : i + 1])[0].astype(int) for i in range(len(codes))]
+    for count in (1, 2, 3, 7):
+        pixels = backend.detokenize(codes[:count], busy=busy)
+        assert pixels.shape == (count, 16, 16, 3)
+        assert np.abs(pixels - np.stack(one_by_one[:count])).max() <= 1
+    assert backend._cores.free == threads  # all that was taken is given back
+
+
+def test_cores_are_given_back_even_by_calls_that_fail(bundle):
+    backend = loaded(bundle, "onnxruntime", threads=2)
+    with pytest.raises(Exception, match="(?i)rank|shape|dimension"):
+        backend.detokenize(np.zeros((3, 4, 4, 1), np.int32), busy=True)
+    assert backend._cores.free == 2
+
+
+@pytest.mark.parametrize(("total", "share"), [(1, 1), (2, 1), (4, 1), (8, 2), (16, 4)])
+def test_calls_beside_steps_leave_cores_for_them(total, share):
+    cores = Cores(total)
+    assert (cores.share, cores.free) == (share, total)
+    with cores.lend(cores.share), cores.lend(cores.share):
+        assert cores.free == max(1, total - 2 * share)
+    with cores.lend(total):
+        assert cores.free == 1
+    assert cores.free == total

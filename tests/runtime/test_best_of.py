@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 
 from nuwa.runtime import media
-from nuwa.runtime.client import Client, LocalClient
+from nuwa.runtime.client import LocalClient
 from nuwa.runtime.core import Accepted, Frame, GenerationRequest, Progress
 from nuwa.runtime.errors import EngineError, FieldError
 from nuwa.runtime.results import ClipDone
 from nuwa.runtime.samples import MAX_REQUEST_PIXELS, Samples
 from nuwa.runtime.selection import Contest
-from nuwa.runtime.server import Server
 from nuwa.spec.palette import voc_palette
 from nuwa.spec.tasks import Task
 from nuwa.v1 import generation_pb2 as pb
@@ -34,16 +33,6 @@ SCORES = {0: 510.0, 1: 511.0, 2: 0.0, 3: 1.0}
 @pytest.fixture
 def engine():
     return FakeEngine(slots=3)
-
-
-@pytest.fixture(params=["server", "local"])
-def client(request, engine):
-    if request.param == "local":
-        with LocalClient(engine) as client:
-            yield client
-        return
-    with Server(engine) as server, Client(server.address) as client:
-        yield client
 
 
 def pictures(seed: int, frames: int) -> np.ndarray:

@@ -19,25 +19,10 @@ from nuwa.runtime.server import Server
 from nuwa.spec.palette import voc_palette
 from nuwa.spec.sampling import Sampling
 
-from .fake_engine import FakeEngine, expected_pixels, expected_tokens
+from .fake_engine import expected_pixels, expected_tokens
 
 PICTURE = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
 CLIP = np.stack([PICTURE, PICTURE, PICTURE + 1])
-
-
-@pytest.fixture
-def engine():
-    return FakeEngine()
-
-
-@pytest.fixture(params=["server", "local"])
-def client(request, engine):
-    if request.param == "local":
-        with LocalClient(engine) as client:
-            yield client
-        return
-    with Server(engine) as server, Client(server.address) as client:
-        yield client
 
 
 def test_an_image(client):

@@ -6,7 +6,7 @@ import grpc
 import numpy as np
 import pytest
 
-from nuwa.runtime.client import Client, ClientError, LocalClient
+from nuwa.runtime.client import Client, ClientError
 from nuwa.runtime.core import Accepted, GenerationRequest, Preview, Progress
 from nuwa.runtime.errors import FieldError
 from nuwa.runtime.painter import GREY
@@ -17,16 +17,6 @@ from nuwa.v1 import generation_pb2 as pb
 from .engine_run import PROMPT, alone, tiny_engine
 from .fake_engine import expected_pixels, expected_tokens
 from .messages import wait_until, wait_until_told_to_cancel
-
-
-@pytest.fixture(params=["server", "local"])
-def client(request, engine):
-    if request.param == "local":
-        with LocalClient(engine) as client:
-            yield client
-        return
-    with Client(request.getfixturevalue("server").address) as client:
-        yield client
 
 
 def test_an_image_is_shown_while_it_is_made(client):

@@ -1,0 +1,39 @@
+"""Who computes on how many of a processor's cores, so that no more threads run than there are.
+
+Threads of a step wait for each other many times. If one of them has to share its core with a
+thread that makes pixels, all wait, and a step of two threads takes longer than one of a single
+thread. So calls beside the steps say how many cores they take, and a step takes the others.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Cores:
+    """`total` cores, of which a call that is not the only one takes `share`."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        # Two such calls at a time, one that prepares and one that makes pixels, leave half.
+        self.share = max(1, total // 4)
+        self._lent = 0
+        self._lock = threading.Lock()
+
+    @property
+    def free(self) -> int:
+        """Those that are left for a step, at least one."""
+        return max(1, self.total - self._lent)
+
+    @contextmanager
+    def lend(self, count: int) -> Iterator[None]:
+        """Takes so many for a while."""
+        with self._lock:
+            self._lent += count
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._lent -= count
