@@ -1,8 +1,8 @@
 """Memory of one more sequence, measured against the formula; long clips: see long_clip.py.
 
 A process that has decoded guided clips in every slot of a small engine, against one with more
-slots: what each slot adds, over what its caches and its condition slot are said to take. The last
-line is JSON.
+slots: what each slot adds, over what its caches, its condition slot and its rows of a step are said
+to take. The last line is JSON.
 
     python benchmarks/memory.py BUNDLE
 """
@@ -23,6 +23,7 @@ from nuwa.runtime.engine import cache_slots, condition_slots, load_engine
 from nuwa.runtime.scheduler import Scheduler
 from nuwa.spec.conditions import ConditionLayout
 from nuwa.spec.manifest import MANIFEST, Manifest
+from nuwa.spec.plan import decode_plan
 from nuwa.spec.sampling import Sampling
 from nuwa.spec.tasks import Task
 
@@ -72,14 +73,21 @@ def main() -> int:
 
 
 def slot_bytes(bundle: Path) -> int:
-    """fp32 keys and values of all layers: two cache slots, for guidance, and a condition slot."""
+    """fp32 keys and values of all layers: two cache slots, for guidance, and a condition slot.
+
+    And what a step computes by row, for the widest wave of both: residual stream, its norm,
+    queries, what attention gives, the feed-forward's hidden values, logits.
+    """
     manifest = Manifest.from_json((bundle / MANIFEST).read_text())
-    decoder = manifest.config.decoder
+    config = manifest.config
+    decoder = config.decoder
     caches = cache_slots(1) * manifest.cache_entries
-    conditions = (condition_slots(2) - condition_slots(1)) * ConditionLayout.of(
-        manifest.config
-    ).entries
-    return (caches + conditions) * decoder.layers * 2 * decoder.width * 4
+    conditions = (condition_slots(2) - condition_slots(1)) * ConditionLayout.of(config).entries
+    kept = (caches + conditions) * decoder.layers * 2 * decoder.width
+    rows = cache_slots(1) * decode_plan(decoder, decoder.grid).widest
+    hidden = decoder.ff_multiplier * decoder.width
+    computed = rows * (4 * decoder.width + hidden + config.image.codebook_size)
+    return 4 * (kept + computed)
 
 
 def in_a_process(options: argparse.Namespace, slots: int) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nuwa.spec.conditions import ConditionLayout, visual_neighbours, visual_window
+from nuwa.spec.config import DecoderConfig
 from nuwa.spec.grid import Grid, Int
 from nuwa.spec.known import blank_hidden, hidden_edges
 from nuwa.spec.manifest import BundleError, Manifest
@@ -76,6 +77,7 @@ def load_engine(
         opened,
         cache_slots=cache_slots(slots),
         condition_slots=condition_slots(slots),
+        rows=usual_rows(slots, opened.manifest.config.decoder),
         threads=threads,
         spinning=spinning,
     )
@@ -90,6 +92,11 @@ def condition_slots(slots: int) -> int:
 def cache_slots(slots: int) -> int:
     """Cache slots of an engine: slot s decodes in s, and its unconditional partner in slots + s."""
     return 2 * slots
+
+
+def usual_rows(slots: int, decoder: DecoderConfig) -> int:
+    """Rows of the largest usual call: the widest wave of a guided clip in every slot."""
+    return max(MOST_ROWS, cache_slots(slots) * decode_plan(decoder, decoder.grid).widest)
 
 
 class Prepared:

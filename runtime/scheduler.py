@@ -13,15 +13,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from .core import (
     Accepted,
     CancelledError,
     GenerationRequest,
-    Progress,
     QueueFullError,
     SlotStep,
 )
@@ -29,7 +27,9 @@ from .engine_protocol import Engine
 from .errors import DeadlineExceededError, EngineError, ShuttingDownError
 from .handle import Handle
 from .painter import Painter, Picture
+from .running import Running
 from .submission import Submission
+from .waiting import Waiting
 
 log = logging.getLogger("nuwa.runtime")
 
@@ -37,21 +37,6 @@ DEFAULT_QUEUE_SIZE = 64
 CLOSE_SECONDS = 30.0  # how long close() waits for a step that is under way
 SWEEP_SECONDS = 0.05  # how often deadlines are looked at while nothing is decoded
 SHUT_DOWN = "the server shut down before the request was finished"
-
-
-@dataclass
-class _Running:
-    """A sample that holds a slot."""
-
-    submission: Submission
-    request: GenerationRequest
-    frames_done: int = 0
-    percent: int = -1
-    previews: int = 0
-
-    @property
-    def handle(self) -> Handle:
-        return self.submission.handle
 
 
 class Scheduler:
@@ -70,11 +55,10 @@ class Scheduler:
         # under the lock. A handle ends once, whoever is the first to end it. Slots are emptied by
         # the decode thread alone, before the handle ends or, where another thread has ended it, at
         # the next sweep.
-        self._queue: deque[Submission] = deque()
+        self._queue = Waiting()
         self._painting: set[Submission] = set()  # decoded, and not known to have ended
-        self._preparing: Submission | None = None  # of the queue
         self._unpainted: list[tuple[Submission, Exception]] = []  # what the painter could not make
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, Running] = {}
         self._changed = threading.Condition()
         self._closing = False
         self._aborting = False
@@ -219,45 +203,26 @@ class Scheduler:
 
     def _can_admit(self) -> bool:
         """Under the lock: whether a sample can have a slot."""
-        free = len(self._running) < self.engine.slots
-        return free and any(submission.prepared is not None for submission in self._queue)
+        return len(self._running) < self.engine.slots and self._queue.ready() is not None
 
     def _can_prepare(self) -> bool:
         """Under the lock: whether there is a request to prepare, and room for it."""
-        return self._unprepared() is not None and (self.engine.room > 0 or bool(self._idle()))
-
-    def _unprepared(self) -> Submission | None:
-        """Under the lock: the first request that is not prepared."""
-        for submission in self._queue:
-            if submission.prepared is None and submission is not self._preparing:
-                return submission
-        return None
-
-    def _idle(self) -> Submission | None:
-        """Under the lock: the last one that is prepared, not running, and behind one that is not.
-
-        It has had a sample of its own, or it would not be behind.
-        """
-        found, waiting = None, self._unprepared()
-        behind = False
-        for submission in self._queue:
-            behind = behind or submission is waiting
-            if behind and submission.prepared is not None and not submission.running:
-                found = submission
-        return found
+        if self._queue.unprepared() is None:
+            return False
+        return self.engine.room > 0 or self._queue.idle() is not None
 
     def _prepare(self) -> bool:
         """Has the engine encode the next request; False if there is none, or no room."""
         with self._changed:
-            submission = self._unprepared()
+            submission = self._queue.unprepared()
             if submission is None:
                 return False
             if not self.engine.room:
-                idle = self._idle()
+                idle = self._queue.idle()
                 if idle is None:
                     return False
                 idle.discard()  # so that who has had nothing yet need not wait for all its samples
-            self._preparing = submission
+            self._queue.preparing = submission
         started = time.perf_counter()
         prepared, failure = None, None
         try:
@@ -266,7 +231,7 @@ class Scheduler:
             log.exception("the engine could not prepare a request")
             failure = _engine_error("preparing the request", error)
         with self._changed:
-            self._preparing = None
+            self._queue.preparing = None
             submission.prepared = prepared
             submission.encode += time.perf_counter() - started
             if submission not in self._queue:  # it was cancelled meanwhile
@@ -298,7 +263,7 @@ class Scheduler:
         now = time.perf_counter()
         ended = []
         with self._changed:
-            for submission in list(self._queue):
+            for submission in self._queue:
                 if error := self._reason_to_stop(submission.handle, now):
                     self._queue.remove(submission)
                     ended.append((submission, error))
@@ -329,15 +294,14 @@ class Scheduler:
         for slot in range(self.engine.slots):
             while slot not in self._running:
                 with self._changed:
-                    ready = (each for each in self._queue if each.prepared is not None)
-                    submission = next(ready, None)
+                    submission = self._queue.ready()
                     if submission is None:
                         return
                     self._queue.remove(submission)
                     request = submission.start_next()
                     if not submission.all_started:
                         self._queue.append(submission)
-                    self._running[slot] = _Running(submission, request)
+                    self._running[slot] = Running(submission, request)
                 self._admit_one(submission, request, slot)
 
     def _admit_one(self, submission: Submission, request: GenerationRequest, slot: int) -> None:
@@ -377,38 +341,16 @@ class Scheduler:
                 log.exception("decoding in slot %d failed", result.slot)
                 self._end(running.submission, _engine_error("decoding", error))
 
-    def _take(self, running: _Running, result: SlotStep) -> None:
+    def _take(self, running: Running, result: SlotStep) -> None:
         """What a step did for one slot."""
-        self._report(running, result)
-        self._preview(running, result)
+        running.report(result)
+        if running.preview_is_due(result):
+            tokens, decoded = self.engine.unfinished(result.slot)
+            self._painter.put(Picture(running.submission, running.request, 0, tokens, decoded))
         for index, tokens in result.frames:
             self._painter.put(Picture(running.submission, running.request, index, tokens))
         if result.done:
             self._finish(result.slot)
-
-    def _report(self, running: _Running, result: SlotStep) -> None:
-        running.frames_done += len(result.frames)
-        percent = 100 * result.positions_done // max(result.positions_total, 1)
-        if percent != running.percent:
-            running.percent = percent
-            running.handle.emit(
-                Progress(
-                    result.positions_done,
-                    result.positions_total,
-                    running.frames_done,
-                    running.request.frame_count,
-                    running.request.sample_index,
-                )
-            )
-
-    def _preview(self, running: _Running, result: SlotStep) -> None:
-        """Has an unfinished image painted whenever another one of its previews is due."""
-        request = running.request
-        due = result.positions_done * (request.previews + 1) // max(result.positions_total, 1)
-        if running.previews < due <= request.previews:
-            running.previews = due
-            tokens, decoded = self.engine.unfinished(result.slot)
-            self._painter.put(Picture(running.submission, request, 0, tokens, decoded))
 
     def _not_painted(self, submission: Submission, error: Exception) -> None:
         """For the painter's thread: ends the request; its slots are emptied by the next sweep."""
@@ -434,8 +376,7 @@ class Scheduler:
     def _end(self, submission: Submission, error: Exception) -> None:
         """Ends a request: no sample of it waits or holds a slot any more."""
         with self._changed:
-            if submission in self._queue:
-                self._queue.remove(submission)
+            self._queue.remove(submission)
         for slot, running in list(self._running.items()):
             if running.submission is submission:
                 self._vacate(slot)

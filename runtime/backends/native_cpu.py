@@ -55,8 +55,9 @@ class NativeCpu(OnnxRuntimeGraphs):
     """A backend; UnavailableError where no library fits.
 
     Arguments as of OnnxRuntimeCpu. Caches, and weights that are not int8, are fp32 whatever the
-    bundle stores; spinning concerns the encoders and tokenizers only. level: of the library, one of
-    LEVELS; None means the best one that machine and model allow.
+    bundle stores; spinning concerns the encoders and tokenizers only. rows: of usual calls, for
+    which room is made at once; level: of the library, one of LEVELS, None for the best one that
+    machine and model allow.
     """
 
     name = NATIVE_CPU
@@ -67,6 +68,7 @@ class NativeCpu(OnnxRuntimeGraphs):
         *,
         cache_slots: int,
         condition_slots: int,
+        rows: int = 0,
         threads: int | None = None,
         spinning: bool = False,
         logits: bool = False,
@@ -106,7 +108,7 @@ class NativeCpu(OnnxRuntimeGraphs):
         self._streams: dict[Stream, _Held] = {}
         self._make_room(1)
         self._process = os.getpid()
-        self._decoder = _new_decoder(self._library, config, weights, self.threads)
+        self._decoder = _new_decoder(self._library, config, weights, self.threads, rows)
 
     def __del__(self) -> None:
         if getattr(self, "_decoder", None) and os.getpid() == self._process:
@@ -308,7 +310,7 @@ def _is_whole(weights: Weights) -> bool:
 
 
 def _new_decoder(
-    library: ctypes.CDLL, config: ModelConfig, weights: Weights, threads: int
+    library: ctypes.CDLL, config: ModelConfig, weights: Weights, threads: int, rows: int
 ) -> c_void_p:
     decoder, grid = config.decoder, config.decoder.grid
 
@@ -340,6 +342,7 @@ def _new_decoder(
         bos=config.bos,
         cross_table=_cross_table(config),
         positions=grid.frames + grid.height + grid.width,
+        rows=rows,
         position_starts=(0, grid.frames, grid.frames + grid.height),
         column_bounds=bounds.ctypes.data,
     )

@@ -39,7 +39,7 @@ ROWS = tuple(field.name for field in fields(Rows))
 class AbiShape(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("width", "layers", "heads", "codebook", "hidden", "bos")),
-        *((name, c_int32) for name in ("cross_table", "positions")),
+        *((name, c_int32) for name in ("cross_table", "positions", "rows")),
         ("position_starts", c_int32 * 3),
         ("column_bounds", c_void_p),
     ]

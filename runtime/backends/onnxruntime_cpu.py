@@ -29,9 +29,10 @@ _STORAGE = {"fp32": np.float32, "fp16": np.float16, "int8": np.float32}
 class OnnxRuntimeCpu(OnnxRuntimeGraphs):
     """A backend.
 
-    threads: None means one a core that this process may use. spinning: idle threads of a step wait
-    actively, which is faster but takes whole cores while anything is generated. logits: keep the
-    logits of every step in `logits` f32 [T, K]; for verification, not for serving.
+    rows: ignored, ONNX Runtime makes room as calls come; threads: None means one a core that this
+    process may use. spinning: idle threads of a step wait actively, which is faster but takes whole
+    cores while anything is generated. logits: keep the logits of every step in `logits` f32 [T, K];
+    for verification, not for serving.
     """
 
     name = ONNXRUNTIME_CPU
@@ -42,6 +43,7 @@ class OnnxRuntimeCpu(OnnxRuntimeGraphs):
         *,
         cache_slots: int,
         condition_slots: int,
+        rows: int = 0,
         threads: int | None = None,
         spinning: bool = False,
         logits: bool = False,

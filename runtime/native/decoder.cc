@@ -89,6 +89,7 @@ Decoder::Decoder(const NuwaShape& shape, const NuwaWeights& weights, int threads
   std::memcpy(position_starts_, shape.position_starts, sizeof position_starts_);
   for (int i = 0; i < shape.layers; ++i)
     layers_.push_back(packed(weights.layers[i], shape, i));
+  make_room(shape.rows, shape.rows);
 }
 
 void Decoder::step(const NuwaStep& call) {
@@ -102,6 +103,15 @@ void Decoder::step(const NuwaStep& call) {
     for (; draw < draws_.size() && draws_[draw].part == i; ++draw)
       part.finite &= draws_[draw].finite;
   }
+}
+
+void Decoder::make_room(std::size_t rows, std::size_t draws) {
+  x_.reserve(rows * width_);
+  query_.reserve(rows * width_);
+  normed_.reserve(rows, width_);
+  attended_.reserve(rows, width_);
+  active_.reserve(rows, hidden_);
+  logits_.reserve(draws * logits_stride_);
 }
 
 // Which rows the call has, which of them are drawn, whose they are, and room for them.
@@ -126,12 +136,7 @@ void Decoder::lay_out(const NuwaStep& call) {
     }
   }
   const std::size_t rows = rows_.size();
-  x_.reserve(rows * width_);
-  query_.reserve(rows * width_);
-  normed_.reserve(rows, width_);
-  attended_.reserve(rows, width_);
-  active_.reserve(rows, hidden_);
-  logits_.reserve(draws_.size() * logits_stride_);
+  make_room(rows, draws_.size());
   int text = 0;
   for (const Row& row : rows_) text = std::max(text, row.lane->text_length);
   const auto share = [this](std::size_t count, int member) {

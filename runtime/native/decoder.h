@@ -56,6 +56,7 @@ class Decoder {
     SamplingScratch sampling;
   };
 
+  void make_room(std::size_t rows, std::size_t draws);
   void lay_out(const NuwaStep& call);
   void run(const NuwaStep& call, Member& member);
   void embed(const Member& member);

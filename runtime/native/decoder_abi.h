@@ -17,9 +17,10 @@ constexpr std::int32_t kAbiVersion = 3;
 // Sizes of a model. column_bounds: [L][2], the half-open range of `neighbours` that a layer reads;
 // positions: rows of the table of positions, position_starts: [3], where those of the three axes
 // begin; bos: the token that has no position; cross_table: columns of a layer's cross bias, those
-// of the visual window and, last, text's, or 0.
+// of the visual window and, last, text's, or 0; rows: of usual calls, for which room is made at once
+// (more makes room when it comes).
 struct NuwaShape {
-  std::int32_t width, layers, heads, codebook, hidden, bos, cross_table, positions;
+  std::int32_t width, layers, heads, codebook, hidden, bos, cross_table, positions, rows;
   std::int32_t position_starts[3];
   const std::int32_t* column_bounds;
 };

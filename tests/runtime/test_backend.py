@@ -599,7 +599,7 @@ def test_given_tokens_are_put_in_place_and_fed(bundle, backend):
 def test_structures_are_as_large_as_the_header_says():
     """As a C compiler lays out decoder_abi.h on a 64-bit machine."""
     sizes = {
-        native_library.AbiShape: 56,
+        native_library.AbiShape: 56,  # rows: fills what was a gap
         native_library.AbiLayer: 192,
         native_library.AbiWeights: 64,
         native_library.AbiStream: 124 + 4,

@@ -1,0 +1,49 @@
+"""A sample that holds a slot, and what its request is told while it is decoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .core import GenerationRequest, Progress, SlotStep
+from .handle import Handle
+from .submission import Submission
+
+
+@dataclass
+class Running:
+    """request: the sample's own; previews: how many of them have been due."""
+
+    submission: Submission
+    request: GenerationRequest
+    frames_done: int = 0
+    percent: int = -1
+    previews: int = 0
+
+    @property
+    def handle(self) -> Handle:
+        return self.submission.handle
+
+    def report(self, result: SlotStep) -> None:
+        """Tells of progress, once a percent."""
+        self.frames_done += len(result.frames)
+        percent = 100 * result.positions_done // max(result.positions_total, 1)
+        if percent != self.percent:
+            self.percent = percent
+            self.handle.emit(
+                Progress(
+                    result.positions_done,
+                    result.positions_total,
+                    self.frames_done,
+                    self.request.frame_count,
+                    self.request.sample_index,
+                )
+            )
+
+    def preview_is_due(self, result: SlotStep) -> bool:
+        """Whether another preview should be made now; they are spread evenly over the positions."""
+        wanted = self.request.previews
+        due = result.positions_done * (wanted + 1) // max(result.positions_total, 1)
+        if self.previews < due <= wanted:
+            self.previews = due
+            return True
+        return False
