@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -141,8 +142,7 @@ class Done:
 Event = Accepted | Progress | Preview | Frame | Done
 
 
-@dataclass(frozen=True)
-class SlotStep:
+class SlotStep(NamedTuple):
     """What one decode step did for one slot.
 
     frames: (index, tokens int32 [h, w]) of each frame that this step completed, in index order.

@@ -291,6 +291,8 @@ class Scheduler:
         return None
 
     def _admit(self) -> None:
+        if not self._queue:  # as mostly, while a few requests are decoded
+            return
         for slot in range(self.engine.slots):
             while slot not in self._running:
                 with self._changed:
@@ -321,10 +323,10 @@ class Scheduler:
         try:
             results = self.engine.step()
             elapsed = time.perf_counter() - started
+            taken = [(self._running[result.slot], result) for result in results]
             for submission in self._submissions(self._running):
                 submission.decode += elapsed
                 submission.steps += 1
-            taken = [(self._running[result.slot], result) for result in results]
         except Exception as error:
             log.exception("a decode step failed; the requests of %d slots end", len(self._running))
             for submission in self._submissions(self._running):

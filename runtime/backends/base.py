@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -86,8 +86,7 @@ class Stream:
         return len(self.lanes) > 1
 
 
-@dataclass(frozen=True, eq=False)
-class Part:
+class Part(NamedTuple):
     """What a call does for a stream: `count` of its staged rows from `first` on, once a lane."""
 
     stream: Stream
