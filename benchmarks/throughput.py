@@ -3,7 +3,8 @@
 Thirty-two requests, four of each task, with the model's own sampling defaults; pictures, sketches
 and clips are those of the sprites' split `val`. Both ways alternate, on engines of the same backend
 and as many threads; every request must give the same tokens both ways. Also how long the steps of
-the crowd take, and how the first and the last request fare. The last line is JSON.
+the crowd take, and how busy the processors are: what is near 1 cannot be made faster by running
+more beside it. The last line is JSON.
 
     python benchmarks/throughput.py BUNDLE
     python benchmarks/throughput.py BUNDLE --slots 16 --rounds 5
@@ -16,6 +17,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,8 @@ from nuwa.spec.tasks import Task
 from nuwa.training.sprites.world import SpriteWorld
 
 GIVEN = 2  # frames of V2V
+
+Run = tuple[float, float, list[np.ndarray]]  # seconds, seconds of all processors, tokens by request
 
 
 def main() -> int:
@@ -57,14 +61,16 @@ def main() -> int:
         rounds = []
         for _ in range(options.rounds):
             steps.clear()
-            serial, expected = one_by_one(one, requests)
-            together, tokens = at_once(many, requests)
+            serial, serial_cpu, expected = one_by_one(one, requests)
+            together, together_cpu, tokens = at_once(many, requests)
             equal = all(np.array_equal(a, b) for a, b in zip(expected, tokens, strict=True))
             rounds.append(
                 {
                     "one_at_a_time_seconds": serial,
                     "at_once_seconds": together,
                     "ratio": serial / together,
+                    "one_at_a_time_busy": serial_cpu / serial / options.threads,
+                    "at_once_busy": together_cpu / together / options.threads,
                     "tokens_equal": equal,
                     "step_median_seconds": statistics.median(steps),
                     "step_p99_seconds": float(np.quantile(steps, 0.99)),
@@ -72,8 +78,9 @@ def main() -> int:
                 }
             )
             print(
-                f"one at a time {serial:.2f} s, at once {together:.2f} s, ratio "
-                f"{serial / together:.2f}, tokens equal: {equal}; {len(steps)} steps, median "
+                f"one at a time {serial:.2f} s ({serial_cpu:.2f} s of processors), at once "
+                f"{together:.2f} s ({together_cpu:.2f} s), ratio {serial / together:.2f}, "
+                f"tokens equal: {equal}; {len(steps)} steps, median "
                 f"{1e3 * statistics.median(steps):.1f} ms, p99 "
                 f"{1e3 * np.quantile(steps, 0.99):.1f} ms, longest {1e3 * max(steps):.1f} ms",
                 flush=True,
@@ -124,19 +131,25 @@ def mixed(engine: Engine, each: int, level: str) -> list[GenerationRequest]:
     return requests
 
 
-def one_by_one(scheduler: Scheduler, requests: list[GenerationRequest]) -> tuple[float, list]:
-    """Seconds, and the tokens of every request."""
-    began = time.perf_counter()
-    tokens = [_tokens(scheduler.submit(request)) for request in requests]
-    return time.perf_counter() - began, tokens
+def one_by_one(scheduler: Scheduler, requests: list[GenerationRequest]) -> Run:
+    """Each submitted when the one before is done."""
+    return _timed(lambda: [_tokens(scheduler.submit(request)) for request in requests])
 
 
-def at_once(scheduler: Scheduler, requests: list[GenerationRequest]) -> tuple[float, list]:
-    """The same, all submitted before any is waited for."""
-    began = time.perf_counter()
-    handles = [scheduler.submit(request) for request in requests]
-    tokens = [_tokens(handle) for handle in handles]
-    return time.perf_counter() - began, tokens
+def at_once(scheduler: Scheduler, requests: list[GenerationRequest]) -> Run:
+    """All submitted before any is waited for."""
+
+    def run() -> list[np.ndarray]:
+        handles = [scheduler.submit(request) for request in requests]
+        return [_tokens(handle) for handle in handles]
+
+    return _timed(run)
+
+
+def _timed(run: Callable[[], list[np.ndarray]]) -> Run:
+    began, used = time.perf_counter(), time.process_time()
+    tokens = run()
+    return time.perf_counter() - began, time.process_time() - used, tokens
 
 
 def time_steps(engine: Engine) -> list[float]:
