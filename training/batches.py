@@ -57,8 +57,8 @@ class Rows:
 
     captioned_sketches, captioned_hidden: shares of those rows whose prompt is the caption, not
     "none"; captioned_covered: the same where the mask leaves nothing of the object, so that only a
-    caption tells what to draw; none: share of the text rows whose prompt is "none"; for clips, half
-    of these are cut from anywhere in a longer clip.
+    caption tells what to draw; none: share of the text rows whose prompt is "none"; anywhere: share
+    of these that, of clips, are cut from anywhere in a longer clip.
     """
 
     text: int
@@ -68,6 +68,7 @@ class Rows:
     captioned_hidden: float = 0.4
     captioned_covered: float = 0.9
     none: float = 0.1
+    anywhere: float = 0.5
 
 
 class Batches:
@@ -113,7 +114,7 @@ class Batches:
             weight[row] = ~known
             visual.append(np.where(known, codes, self.config.hidden + edges))
         for row in range(total - rows.text, total):
-            if video and none[row] and draw.random() < 0.5:
+            if video and none[row] and draw.random() < rows.anywhere:
                 source, clip = self.clips.source, int(index[row])
                 start = int(draw.integers(4 * frames))
                 while not source.may_show(clip, start):

@@ -41,8 +41,9 @@ class NUWAOptions:
     sketch_images, sketch_clips, hidden_images, hidden_clips: further rows, for S2I, S2V, for I2I
     and TI2I, for TV2V; they join at `visual_from`. optimizer: "adam" as in the paper, or "muon"
     (orthogonalised momentum for the blocks' matrices, Adam for the rest), which learns more from
-    few steps; none_images and none_clips: share of captions replaced by "none"; average: decay of
-    the weight average that is shipped.
+    few steps; none_images and none_clips: share of captions replaced by "none"; anywhere_clips: of
+    the latter, the share that is cut from anywhere in a longer clip; average: decay of the weight
+    average that is shipped.
     """
 
     images: int = 96
@@ -58,6 +59,7 @@ class NUWAOptions:
     adam_lr: float = 1e-3
     none_images: float = 0.1
     none_clips: float = 0.25
+    anywhere_clips: float = 0.5
     average: float = 0.998
     layer_scale: float | None = 0.5
     bf16: bool = True
@@ -65,7 +67,7 @@ class NUWAOptions:
     def __post_init__(self) -> None:
         if self.optimizer not in ("adam", "muon"):
             raise ValueError(f"optimizer {self.optimizer!r} is not one of 'adam', 'muon'")
-        for name in ("none_images", "none_clips"):
+        for name in ("none_images", "none_clips", "anywhere_clips"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} {getattr(self, name)} is not in [0, 1]")
 
@@ -155,6 +157,7 @@ class NUWARecipe:
             share(options.hidden_clips, turn=2) * joined,
             captioned_hidden=0.9,
             none=options.none_clips,
+            anywhere=options.anywhere_clips,
         )
 
     def _backward(self, batch: Batch, rows: Rows, kind: str) -> dict[str, Tensor]:

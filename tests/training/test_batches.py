@@ -83,6 +83,15 @@ def test_unconditional_clips_come_from_any_time(batches):
     assert batch.time_B.max() < CONFIG.decoder.grid.frames
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_how_many_unconditional_clips_come_from_anywhere_is_said(batches, share):
+    rows = Rows(text=6, none=1.0, anywhere=share)
+    batch = batches.videos(np.random.default_rng(4), rows)
+    first = batch.weight_BN.view(6, 10, 64)[:, 0]
+    assert (first == 1.0 - share).all()
+    assert (batch.time_B is None) == (share == 0.0)
+
+
 def test_no_window_of_a_long_clip_shows_what_is_kept_for_the_novel_split():
     source, novel, barred = Sprites("digits"), novel_pairs(), 0
     for index in range(40):
