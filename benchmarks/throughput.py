@@ -3,8 +3,7 @@
 Thirty-two requests, four of each task, with the model's own sampling defaults; pictures, sketches
 and clips are those of the sprites' split `val`. Both ways alternate, on engines of the same backend
 and as many threads; every request must give the same tokens both ways. Also how long the steps of
-the crowd take, and how busy the processors are: what is near 1 cannot be made faster by running
-more beside it. The last line is JSON.
+the crowd take, and how busy the processors are, waiting actively included. The last line is JSON.
 
     python benchmarks/throughput.py BUNDLE
     python benchmarks/throughput.py BUNDLE --slots 16 --rounds 5

@@ -95,7 +95,10 @@ def cache_slots(slots: int) -> int:
 
 
 def usual_rows(slots: int, decoder: DecoderConfig) -> int:
-    """Rows of the largest usual call: the widest wave of a guided clip in every slot."""
+    """Rows of the largest usual call: the widest wave of a guided clip in every slot.
+
+    There are more where some catch up with what is given beside it; room for these is made then.
+    """
     return max(MOST_ROWS, cache_slots(slots) * decode_plan(decoder, decoder.grid).widest)
 
 
@@ -144,7 +147,6 @@ class Engine:
         self._text = bundle.text_tokenizer
         self._layout = ConditionLayout.of(self._config)
         self._sequences: dict[int, Sequence] = {}
-        self._busy = False  # whether a step is to follow the last one
         _check_cache(bundle.manifest)
         self._free = list(range(condition_slots(slots)))  # condition slots; lists are thread-safe
         for slot in self._free:
@@ -163,6 +165,11 @@ class Engine:
     def room(self) -> int:
         """How many more requests can be prepared now."""
         return len(self._free)
+
+    @property
+    def _held(self) -> int:
+        """Requests that are prepared, or being so, and not through with decoding."""
+        return condition_slots(self.slots) - len(self._free)
 
     def prepare(self, request: GenerationRequest) -> Prepared:
         """Encodes what a checked request gives into a free condition slot, for all its samples."""
@@ -212,12 +219,10 @@ class Engine:
         """
         active = {slot: s for slot, s in self._sequences.items() if not s.done}
         parts = self._parts(active)
-        results = [
+        return [
             self._advance(slot, part, error)
             for (slot, part), error in zip(parts.items(), self._run([*parts.values()]), strict=True)
         ]
-        self._busy = any(not sequence.done for sequence in active.values())
-        return results
 
     def unfinished(self, slot: int) -> tuple[Int, Known]:
         """Of an image in a slot: its tokens i32 [h, w], and bool [h, w], which are decoded."""
@@ -231,7 +236,6 @@ class Engine:
         sequence = self._sequences.pop(slot, None)
         if sequence is not None:
             self._backend.close(sequence.stream)
-            self._busy = self._busy and bool(self._sequences)
 
     def _parts(self, active: dict[int, Sequence]) -> dict[int, Part]:
         """What each slot does in the next call.
@@ -280,11 +284,11 @@ class Engine:
 
     def pixels(self, tokens: Int) -> Pixels:
         """Tokens i32 [F, h, w] -> u8 [F, H, W, 3]; given.restore_given puts given pixels back."""
-        return self._backend.detokenize(tokens, busy=self._busy)
+        return self._backend.detokenize(tokens, busy=self._held > 0)
 
     def tokens(self, pixels: Pixels) -> Int:
         """u8 [F, H, W, 3] -> tokens i32 [F, h, w]; `pixels` of them is what the tokenizer keeps."""
-        return self._backend.tokenize(pixels, busy=self._busy)
+        return self._backend.tokenize(pixels, busy=self._held > 1)
 
     def _given_tokens(self, request: GenerationRequest) -> tuple[Int, Known]:
         """i32 [N] and bool [N]; tokens that are not known are 0."""
@@ -309,7 +313,7 @@ class Engine:
         if config.visual is None:
             return None
         if request.sketch is not None:
-            codes = self._backend.tokenize_sketch(request.sketch, busy=self._busy).reshape(-1)
+            codes = self._backend.tokenize_sketch(request.sketch, busy=self._held > 1).reshape(-1)
             return codes + np.int32(config.image.codebook_size)
         if request.task.needs_mask and known.any():
             assert request.mask is not None, "a checked request has the mask that its task needs"
@@ -339,7 +343,7 @@ class Engine:
         if visual is None:
             return None
         near = visual_neighbours(self._config, grid)
-        self._backend.encode_visual(visual, grid.coordinates(), near, slot, busy=self._busy)
+        self._backend.encode_visual(visual, grid.coordinates(), near, slot, busy=self._held > 1)
         return visual_window(self._config, grid)
 
     def _lanes(self, prepared: Prepared, slot: int) -> tuple[Lane, ...]:

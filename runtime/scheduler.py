@@ -349,10 +349,18 @@ class Scheduler:
         if running.preview_is_due(result):
             tokens, decoded = self.engine.unfinished(result.slot)
             self._painter.put(Picture(running.submission, running.request, 0, tokens, decoded))
+        submission, over = running.submission, False
+        if result.done:  # before its last pixels are begun, which may then have all cores
+            self._vacate(result.slot)
+            over = submission.all_finished
+        if over:
+            with self._changed:
+                self._painting.add(submission)
+            self._discard(submission)
         for index, tokens in result.frames:
-            self._painter.put(Picture(running.submission, running.request, index, tokens))
-        if result.done:
-            self._finish(result.slot)
+            self._painter.put(Picture(submission, running.request, index, tokens))
+        if over:
+            self._painter.put(submission)
 
     def _not_painted(self, submission: Submission, error: Exception) -> None:
         """For the painter's thread: ends the request; its slots are emptied by the next sweep."""
@@ -365,15 +373,6 @@ class Scheduler:
     def _submissions(self, slots: Iterable[int]) -> list[Submission]:
         """Whose samples hold `slots`, each once."""
         return list(dict.fromkeys(self._running[slot].submission for slot in slots))
-
-    def _finish(self, slot: int) -> None:
-        submission = self._running[slot].submission
-        self._vacate(slot)
-        if submission.all_finished:
-            with self._changed:
-                self._painting.add(submission)
-            self._discard(submission)
-            self._painter.put(submission)
 
     def _end(self, submission: Submission, error: Exception) -> None:
         """Ends a request: no sample of it waits or holds a slot any more."""

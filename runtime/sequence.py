@@ -33,8 +33,9 @@ class Sequence:
 
     stream: as the backend sees it; it has the rows of the calls that are next. width: w, how many
     positions are left of the call that is next, or under way; ordinary: whether that call is as
-    others are, not many of them merged; done: whether every position is decoded. All of that stays
-    as it is between `advance` and `restage`, which are made once a step: plain attributes.
+    others are, not many of them merged; done: whether every position is decoded. Only
+    `advance` and `restage` change that, once a step, so these are plain attributes; between the two
+    width may be 0 though more calls follow.
     """
 
     def __init__(

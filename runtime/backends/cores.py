@@ -1,8 +1,9 @@
-"""Who computes on how many of a processor's cores, so that no more threads run than there are.
+"""Who computes on how many of a processor's cores, so that hardly more threads run than there are.
 
 Threads of a step wait for each other many times. If one of them has to share its core with a
 thread that makes pixels, all wait, and a step of two threads takes longer than one of a single
-thread. So calls beside the steps say how many cores they take, and a step takes the others.
+thread. So calls beside the steps say how many cores they take, and steps of the native decoder take
+the others (ONNX Runtime's always take all).
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from contextlib import contextmanager
 
 
 class Cores:
-    """`total` cores, of which a call that is not the only one takes `share`."""
+    """`total` cores, of which a call beside steps takes `share`.
+
+    One such call prepares and one makes pixels at a time: from four cores on they leave half.
+    """
 
     def __init__(self, total: int) -> None:
         self.total = total
-        # Two such calls at a time, one that prepares and one that makes pixels, leave half.
         self.share = max(1, total // 4)
         self._lent = 0
         self._lock = threading.Lock()

@@ -1,15 +1,14 @@
-"""A graph that does the same to every frame, on as many cores as there are.
+"""A graph that does the same to every frame, on as many cores as a call may take.
 
 Inside one frame two threads of ONNX Runtime get little more done than one, for its convolutions are
-small; so several frames are shared out, a core each, and only a frame that has the machine to
-itself gets all of it.
+small; so frames are shared out, a core each. Every frame is a call of its own on one thread, and
+what comes out does not depend on the others, nor on how many cores there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +18,11 @@ from .cores import Cores
 
 
 class FrameGraph:
-    """session(threads): the graph, for that many threads inside of a call, 1 or all cores.
+    """session(threads): the graph, for that many threads inside of a call.
 
     pool: of one thread less than there are cores, None for one core; several graphs may share it.
-    `run` is for one thread at a time.
+    whole: a lone frame that has the machine to itself gets all cores; its result may then differ in
+    the last place. `run` is for one thread at a time.
     """
 
     def __init__(
@@ -30,28 +30,34 @@ class FrameGraph:
         session: Callable[[int], ort.InferenceSession],
         cores: Cores,
         pool: ThreadPoolExecutor | None,
+        *,
+        whole: bool = False,
     ) -> None:
-        self._session, self._cores, self._pool = session, cores, pool
-        self._wide = session(cores.total)
+        self._cores, self._pool = cores, pool
+        self._one = session(1)
+        self._all = session(cores.total) if whole and pool else None
+        (self._input,) = (put.name for put in self._one.get_inputs())
 
     def run(self, frames: npt.NDArray, *, busy: bool) -> npt.NDArray:
         """The graph's only output for frames [F, ...] of its only input; F >= 1.
 
         busy: others need cores too.
         """
-        used = min(self._cores.share, len(frames)) if busy else self._cores.total
+        if self._all is not None and len(frames) == 1 and not busy:
+            with self._cores.lend(self._cores.total):
+                return self._run(self._all, frames)
+        used = min(self._cores.share if busy else self._cores.total, len(frames))
         with self._cores.lend(used):
-            if self._pool is None or (len(frames) == 1 and not busy):
-                return _run(self._wide, frames)
-            own, *others = np.array_split(frames, min(used, len(frames)))
-            made = [self._pool.submit(_run, self._narrow, part) for part in others]
-            return np.concatenate([_run(self._narrow, own), *(part.result() for part in made)])
+            own, *others = np.array_split(frames, used)
+            assert self._pool is not None or not others, "one core makes one part"
+            made = [self._pool.submit(self._each, part) for part in others]  # type: ignore[union-attr]
+            try:
+                return np.concatenate([self._each(own), *(part.result() for part in made)])
+            finally:
+                wait(made)  # even if a part has failed, so that cores are not free before they are
 
-    @cached_property
-    def _narrow(self) -> ort.InferenceSession:
-        return self._session(1)
+    def _each(self, frames: npt.NDArray) -> npt.NDArray:
+        return np.concatenate([self._run(self._one, frame[None]) for frame in frames])
 
-
-def _run(session: ort.InferenceSession, frames: npt.NDArray) -> npt.NDArray:
-    (put,) = session.get_inputs()
-    return session.run(None, {put.name: frames})[0]
+    def _run(self, session: ort.InferenceSession, frames: npt.NDArray) -> npt.NDArray:
+        return session.run(None, {self._input: frames})[0]

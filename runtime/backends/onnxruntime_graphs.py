@@ -66,7 +66,7 @@ class OnnxRuntimeGraphs:
         self._pool = ThreadPoolExecutor(helpers, "nuwa-frames") if helpers else None
         self._text = self.session(TEXT_ENCODER)
         self._tokenizer = self._frame_graph(IMAGE_TOKENIZER)
-        self._detokenizer = self._frame_graph(IMAGE_DETOKENIZER)
+        self._detokenizer = self._frame_graph(IMAGE_DETOKENIZER, whole=True)
         self._visuals: dict[int, ort.InferenceSession] = {}  # by how many threads they take
         self._layout = ConditionLayout.of(config)
         layers = config.decoder.layers
@@ -75,7 +75,8 @@ class OnnxRuntimeGraphs:
         self.conditions = allocate(self._condition_names, shape, storage)
 
     def encode_text(self, ids: Int, condition_slots: Sequence[int], first: int) -> None:
-        encoded = self._text.run(self._condition_names, {"tokens": ids})
+        with self._cores.lend(self.threads):
+            encoded = self._text.run(self._condition_names, {"tokens": ids})
         for name, rows in zip(self._condition_names, encoded, strict=True):
             self.conditions[name][list(condition_slots), first : first + rows.shape[1]] = rows
 
@@ -107,12 +108,11 @@ class OnnxRuntimeGraphs:
 
     def session(self, graph: str, threads: int | None = None) -> ort.InferenceSession:
         """A graph of the bundle, ready to run on so many threads, by default on all."""
-        options = _options(threads or self.threads, self._spinning)
-        path = self.bundle.graph(graph)
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return _session(self.bundle.graph(graph), self._spinning, threads or self.threads)
 
-    def _frame_graph(self, graph: str) -> FrameGraph:
-        return FrameGraph(partial(self.session, graph), self._cores, self._pool)
+    def _frame_graph(self, graph: str, *, whole: bool = False) -> FrameGraph:
+        session = partial(_session, self.bundle.graph(graph), self._spinning)
+        return FrameGraph(session, self._cores, self._pool, whole=whole)
 
     @cached_property
     def _sketches(self) -> FrameGraph:
@@ -145,9 +145,9 @@ def cores() -> int:
         return count
 
 
-def _options(threads: int, spinning: bool) -> ort.SessionOptions:
+def _session(path: Path, spinning: bool, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     options.log_severity_level = 3  # errors
-    return options
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -7,6 +7,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -19,7 +20,7 @@ namespace nuwa {
 
 class Team {
  public:
-  explicit Team(int size) : size_(size) {
+  explicit Team(int size) : size_(size), wake_(new std::condition_variable[size]) {
     try {
       for (int member = 1; member < size; ++member)
         threads_.emplace_back([this, member] { follow(member); });
@@ -48,7 +49,7 @@ class Team {
         const std::int64_t rounds = round_.load(std::memory_order_relaxed) / kMost + 1;
         round_.store(rounds * kMost + working_, std::memory_order_release);
       }
-      wake_.notify_all();
+      for (int member = 1; member < working_; ++member) wake_[member].notify_one();
     }
     task(0);
     for (int turn = 0; busy_.load(std::memory_order_acquire); ++turn) pause(turn);
@@ -99,7 +100,7 @@ class Team {
       for (int turn = 0; turn < kActiveTurns && !called(); ++turn) pause(turn);
       if (!called()) {
         std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return dismissed_ || called(); });
+        wake_[member].wait(lock, [&] { return dismissed_ || called(); });
         if (dismissed_) return;
       }
       // No round begins before all members that work are through with the one before.
@@ -114,7 +115,7 @@ class Team {
       std::lock_guard<std::mutex> lock(mutex_);
       dismissed_ = true;
     }
-    wake_.notify_all();
+    for (int member = 1; member < size_; ++member) wake_[member].notify_one();
     for (std::thread& thread : threads_) thread.join();
   }
 
@@ -124,7 +125,7 @@ class Team {
   int working_ = size_;
   std::vector<std::thread> threads_;
   std::mutex mutex_;
-  std::condition_variable wake_;
+  const std::unique_ptr<std::condition_variable[]> wake_;  // by member
   const std::function<void(int)>* task_ = nullptr;
   bool dismissed_ = false;
   alignas(64) std::atomic<std::int64_t> round_{0};  // rounds so far * kMost + members of this one

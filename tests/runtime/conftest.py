@@ -37,10 +37,10 @@ def stub(channel):
 
 @pytest.fixture(params=["server", "local"])
 def client(request, engine):
-    """Both clients in turn: over a server of its own, and without one."""
+    """Both clients in turn: over the server, and without one."""
     if request.param == "local":
         with LocalClient(engine) as client:
             yield client
         return
-    with Server(engine) as server, Client(server.address) as client:
+    with Client(request.getfixturevalue("server").address) as client:
         yield client

@@ -5,8 +5,12 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import gc
 import shutil
+import threading
+import time
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ import pytest
 from nuwa.runtime.backends import native_cpu, native_library
 from nuwa.runtime.backends.base import Lane, Part
 from nuwa.runtime.backends.cores import Cores
+from nuwa.runtime.backends.frame_graph import FrameGraph
 from nuwa.runtime.backends.native_cpu import NativeCpu
 from nuwa.runtime.backends.native_library import LEVELS
 from nuwa.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
@@ -665,24 +670,94 @@ def test_a_step_takes_the_cores_that_others_leave(bundle, kind):
         assert (alone.logits == expected).all() and (many.logits == expected).all()
 
 
-@pytest.mark.parametrize("busy", [False, True])
 @pytest.mark.parametrize("threads", [1, 3, 8])
-def test_frames_are_shared_out(bundle, threads, busy):
-    backend = loaded(bundle, "onnxruntime", threads)
-    codes = np.random.default_rng(2).integers(0, 64, (7, 4, 4), np.int32)
-    one_by_one = [backend.detokenize(codes[i : i + 1])[0].astype(int) for i in range(len(codes))]
-    for count in (1, 2, 3, 7):
-        pixels = backend.detokenize(codes[:count], busy=busy)
-        assert pixels.shape == (count, 16, 16, 3)
-        assert np.abs(pixels - np.stack(one_by_one[:count])).max() <= 1
-    assert backend._cores.free == threads  # all that was taken is given back
+def test_frames_are_read_alike_in_any_company(bundle, threads):
+    """On one thread each, so that tokens of what is given are the same at any time."""
+    one, many = loaded(bundle, "onnxruntime"), loaded(bundle, "onnxruntime", threads)
+    pixels = np.random.default_rng(2).integers(0, 256, (7, 16, 16, 3), np.uint8)
+    maps = np.random.default_rng(3).integers(0, 5, (7, 16, 16), np.uint8)
+    for read, frames in (("tokenize", pixels), ("tokenize_sketch", maps)):
+        alone = np.stack([getattr(one, read)(frame[None])[0] for frame in frames])
+        for count in (1, 2, 3, 7):
+            for busy in (False, True):
+                assert (getattr(many, read)(frames[:count], busy=busy) == alone[:count]).all()
 
 
-def test_cores_are_given_back_even_by_calls_that_fail(bundle):
-    backend = loaded(bundle, "onnxruntime", threads=2)
-    with pytest.raises(Exception, match="(?i)rank|shape|dimension"):
-        backend.detokenize(np.zeros((3, 4, 4, 1), np.int32), busy=True)
-    assert backend._cores.free == 2
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_a_visual_volume_is_encoded_alike_in_any_company(bundle, threads):
+    one, many = loaded(bundle, "onnxruntime"), loaded(bundle, "onnxruntime", threads)
+    for busy in (False, True):
+        for backend in (one, many):
+            backend.encode_visual(*volume(bundle.manifest.config, 9), 2, busy=busy)
+        for name, array in one.conditions.items():
+            assert (array[2] == many.conditions[name][2]).all()
+
+
+class Recorded(FrameGraph):
+    """Notes of each call of a session: its thread, its frames, and the cores that were left."""
+
+    def __init__(self, graph: FrameGraph) -> None:
+        vars(self).update(vars(graph))
+        self.calls: list[tuple[int, int, int, bool]] = []
+
+    def _run(self, session, frames):
+        whole = session is self._all
+        self.calls.append((threading.get_ident(), len(frames), self._cores.free, whole))
+        time.sleep(0.02)  # so that one thread does not do it all before another begins
+        return super()._run(session, frames)
+
+
+@pytest.mark.parametrize(
+    ("count", "busy", "workers", "left", "whole"),
+    [
+        (1, False, 1, 1, True),
+        (1, True, 1, 7, False),
+        (2, False, 2, 6, False),
+        (7, True, 2, 6, False),
+        (20, False, 8, 1, False),
+    ],
+)
+def test_frames_are_shared_out(bundle, count, busy, workers, left, whole):
+    backend = loaded(bundle, "onnxruntime", threads=8)
+    graph = backend._detokenizer = Recorded(backend._detokenizer)
+    codes = np.random.default_rng(2).integers(0, 64, (count, 4, 4), np.int32)
+    pixels = backend.detokenize(codes, busy=busy)
+    assert pixels.shape == (count, 16, 16, 3)
+    threads, frames, free, wide = zip(*graph.calls, strict=True)
+    assert frames == (1,) * count and set(free) == {left} and set(wide) == {whole}
+    assert len(set(threads)) == workers
+    assert backend._cores.free == 8
+    each = np.stack([backend.detokenize(code[None], busy=True)[0] for code in codes])
+    assert np.abs(pixels.astype(int) - each).max() <= int(whole)
+
+
+def test_a_part_that_fails_ends_when_all_parts_have(bundle):
+    backend = loaded(bundle, "onnxruntime", threads=8)
+    graph = backend._detokenizer = Recorded(backend._detokenizer)
+    codes = np.zeros((8, 4, 4), np.int32)
+    run = graph._run
+
+    def fail_first(session, frames):
+        if not graph.calls:
+            graph.calls.append((0, 0, 0, False))
+            raise RuntimeError("no pixels today")
+        return run(session, frames)
+
+    graph._run = fail_first
+    with pytest.raises(RuntimeError, match="no pixels today"):
+        backend.detokenize(codes)
+    assert len(graph.calls) == 8 and backend._cores.free == 8
+
+
+def test_a_backend_that_nobody_needs_is_gone_at_once(bundle, kind):
+    """Not only when the garbage collector comes by, which cannot see how much memory it holds."""
+    gc.collect()
+    gc.disable()
+    try:
+        backend = weakref.ref(loaded(bundle, kind, threads=2))
+        assert backend() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(("total", "share"), [(1, 1), (2, 1), (4, 1), (8, 2), (16, 4)])

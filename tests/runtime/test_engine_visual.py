@@ -225,3 +225,33 @@ def test_a_request_that_cannot_be_prepared_leaves_its_room(engine, monkeypatch):
     monkeypatch.undo()
     assert engine.step() == [] and engine.room == condition_slots(engine.slots)
     alone(engine, request(Task.S2I))
+
+
+def test_calls_beside_other_requests_leave_cores_for_these(engine, monkeypatch):
+    """What waits for a slot or is decoded counts, whatever the call itself is for does not."""
+    heard: list[tuple[str, bool]] = []
+
+    def listen(name):
+        call = getattr(engine._backend, name)
+
+        def heard_call(*args, busy):
+            heard.append((name, busy))
+            return call(*args, busy=busy)
+
+        monkeypatch.setattr(engine._backend, name, heard_call)
+
+    for name in ("tokenize", "tokenize_sketch", "encode_visual", "detokenize"):
+        listen(name)
+    codes = np.zeros((1, CELLS, CELLS), np.int32)
+    engine.pixels(codes)
+    first = engine.prepare(request(Task.S2I))
+    engine.pixels(codes)
+    second = engine.prepare(request(Task.I2I))
+    first.close()
+    second.close()
+    engine.pixels(codes)
+    assert heard == [
+        ("detokenize", False),
+        *(("tokenize_sketch", False), ("encode_visual", False), ("detokenize", True)),
+        *(("tokenize", True), ("encode_visual", True), ("detokenize", False)),
+    ]
