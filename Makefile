@@ -12,9 +12,14 @@ setup: $(STAMP)
 
 NATIVE := $(wildcard runtime/native/*)
 
+# For the tests of the TensorRT plugin, which are skipped without: headers (of a package whose
+# dependencies are not needed) and a real plugin registry, for Linux on x86-64.
+TENSORRT := kernel-lens==2.0.1 tensorrt-lean-cu13-bindings==11.4.0.106 tensorrt-lean-cu13-libs==11.4.0.106
+
 $(STAMP): pyproject.toml CMakeLists.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[export,dev]'
+	-$(BIN)/python -m pip install --quiet --no-deps $(TENSORRT)
 	touch $@
 
 demo: $(STAMP)

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("spec", "training", "export", "runtime")
+FOLDERS = ("spec", "training", "export", "runtime", "plugins_trt")
 MAY_IMPORT = {
     "spec": set(),
     "training": {"spec"},
     "export": {"spec", "training"},
     "runtime": {"spec", "v1"},
+    "plugins_trt": set(),
 }
 
 

@@ -1,0 +1,16 @@
+// What a plugin registry looks for when it loads the library.
+#include "plugin.h"
+
+#define NUWA_EXPORT extern "C" __attribute__((visibility("default")))
+
+NUWA_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { nuwa::set_logger(finder); }
+
+NUWA_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(std::int32_t& count) {
+  static nuwa::AttentionCreator nearby(nuwa::kNearby), cached(nuwa::kCached);
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {&nearby, &cached};
+  count = 2;
+  return creators;
+}
+
+// Changes whenever an engine built with this library could no longer run with another one.
+NUWA_EXPORT std::int32_t nuwa_plugin_abi_version() { return 1; }

@@ -1,0 +1,170 @@
+"""harness.cc from Python: a plugin library that is called as TensorRT calls it.
+
+The library and the harness are built with nvcc and TensorRT's headers, those of TENSORRT_ROOT or of
+the wheel kernel-lens; where either is missing, tests are skipped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import subprocess
+from ctypes import byref, c_char_p, c_int, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BUILD = ROOT / "build" / "plugins_trt"
+TYPES = {"fp32": 0, "fp16": 1, "int8": 2, "int32": 3, "bf16": 7, "int64": 8}  # DataType
+FIELDS = {"float32": 1, "int32": 5, "int64": 10}  # PluginFieldType
+INPUTS = {
+    "NearbyAttention": ("query", "key", "value", "slot", "neighbours", "bias"),
+    "CachedNearbyAttention": (
+        *("query", "key_new", "value_new", "key", "value"),
+        *("slot", "write_index", "neighbours", "bias"),
+    ),
+}
+_INDICES = ("slot", "write_index", "neighbours")
+
+
+def headers() -> Path:
+    """TensorRT's; skips the test where there are none."""
+    if root := os.environ.get("TENSORRT_ROOT"):
+        return Path(root)
+    found = importlib.util.find_spec("kernel_lens")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("no TensorRT headers: set TENSORRT_ROOT, or install kernel-lens")
+    return Path(found.submodule_search_locations[0]) / "include" / "tensorrt"
+
+
+def built_library(architectures: str = "90") -> Path:
+    """The plugin library, built for these architectures if it is not up to date."""
+    if not (shutil.which("nvcc") and shutil.which("cmake")):
+        pytest.skip("no nvcc or no cmake, so no plugin library")
+    folder = BUILD / architectures.replace(";", "_")
+    options = [f"-DTENSORRT_ROOT={headers()}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
+    options += ["-DCMAKE_BUILD_TYPE=Release"]
+    for command in (
+        ["cmake", "-S", ROOT, "-B", folder, *options],
+        ["cmake", "--build", folder, "--target", "nuwa_plugins"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "plugins_trt" / "libnuwa_plugins.so"
+
+
+def built_harness() -> Path:
+    source, target = Path(__file__).with_name("harness.cc"), BUILD / "libharness.so"
+    if not target.exists() or target.stat().st_mtime < source.stat().st_mtime:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        flags = ["-std=c++17", "-O1", "-Xcompiler", "-fPIC,-Wno-deprecated-declarations", "-shared"]
+        command = ["nvcc", *flags, "-isystem", headers(), "-o", target, source, "-ldl"]
+        subprocess.run(command, check=True, timeout=300)
+    return target
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Types and shapes of a plugin's inputs; -1 is a size that is not known."""
+
+    types: list[int]
+    shapes: list[tuple[int, ...]]
+
+    @property
+    def arguments(self) -> tuple:
+        ranks = [len(shape) for shape in self.shapes]
+        sizes = [size for shape in self.shapes for size in shape]
+        return (
+            len(self.types),
+            (c_int * len(self.types))(*self.types),
+            (c_int * len(ranks))(*ranks),
+            (ctypes.c_int64 * len(sizes))(*sizes),
+        )
+
+
+def tensors(
+    name: str,
+    storage: str = "fp16",
+    *,
+    rows: int = -1,
+    slots: int = 4,
+    entries: int = 90,
+    columns: int = 27,
+    heads: int = 4,
+    head_dim: int = 64,
+    bias: bool = True,
+    **changed: tuple[int, ...],
+) -> Tensors:
+    """Inputs of an operator that fit each other, except those whose shape is given."""
+    width = heads * head_dim
+    shapes = {
+        "query": (rows, width),
+        "key_new": (rows, width),
+        "value_new": (rows, width),
+        "key": (slots, entries, width),
+        "value": (slots, entries, width),
+        "slot": (rows,),
+        "write_index": (rows,),
+        "neighbours": (rows, columns),
+        "bias": (heads, columns),
+    } | changed
+    names = [each for each in INPUTS[name] if bias or each != "bias"]
+    kinds = [TYPES["int32" if each in _INDICES else storage] for each in names]
+    return Tensors(kinds, [shapes[each] for each in names])
+
+
+class Harness:
+    """The creators of a library, and its plugins as opaque numbers."""
+
+    def __init__(self, library: Path) -> None:
+        self.c = ctypes.CDLL(str(built_harness()))
+        for function in ("open", "create", "round_trip", "clone", "attach"):
+            getattr(self.c, f"harness_{function}").restype = c_void_p
+        for function in ("log", "name", "identity", "output_shapes"):
+            getattr(self.c, f"harness_{function}").restype = c_char_p
+        count = c_int()
+        first = self.c.harness_open(str(library).encode(), byref(count))
+        assert first, self.log()
+        creators = ctypes.cast(first, ctypes.POINTER(c_void_p))[: count.value]
+        self.creators = {self.c.harness_name(c_void_p(c)).decode(): c_void_p(c) for c in creators}
+
+    def log(self) -> str:
+        return self.c.harness_log().decode()
+
+    def create(self, name: str, heads=4, kind: str = "int32", field: str | None = "heads"):
+        """A plugin, or None; heads: a number, or several."""
+        values = np.atleast_1d(np.array(heads, kind))
+        made = self.c.harness_create(
+            self.creators[name],
+            None if field is None else field.encode(),
+            FIELDS[kind],
+            c_void_p(values.ctypes.data),
+            len(values),
+            0,
+        )
+        return None if made is None else c_void_p(made)
+
+    def outputs(self, name: str) -> int:
+        return 3 if name == "CachedNearbyAttention" else 1
+
+    def configure(self, plugin: c_void_p, name: str, given: Tensors) -> int:
+        return self.c.harness_configure(plugin, *given.arguments, self.outputs(name))
+
+    def shape_change(self, plugin: c_void_p, name: str, given: Tensors) -> int:
+        return self.c.harness_shape_change(plugin, *given.arguments, self.outputs(name))
+
+    def supports(self, plugin: c_void_p, name: str, types: list[int], formats=None) -> bool:
+        """Whether every tensor's type is taken, as TensorRT asks: one after the other."""
+        outputs = self.outputs(name)
+        kinds = (c_int * len(types))(*types)
+        layouts = (c_int * len(types))(*(formats or [0] * len(types)))
+        inputs = len(types) - outputs
+        return all(
+            self.c.harness_supports(plugin, position, inputs, outputs, kinds, layouts)
+            for position in range(len(types))
+        )
