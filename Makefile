@@ -12,20 +12,27 @@ setup: $(STAMP)
 
 NATIVE := $(wildcard runtime/native/*)
 
-# For the tests of the TensorRT plugin, which are skipped without: headers (of a package whose
-# dependencies are not needed) and a real plugin registry, for Linux on x86-64.
-TENSORRT := kernel-lens==2.0.1 tensorrt-lean-cu13-bindings==11.4.0.106 tensorrt-lean-cu13-libs==11.4.0.106
-
 $(STAMP): pyproject.toml CMakeLists.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[export,dev]'
-	-$(BIN)/python -m pip install --quiet --no-deps $(TENSORRT)
 	touch $@
 
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
 
-test: $(STAMP)
+# For tests of graphs and plugins in TensorRT, which are skipped without: headers (of a package whose
+# dependencies are not needed) and two real TensorRTs, all for Linux on x86-64.
+TENSORRT := kernel-lens==2.0.1 \
+            tensorrt-lean-cu13-bindings==11.4.0.106 tensorrt-lean-cu13-libs==11.4.0.106 \
+            tensorrt-rtx-cu13-bindings==1.7.1.116 tensorrt-rtx-cu13-libs==1.7.1.116 \
+            tensorrt-rtx-cu13==1.7.1.116
+TENSORRT_STAMP := $(VENV)/.tensorrt
+
+$(TENSORRT_STAMP): $(STAMP)
+	-$(BIN)/python -m pip install --quiet --no-deps $(TENSORRT)
+	touch $@
+
+test: $(STAMP) $(TENSORRT_STAMP)
 	$(BIN)/python -m pytest -m "not gpu"
 
 # mypy cannot see through an editable install, so it checks a regular one.

@@ -12,7 +12,7 @@ FOLDERS = ("spec", "training", "export", "runtime", "plugins_trt")
 MAY_IMPORT = {
     "spec": set(),
     "training": {"spec"},
-    "export": {"spec", "training"},
+    "export": {"spec", "training", "plugins_trt"},
     "runtime": {"spec", "v1"},
     "plugins_trt": set(),
 }

@@ -1,0 +1,269 @@
+"""Bundle -> TensorRT engines in it: every graph, for some GPUs, all or nothing.
+
+TensorRT builds for the GPU that it runs on; TensorRT-RTX for any, also where there is none. With
+the plugin library 3DNA runs as its kernels, without it as the function bodies in the graphs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from nuwa.spec.conditions import ConditionLayout
+from nuwa.spec.config import ModelConfig
+from nuwa.spec.engines import (
+    ENGINES,
+    RECORD,
+    TENSORRT,
+    TENSORRT_RTX,
+    EngineKey,
+    EngineRecord,
+    engine_file,
+    graphs_hash,
+)
+from nuwa.spec.manifest import (
+    DECODER_STEP,
+    MANIFEST,
+    BundleError,
+    Manifest,
+    file_hash,
+    graph_file,
+)
+
+MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
+ROWS = (1, 16, 64, 256)  # upper ends of the ranges that decoder_step gets a profile each for
+MOST_FRAMES = 16  # of a call of a tokenizer
+MOST_SORTED = 64  # candidates that sampling sorts
+_CONDITION_SLOTS_AHEAD = 2
+
+Progress = Callable[[str, int, int], None]
+Range = tuple[int, int, int]  # least, usual, most
+
+
+class EngineError(ValueError):
+    """Engines cannot be built; the message says why."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """targets: architectures, "sm_89", for TensorRT-RTX; () is this machine's GPU. slots: requests
+    that decode side by side; rows: see ROWS; plugins: the plugin library, None for function bodies;
+    timing_cache: a file that is read if it is there, and written; version_compatible: later
+    versions of the same major TensorRT can run them.
+    """
+
+    runtime: str = TENSORRT_RTX
+    targets: tuple[str, ...] = ()
+    slots: int = 1
+    rows: tuple[int, ...] = ROWS
+    plugins: Path | None = None
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+
+    def __post_init__(self) -> None:
+        if self.runtime not in MODULES:
+            raise ValueError(f"runtime {self.runtime!r} is not one of {', '.join(MODULES)}")
+        if self.slots < 1:
+            raise ValueError(f"slots {self.slots} is not at least 1")
+        if not self.rows or list(self.rows) != sorted({*self.rows}) or self.rows[0] < 1:
+            raise ValueError(f"rows {list(self.rows)} are not rising numbers from 1 on")
+        for target in self.targets:
+            if not re.fullmatch(r"sm_\d{2,3}", target):
+                raise ValueError(f"target {target!r} is not an architecture such as sm_89")
+        if self.runtime == TENSORRT and self.targets:
+            raise ValueError("TensorRT builds for the GPU it runs on; leave --target out")
+        if self.runtime == TENSORRT_RTX and self.plugins is not None:
+            raise ValueError("TensorRT-RTX takes no plugins; leave --plugins out")
+
+
+def build_engines(
+    bundle: Path, options: EngineOptions, progress: Progress | None = None
+) -> tuple[Path, EngineRecord]:
+    """Builds the engines of all graphs; their folder and record.
+
+    They appear at once when all are built, instead of those that were there under the same key.
+    EngineError if the runtime is missing or refuses; BundleError if `bundle` is none.
+    """
+    manifest = _manifest(bundle)
+    trt = _module(options.runtime)
+    logger = _logger(trt)
+    plugin_abi = _load_plugins(trt, options.plugins) if options.plugins else None
+    targets = options.targets or (_own_target(),)
+    version = ".".join(re.findall(r"\d+", trt.__version__)[:4])
+    key = EngineKey(options.runtime, version, targets, plugin_abi, graphs_hash(manifest))
+    folder = bundle / ENGINES / key.name
+    partial = folder.with_name(f".{key.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        for index, graph in enumerate(manifest.graphs):
+            if progress:
+                progress(f"building {graph}", index, len(manifest.graphs))
+            path = bundle / graph_file(graph)
+            data = _build(trt, logger, path, graph, manifest, options)
+            (partial / engine_file(graph)).write_bytes(data)
+        record = EngineRecord(
+            key=key,
+            slots=options.slots,
+            rows=options.rows,
+            version_compatible=options.version_compatible,
+            files={path.name: file_hash(path) for path in sorted(partial.iterdir())},
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        (partial / RECORD).write_text(record.to_json())
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder, record
+
+
+def size_ranges(graph: str, config: ModelConfig, slots: int, rows: Sequence[int]) -> list[dict]:
+    """The profiles of a graph: for each, what its dynamic sizes may be, a Range by name.
+
+    decoder_step has one for each range of rows; what its caches hold is fixed by the slots.
+    """
+    layout, grid = ConditionLayout.of(config), config.decoder.grid
+    cells = grid.height * grid.width
+    entries, codes = layout.entries, config.image.codebook_size
+    common = {
+        "B": (1, 1, MOST_FRAMES),
+        "F": (1, grid.frames, grid.frames),
+        "N": (cells, grid.size, grid.size),
+    }
+    if graph != DECODER_STEP:
+        return [common]
+    caches, conditions = 2 * slots, slots + _CONDITION_SLOTS_AHEAD
+    fixed = {"S": (caches,) * 3, "C": (conditions,) * 3}
+    columns = {"m": (1, min(32, entries), entries), "W": (1, 1, min(MOST_SORTED, codes))}
+    least = [1, *(most + 1 for most in rows[:-1])]
+    return [
+        fixed | columns | {"T": (low, most, most)} for low, most in zip(least, rows, strict=True)
+    ]
+
+
+def _build(
+    trt: Any, logger: Any, path: Path, graph: str, manifest: Manifest, options: EngineOptions
+) -> bytes:
+    builder = trt.Builder(logger)
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(flags)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(path)):
+        errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+        raise EngineError(f"{options.runtime} cannot read {path}: {errors}")
+    config = builder.create_builder_config()
+    ranges = size_ranges(graph, manifest.config, options.slots, options.rows)
+    for profile in _profiles(builder, network, ranges):
+        config.add_optimization_profile(profile)
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.plugins is not None:
+        config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+    if options.targets:
+        config.num_compute_capabilities = len(options.targets)
+        for index, target in enumerate(options.targets):
+            config.set_compute_capability(_capability(trt, target), index)
+    cache = _timing_cache(config, options.timing_cache)
+    serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
+        raise EngineError(f"{options.runtime} could not build {path}: {logger.last_error}")
+    if cache is not None and options.timing_cache is not None:
+        options.timing_cache.write_bytes(bytes(cache.serialize()))
+    return bytes(serialized)
+
+
+def _profiles(builder: Any, network: Any, ranges: list[dict[str, Range]]) -> Iterator[Any]:
+    for sizes in ranges:
+        profile = builder.create_optimization_profile()
+        for index in range(network.num_inputs):
+            tensor = network.get_input(index)
+            shapes = [
+                [
+                    size if size >= 0 else sizes[tensor.get_dimension_name(axis)][end]
+                    for axis, size in enumerate(tensor.shape)
+                ]
+                for end in range(3)
+            ]
+            profile.set_shape(tensor.name, *shapes)
+        yield profile
+
+
+def _timing_cache(config: Any, path: Path | None) -> Any:
+    if path is None:
+        return None
+    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+    config.set_timing_cache(cache, False)
+    return cache
+
+
+def _manifest(bundle: Path) -> Manifest:
+    path = bundle / MANIFEST
+    if not path.is_file():
+        raise BundleError(f"{bundle} is not a bundle: it has no {MANIFEST}; see `nuwa export`")
+    return Manifest.from_json(path.read_text())
+
+
+def _module(runtime: str) -> Any:
+    try:
+        return importlib.import_module(MODULES[runtime])
+    except ImportError:
+        package = "tensorrt-cu13" if runtime == TENSORRT else "tensorrt-rtx-cu13"
+        raise EngineError(f"{runtime} is not installed; pip install {package}") from None
+
+
+def _logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.last_error = "it does not say why"
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                self.last_error = message
+
+    return Logger()
+
+
+def _load_plugins(trt: Any, path: Path) -> int:
+    """Registers the library's plugins; its ABI version."""
+    import ctypes
+
+    if not path.is_file():
+        raise EngineError(f"there is no plugin library {path}")
+    trt.get_plugin_registry().load_library(str(path))
+    return ctypes.CDLL(str(path)).nuwa_plugin_abi_version()
+
+
+def _capability(trt: Any, target: str) -> Any:
+    name = target.replace("sm_", "SM")
+    known = [each for each in dir(trt.ComputeCapability) if each.startswith("SM")]
+    if name not in known:
+        choices = ", ".join(each.replace("SM", "sm_") for each in known)
+        raise EngineError(f"TensorRT-RTX does not build for {target}; it does for {choices}")
+    return getattr(trt.ComputeCapability, name)
+
+
+def _own_target() -> str:
+    """The architecture of this machine's first GPU."""
+    import ctypes
+
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        raise EngineError(
+            "there is no GPU here to build for; name one with --target, such as sm_89"
+        ) from None
+    major, minor, device = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    status = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0)
+    for value, attribute in ((major, 75), (minor, 76)):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+        status = status or driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+    if status:
+        raise EngineError(f"the GPU cannot be asked what it is: CUDA error {status}")
+    return f"sm_{major.value}{minor.value}"

@@ -1,0 +1,104 @@
+"""`nuwa build-engines`: TensorRT engines of a bundle, kept in the bundle."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from nuwa.spec.engines import RUNTIMES, TENSORRT_RTX
+
+EPILOG = """\
+examples:
+  nuwa build-engines bundles/sprites --target sm_89 --target sm_120
+  nuwa build-engines bundles/sprites --runtime tensorrt --slots 8 --plugins
+  nuwa build-engines bundles/sprites --runtime tensorrt --plugins /opt/libnuwa_plugins.so \\
+      --timing-cache timing.bin
+
+TensorRT builds for the GPU that it runs on. TensorRT-RTX builds for any that it knows, also on a
+machine without one.
+"""
+
+
+def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    """Build TensorRT engines of a bundle's graphs."""
+    from .engines import ROWS
+
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder made by `nuwa export`")
+    parser.add_argument(
+        "--runtime", choices=RUNTIMES, default=TENSORRT_RTX, help="which TensorRT (%(default)s)"
+    )
+    parser.add_argument(
+        "--target",
+        action="append",
+        default=[],
+        metavar="sm_NN",
+        help="GPU architecture, may be repeated (default: this machine's GPU)",
+    )
+    parser.add_argument(
+        "--slots", type=int, default=1, metavar="N", help="as of `nuwa serve` (%(default)s)"
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        nargs="+",
+        default=list(ROWS),
+        metavar="T",
+        help="upper ends of the ranges of rows that a step is tuned for (%(default)s)",
+    )
+    parser.add_argument(
+        "--plugins",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        metavar="FILE",
+        help="run 3DNA as a plugin, from this library or the installed one (default: as standard "
+        "operators)",
+    )
+    parser.add_argument("--timing-cache", type=Path, metavar="FILE", help="read and written")
+    parser.add_argument(
+        "--version-compatible",
+        action="store_true",
+        help="engines that later versions of the same major TensorRT can run",
+    )
+    return run
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Builds with a progress bar on stderr; prints the folder and the files' sizes."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from .engines import EngineOptions, build_engines
+
+    options = EngineOptions(
+        runtime=arguments.runtime,
+        targets=tuple(dict.fromkeys(arguments.target)),
+        slots=arguments.slots,
+        rows=tuple(arguments.rows),
+        plugins=_plugins(arguments.plugins),
+        timing_cache=arguments.timing_cache,
+        version_compatible=arguments.version_compatible,
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading the bundle", total=None)
+
+        def show(what: str, done: int, steps: int) -> None:
+            bar.update(task, description=what, completed=done, total=steps)
+
+        folder, record = build_engines(arguments.bundle, options, show)
+    for name in record.files:
+        print(f"{(folder / name).stat().st_size / 1e6:9.2f} MB  {name}")
+    print(folder)
+    return 0
+
+
+def _plugins(given: Path | None) -> Path | None:
+    if given is None or given != Path():
+        return given
+    from nuwa.plugins_trt import library
+
+    return library()

@@ -1,0 +1,138 @@
+"""TensorRT engines in a bundle: where they lie, what they were built for, which of them fit.
+
+    engines/<key>/engines.json       an EngineRecord
+    engines/<key>/<graph>.engine     as TensorRT serialized it
+
+Knows no TensorRT: whoever has one says what it is. An engine of anything else is refused by what
+the record says, before its bytes are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from .manifest import BundleError, Manifest, graph_file
+
+ENGINES = "engines"
+RECORD = "engines.json"
+RECORD_VERSION = 1
+TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
+RUNTIMES = (TENSORRT, TENSORRT_RTX)
+
+
+def engine_file(graph: str) -> str:
+    """File name of a graph's engine."""
+    return f"{graph}.engine"
+
+
+def graphs_hash(manifest: Manifest) -> str:
+    """SHA-256 over the hashes of a bundle's graphs, in hexadecimal."""
+    hashes = [manifest.files[graph_file(graph)] for graph in sorted(manifest.graphs)]
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class EngineKey:
+    """What engines are for. runtime: one of RUNTIMES; version: its own, "11.4.0.106"; targets: the
+    GPUs' architectures, "sm_90"; plugin_abi: of the plugin library, None for engines of standard
+    operators alone; graphs: graphs_hash of their bundle.
+    """
+
+    runtime: str
+    version: str
+    targets: tuple[str, ...]
+    plugin_abi: int | None
+    graphs: str
+
+    @property
+    def name(self) -> str:
+        """Of their folder."""
+        operators = "functions" if self.plugin_abi is None else f"plugin{self.plugin_abi}"
+        parts = (self.runtime, self.version, "+".join(self.targets), operators, self.graphs[:12])
+        return "-".join(parts)
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """engines.json. slots, rows: of the engines' profiles, the requests that decode side by side
+    and the upper ends of the ranges of rows; version_compatible: whether later versions of the same
+    major one can run them; files: SHA-256 by file name; created: UTC, ISO 8601.
+    """
+
+    key: EngineKey
+    slots: int
+    rows: tuple[int, ...]
+    version_compatible: bool
+    files: dict[str, str]
+    created: str
+    record_version: int = RECORD_VERSION
+
+    def to_json(self) -> str:
+        """JSON text that `from_json` reads back to an equal record."""
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> EngineRecord:
+        """BundleError if the text is not a record of this version."""
+        try:
+            data = json.loads(text)
+            version = data["record_version"]
+            if version != RECORD_VERSION:
+                raise BundleError(f"its record has version {version}, this is {RECORD_VERSION}")
+            key = data["key"] | {"targets": tuple(data["key"]["targets"])}
+            return cls(**data | {"key": EngineKey(**key), "rows": tuple(data["rows"])})
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, BundleError):
+                raise
+            raise BundleError(f"its record cannot be read: {error}") from None
+
+
+def misfit(record: EngineRecord, wanted: EngineKey, slots: int) -> str:
+    """Why engines cannot be used as `wanted`, whose targets are one GPU's; "" if they can."""
+    key = record.key
+    if key.runtime != wanted.runtime:
+        return f"for {key.runtime}"
+    if key.graphs != wanted.graphs:
+        return "of other graphs than this bundle's"
+    if key.version != wanted.version:
+        of, have = (tuple(map(int, each.split("."))) for each in (key.version, wanted.version))
+        if not (record.version_compatible and of[0] == have[0] and of <= have):
+            return f"built with {key.runtime} {key.version}, and this is {wanted.version}"
+    if not set(wanted.targets) <= set(key.targets):
+        return f"for {', '.join(key.targets)}, and this GPU is {', '.join(wanted.targets)}"
+    if key.plugin_abi not in (None, wanted.plugin_abi):
+        have = "there is none" if wanted.plugin_abi is None else f"this is {wanted.plugin_abi}"
+        return f"for version {key.plugin_abi} of the plugin library, and {have}"
+    if record.slots != slots:
+        return f"for {record.slots} slots, not {slots}"
+    return ""
+
+
+def find_engines(bundle: Path, wanted: EngineKey, slots: int) -> tuple[Path, EngineRecord]:
+    """The folder and record of a bundle's engines that fit; those with the plugin before others.
+
+    BundleError with why each of those there are does not fit, and what to do.
+    """
+    reasons, fitting = [], []
+    for path in sorted((bundle / ENGINES).glob(f"*/{RECORD}")):
+        try:
+            record = EngineRecord.from_json(path.read_text())
+            reason = misfit(record, wanted, slots)
+        except BundleError as error:
+            reason = str(error)
+        if reason:
+            reasons.append(f"{path.parent.name} is not it: {reason}")
+        else:
+            fitting.append((path.parent, record))
+    if fitting:
+        return max(fitting, key=lambda each: each[1].key.plugin_abi is not None)
+    target = ", ".join(wanted.targets)
+    there = "; ".join(reasons) if reasons else "there are none at all"
+    raise BundleError(
+        f"{bundle} has no engines for {wanted.runtime} {wanted.version} on {target} with {slots} "
+        f"slots ({there}); build them with `nuwa build-engines {bundle} --slots {slots}`"
+    )

@@ -1,0 +1,119 @@
+"""TensorRT-RTX builds an engine of every graph, through the function bodies; no GPU needed."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+pytest.importorskip("tensorrt_rtx")
+
+from nuwa.export.engines import EngineError, EngineOptions, build_engines, size_ranges  # noqa: E402
+from nuwa.runtime.cli import main  # noqa: E402
+from nuwa.spec.engines import ENGINES, EngineKey, find_engines, graphs_hash  # noqa: E402
+from nuwa.spec.manifest import MANIFEST, BundleError, Manifest, file_hash  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle, tmp_path_factory):
+    """A copy: engines are kept in the bundle."""
+    copy = tmp_path_factory.mktemp("engines") / "bundle"
+    shutil.copytree(tiny_bundle, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def manifest(bundle):
+    return Manifest.from_json((bundle / MANIFEST).read_text())
+
+
+@pytest.fixture(scope="module")
+def built(bundle):
+    """By the command, for two GPUs."""
+    targets = ["--target", "sm_89", "--target", "sm_120"]
+    assert main(["build-engines", str(bundle), *targets, "--slots", "2", "--rows", "1", "32"]) == 0
+    (folder,) = (bundle / ENGINES).iterdir()
+    return folder
+
+
+def test_every_graph_gets_an_engine_that_is_found_again(bundle, manifest, built):
+    import tensorrt_rtx as trt
+
+    wanted = EngineKey("tensorrt-rtx", trt.__version__, ("sm_120",), None, graphs_hash(manifest))
+    folder, record = find_engines(bundle, wanted, 2)
+    assert folder == built and record.rows == (1, 32)
+    assert set(record.files) == {f"{graph}.engine" for graph in manifest.graphs}
+    for name, digest in record.files.items():
+        assert file_hash(folder / name) == digest
+        assert (folder / name).stat().st_size > 10_000
+    with pytest.raises(BundleError, match="for sm_89, sm_120, and this GPU is sm_86"):
+        find_engines(bundle, EngineKey("tensorrt-rtx", *_rest(wanted, "sm_86")), 2)
+
+
+def _rest(key: EngineKey, target: str) -> tuple:
+    return key.version, (target,), key.plugin_abi, key.graphs
+
+
+def test_a_bundle_with_engines_is_still_one(bundle, built):
+    from nuwa.runtime.bundle import open_bundle
+
+    assert open_bundle(bundle).path == bundle
+
+
+def test_nothing_is_left_of_engines_that_cannot_be_built(bundle, built, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in (bundle / ENGINES).rglob("*")}
+    broken = tmp_path / "bundle"
+    shutil.copytree(bundle, broken, ignore=shutil.ignore_patterns(ENGINES))
+    (broken / "text_encoder.onnx").write_bytes(b"no graph")
+    with pytest.raises(EngineError, match="tensorrt-rtx cannot read .*text_encoder.onnx"):
+        build_engines(broken, EngineOptions(targets=("sm_89",), rows=(1,)))
+    assert list((broken / ENGINES).iterdir()) == []
+    assert {path: path.stat().st_mtime_ns for path in (bundle / ENGINES).rglob("*")} == before
+
+
+def test_a_gpu_that_it_does_not_build_for_is_told(bundle):
+    with pytest.raises(EngineError, match="does not build for sm_90; it does for .*sm_89"):
+        build_engines(bundle, EngineOptions(targets=("sm_90",)))
+
+
+def test_a_machine_without_a_gpu_must_be_told_of_one(bundle, monkeypatch):
+    import ctypes
+
+    def none(_name):
+        raise OSError
+
+    monkeypatch.setattr(ctypes, "CDLL", none)
+    with pytest.raises(EngineError, match="no GPU here to build for; name one with --target"):
+        build_engines(bundle, EngineOptions())
+
+
+def test_a_tensorrt_that_is_not_there_is_named(bundle, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(EngineError, match="tensorrt is not installed; pip install tensorrt-cu13"):
+        build_engines(bundle, EngineOptions(runtime="tensorrt"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"runtime": "onnx"}, "runtime 'onnx' is not one of tensorrt, tensorrt-rtx"),
+        ({"slots": 0}, "slots 0 is not at least 1"),
+        ({"rows": (16, 1)}, r"rows \[16, 1\] are not rising numbers"),
+        ({"rows": ()}, r"rows \[\] are not rising numbers"),
+        ({"targets": ("sm89",)}, "target 'sm89' is not an architecture such as sm_89"),
+        ({"runtime": "tensorrt", "targets": ("sm_90",)}, "leave --target out"),
+        ({"plugins": "x.so"}, "TensorRT-RTX takes no plugins"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        EngineOptions(**options)
+
+
+def test_profiles_cover_every_number_of_rows_once(manifest):
+    ranges = size_ranges("decoder_step", manifest.config, 3, (1, 16, 64))
+    assert [each["T"] for each in ranges] == [(1, 1, 1), (2, 16, 16), (17, 64, 64)]
+    assert {each["S"] for each in ranges} == {(6, 6, 6)}
+    assert {each["C"] for each in ranges} == {(5, 5, 5)}
