@@ -26,7 +26,8 @@ Float = npt.NDArray[np.float32]
 
 AUTO = "auto"
 NATIVE_CPU, ONNXRUNTIME_CPU = "native-cpu", "onnxruntime-cpu"
-BACKENDS = (AUTO, NATIVE_CPU, ONNXRUNTIME_CPU)  # what choice.make_backend takes
+ONNXRUNTIME_CUDA = "onnxruntime-cuda"
+BACKENDS = (AUTO, NATIVE_CPU, ONNXRUNTIME_CPU, ONNXRUNTIME_CUDA)  # what choice.make_backend takes
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,16 @@ from typing import Any
 
 from ..bundle import Bundle
 from ..errors import UnavailableError
-from .base import AUTO, BACKENDS, ONNXRUNTIME_CPU, Backend
+from .base import AUTO, BACKENDS, ONNXRUNTIME_CPU, ONNXRUNTIME_CUDA, Backend
 from .native_cpu import NativeCpu
 from .onnxruntime_cpu import OnnxRuntimeCpu
+from .onnxruntime_cuda import OnnxRuntimeCuda
 
 log = logging.getLogger("nuwa.runtime")
 
 
 def make_backend(name: str, bundle: Bundle, **arguments: Any) -> Backend:
-    """The backend of that name for a bundle; "auto" is the fastest that this machine has.
+    """The backend of that name for a bundle; "auto" is the fastest for this machine's processor.
 
     arguments: those of the backends, which all take the same. UnavailableError if the one that
     `name` asks for is not to be had here.
@@ -24,6 +25,8 @@ def make_backend(name: str, bundle: Bundle, **arguments: Any) -> Backend:
         raise ValueError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
     if name == ONNXRUNTIME_CPU:
         return OnnxRuntimeCpu(bundle, **arguments)
+    if name == ONNXRUNTIME_CUDA:
+        return OnnxRuntimeCuda(bundle, **arguments)
     try:
         return NativeCpu(bundle, **arguments)
     except UnavailableError as error:

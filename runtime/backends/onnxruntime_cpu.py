@@ -19,14 +19,15 @@ from nuwa.spec.grid import Int
 from nuwa.spec.manifest import DECODER_STEP, step_call_inputs
 
 from ..bundle import Bundle
-from .base import ONNXRUNTIME_CPU, Float, Part, Stream
+from .base import ONNXRUNTIME_CPU, Float, Part
+from .host_tokens import HostTokens
 from .onnxruntime_graphs import OnnxRuntimeGraphs, allocate, cache_names
 from .step_batch import CrossColumns, StepBatch, assemble
 
 _STORAGE = {"fp32": np.float32, "fp16": np.float16, "int8": np.float32}
 
 
-class OnnxRuntimeCpu(OnnxRuntimeGraphs):
+class OnnxRuntimeCpu(OnnxRuntimeGraphs, HostTokens):
     """A backend.
 
     rows: ignored, ONNX Runtime makes room as calls come; threads: None means one a core that this
@@ -50,7 +51,9 @@ class OnnxRuntimeCpu(OnnxRuntimeGraphs):
     ) -> None:
         config, manifest = bundle.manifest.config, bundle.manifest
         storage = _STORAGE[manifest.precision]
-        super().__init__(
+        HostTokens.__init__(self)
+        OnnxRuntimeGraphs.__init__(
+            self,
             bundle,
             condition_slots=condition_slots,
             threads=threads,
@@ -63,7 +66,6 @@ class OnnxRuntimeCpu(OnnxRuntimeGraphs):
         self._keep_logits = logits
         self._call_inputs = step_call_inputs(config)
         self._columns = CrossColumns(config)
-        self._tokens: dict[Stream, Int] = {}
         shape = (cache_slots, manifest.cache_entries, config.decoder.width)
         self.caches = allocate(cache_names(config.decoder.layers), shape, storage)
         self._binding = self._decoder.io_binding()
@@ -73,31 +75,9 @@ class OnnxRuntimeCpu(OnnxRuntimeGraphs):
             if name in self.caches:
                 self._binding.bind_ortvalue_output(f"{name}_out", value)
 
-    def open(self, stream: Stream) -> None:
-        self._tokens[stream] = np.zeros(stream.held, np.int32)
-
-    def stage(self, stream: Stream) -> None:
-        """Rows are read where they are."""
-
-    def tokens(self, stream: Stream, first: int, count: int) -> Int:
-        return self._tokens[stream][first : first + count].copy()
-
-    def close(self, stream: Stream) -> None:
-        self._tokens.pop(stream, None)
-
     def step(self, parts: Sequence[Part]) -> list[bool]:
-        drawn = self.run(
-            assemble(parts, self._tokens.__getitem__, self._codebook_size, self._columns)
-        )
-        finite, start = [], 0
-        for part in parts:
-            rows, held = part.stream.rows, self._tokens[part.stream]
-            staged = slice(part.first, part.first + part.count)
-            own, given = drawn[start : start + part.count], rows.given[staged]
-            finite.append(bool((own[given < 0] >= 0).all()))
-            held[rows.place[staged]] = np.where(given < 0, own, given)
-            start += part.count * len(part.stream.lanes)
-        return finite
+        batch = assemble(parts, self.held, self._codebook_size, self._columns)
+        return self.commit(parts, self.run(batch))
 
     def run(self, batch: StepBatch) -> Int:
         """The graph itself: i32 [T], -1 where a row's logits are no finite numbers."""

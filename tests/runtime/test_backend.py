@@ -19,9 +19,11 @@ from nuwa.runtime.backends import native_cpu, native_library
 from nuwa.runtime.backends.base import Lane, Part
 from nuwa.runtime.backends.cores import Cores
 from nuwa.runtime.backends.frame_graph import FrameGraph
+from nuwa.runtime.backends.host_tokens import HostTokens
 from nuwa.runtime.backends.native_cpu import NativeCpu
 from nuwa.runtime.backends.native_library import LEVELS
 from nuwa.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
+from nuwa.runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda
 from nuwa.runtime.backends.step_batch import CrossColumns, StepBatch, assemble
 from nuwa.runtime.bundle import open_bundle
 from nuwa.runtime.errors import UnavailableError
@@ -47,7 +49,9 @@ def plain(plain_bundle):
     return open_bundle(plain_bundle)
 
 
-KINDS = ("onnxruntime", *(f"native level {level}" for level in LEVELS))
+NATIVE = tuple(f"native level {level}" for level in LEVELS)
+ON_A_DEVICE = "onnxruntime on a device"  # the CUDA backend with the CPU as its device
+KINDS = ("onnxruntime", ON_A_DEVICE, *NATIVE)
 
 
 @pytest.fixture(params=KINDS)
@@ -64,12 +68,29 @@ def made_as(kind: str, bundle, **arguments):
     """A backend of one of KINDS; skips the test where the machine cannot have it."""
     if kind == "onnxruntime":
         return OnnxRuntimeCpu(bundle, **arguments)
+    if kind == ON_A_DEVICE:
+        if bundle.manifest.precision == "int8":
+            pytest.skip("the CUDA backend takes no int8 bundles")
+        made = OnnxRuntimeCuda(bundle, **arguments, device="cpu")
+        made.caches, made.conditions = seen(made._caches), seen(made._conditions)
+        return made
     level = int(kind.split()[-1])
     if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
         pytest.skip("no C++ compiler, so no native decoder")
     if level > native_library.load(0).nuwa_best_level():
         pytest.skip(f"this machine cannot run level {level}")
     return NativeCpu(bundle, **arguments, level=level)
+
+
+def seen(values: dict) -> dict[str, np.ndarray]:
+    """The memory of OrtValues on the CPU."""
+    arrays = {}
+    for name, value in values.items():
+        kind = np.dtype({"tensor(float)": "f4", "tensor(float16)": "f2"}[value.data_type()])
+        size = int(np.prod(value.shape())) * kind.itemsize
+        memory = (ctypes.c_char * size).from_address(value.data_ptr())
+        arrays[name] = np.frombuffer(memory, kind).reshape(value.shape())
+    return arrays
 
 
 def loaded(bundle, kind: str, threads: int = 1):
@@ -130,8 +151,8 @@ def opened(backend, *sequences: Sequence) -> list[Part]:
 
 def held(backend, made: Sequence) -> np.ndarray:
     """The tokens that a backend holds of a sequence."""
-    if isinstance(backend, OnnxRuntimeCpu):
-        return backend._tokens[made.stream]
+    if isinstance(backend, HostTokens):
+        return backend.held(made.stream)
     return backend._streams[made.stream].tokens
 
 
@@ -170,7 +191,7 @@ def test_caches_are_written_in_place(bundle, backend):
     where = {name: array.ctypes.data for name, array in backend.caches.items()}
     parts = opened(backend, sequence(bundle, Lane(2, 1, 5), calls=4))
     backend.step(parts)
-    if isinstance(backend, OnnxRuntimeCpu):
+    if isinstance(backend, HostTokens):
         # The tokens and logits are bound anew each step.
         bound = [each.data_ptr() for each in backend._binding.get_outputs()[:-2]]
         names = [each.name for each in backend._decoder.get_outputs()][2:]
@@ -424,7 +445,7 @@ def test_threads_are_at_least_one(bundle, kind):
 
 
 @pytest.mark.parametrize("sees", ["visual", "plain"])
-@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("kind", NATIVE)
 def test_native_logits_are_those_of_onnxruntime(bundle, plain, kind, sees):
     """Step by step through a guided clip beside a plain one, both backends fed the same tokens."""
     bundle = plain if sees == "plain" else bundle
@@ -478,7 +499,7 @@ def other(request, tmp_path_factory):
     return open_bundle(folder / "bundle")
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("kind", NATIVE)
 def test_native_decoder_runs_other_models_too(other, kind):
     bundle, config = other, other.manifest.config
     expected, native = loaded(bundle, "onnxruntime"), loaded(bundle, kind, threads=2)
@@ -495,7 +516,7 @@ def test_native_decoder_runs_other_models_too(other, kind):
             each.advance(each.width)
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("kind", NATIVE)
 def test_native_draws_are_right_for_their_logits(bundle, kind):
     """By the judge of the export, in fp64, under settings of all sorts."""
     from nuwa.export.draws import draw_errors
@@ -550,7 +571,7 @@ def test_one_number_that_is_none_is_enough_to_be_told(other, kind, value):
     assert backend.step(opened(backend, ill, well)) == [False, True]
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("kind", NATIVE)
 @pytest.mark.parametrize(("inputs", "outputs"), [(16, 5), (64, 32), (256, 70)])
 def test_whole_numbers_add_up_to_the_same_on_every_level(bundle, kind, inputs, outputs):
     """The sums are exact, so what is left is two roundings of a product; rows of any size."""
@@ -570,7 +591,7 @@ def test_whole_numbers_add_up_to_the_same_on_every_level(bundle, kind, inputs, o
     np.testing.assert_allclose(made, wanted, rtol=3e-7, atol=0.0)
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("kind", NATIVE)
 def test_products_of_real_numbers(bundle, kind):
     made_as(kind, bundle, cache_slots=1, condition_slots=1, threads=1)
     draw = np.random.default_rng(1)
@@ -632,7 +653,7 @@ def test_a_bundle_that_does_not_name_its_weights_is_refused(plain, monkeypatch):
 
 
 def test_a_forked_process_is_told_to_load_its_own(bundle, monkeypatch):
-    backend = loaded(bundle, KINDS[-1])
+    backend = loaded(bundle, NATIVE[-1])
     parts = opened(backend, sequence(bundle, Lane(0, 0, 3)))
     other = types.SimpleNamespace(getpid=lambda: backend._process + 1)
     monkeypatch.setattr(native_cpu, "os", other)
@@ -640,7 +661,7 @@ def test_a_forked_process_is_told_to_load_its_own(bundle, monkeypatch):
         backend.step(parts)
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("kind", NATIVE)
 def test_native_bits_do_not_depend_on_threads(bundle, kind):
     alone, many = loaded(bundle, kind), loaded(bundle, kind, threads=3)
     crowd = [
@@ -655,7 +676,7 @@ def test_native_bits_do_not_depend_on_threads(bundle, kind):
         assert (array == many.caches[name]).all()
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("kind", NATIVE)
 def test_a_step_takes_the_cores_that_others_leave(bundle, kind):
     alone, many = loaded(bundle, kind), loaded(bundle, kind, threads=3)
     crowd = [sequence(bundle, Lane(s, s % CONDITIONS, 5), seed=s) for s in range(SLOTS)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sys
 
@@ -53,6 +54,15 @@ def test_asking_for_it_by_name_says_why_not(tiny_bundle, no_library):
 def test_an_unknown_backend_is_refused_with_the_choices(tiny_bundle):
     with pytest.raises(ValueError, match="'cuda' is not one of auto, native-cpu, onnxruntime-cpu"):
         load_engine(tiny_bundle, backend="cuda")
+
+
+def test_a_gpu_that_is_not_there_is_told(bundle, monkeypatch):
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(UnavailableError, match="needs ONNX Runtime with CUDA: pip install"):
+        make_backend("onnxruntime-cuda", bundle, **SIZES)
+    whole = dataclasses.replace(bundle.manifest, precision="int8")
+    with pytest.raises(UnavailableError, match="runs bundles of fp32 and fp16, .* is of int8"):
+        make_backend("onnxruntime-cuda", dataclasses.replace(bundle, manifest=whole), **SIZES)
 
 
 def test_sizes_that_fit_no_vector_are_named(bundle, monkeypatch):

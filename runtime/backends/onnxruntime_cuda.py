@@ -1,0 +1,207 @@
+"""A bundle's graphs on ONNX Runtime's CUDA provider; caches and condition slots stay on the GPU.
+
+Encoders write into the condition slots where they are, and a step updates the caches in place: it
+sends the indices of its rows up, some hundred bytes a row, and brings their tokens back. 3DNA runs
+as the function bodies of the graphs.
+
+Legend: C condition slots, E their entries, S cache slots, R entries a slot, d width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from nuwa.spec.conditions import ConditionLayout
+from nuwa.spec.grid import Int
+from nuwa.spec.manifest import (
+    DECODER_STEP,
+    IMAGE_DETOKENIZER,
+    IMAGE_TOKENIZER,
+    SKETCH_TOKENIZER,
+    TEXT_ENCODER,
+    VISUAL_ENCODER,
+    condition_outputs,
+    step_call_inputs,
+)
+
+from ..bundle import Bundle
+from ..core import Pixels
+from ..errors import UnavailableError
+from .base import ONNXRUNTIME_CUDA, Float, Part
+from .host_tokens import HostTokens
+from .onnxruntime_graphs import cache_names
+from .step_batch import CrossColumns, StepBatch, assemble
+
+_STORAGE = {"fp32": np.float32, "fp16": np.float16}
+_CUDA = "CUDAExecutionProvider"
+
+
+class OnnxRuntimeCuda(HostTokens):
+    """A backend; UnavailableError where there is no such provider, and for an int8 bundle.
+
+    rows: ignored, ONNX Runtime makes room as calls come; threads and spinning: of what the provider
+    leaves to the CPU; logits: keep the logits of every step in `logits` f32 [T, K]; device: "cpu"
+    runs the same on the CPU provider, which tests do; device_id: of the GPU.
+    """
+
+    name = ONNXRUNTIME_CUDA
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        cache_slots: int,
+        condition_slots: int,
+        rows: int = 0,
+        threads: int | None = None,
+        spinning: bool = False,
+        logits: bool = False,
+        device: str = "cuda",
+        device_id: int = 0,
+    ) -> None:
+        super().__init__()
+        config, manifest = bundle.manifest.config, bundle.manifest
+        if manifest.precision not in _STORAGE:
+            raise UnavailableError(
+                f"{self.name} runs bundles of {' and '.join(_STORAGE)}, and this one is of "
+                f"{manifest.precision}: export the checkpoint in one of these"
+            )
+        if device == "cuda" and _CUDA not in ort.get_available_providers():
+            raise UnavailableError(
+                f"{self.name} needs ONNX Runtime with CUDA: pip install onnxruntime-gpu"
+            )
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads {threads} is not at least 1")
+        self.bundle, self.device, self.device_id = bundle, device, device_id
+        self._options = ort.SessionOptions()
+        self._options.intra_op_num_threads = threads or 0
+        self._options.add_session_config_entry(
+            "session.intra_op.allow_spinning", str(int(spinning))
+        )
+        self._options.log_severity_level = 3  # errors
+        self._storage = np.dtype(_STORAGE[manifest.precision])
+        layers, width = config.decoder.layers, config.decoder.width
+        entries = ConditionLayout.of(config).entries
+        self._first_visual = ConditionLayout.of(config).visual
+        self._condition_names = condition_outputs(layers)
+        self._text = self._session(TEXT_ENCODER)
+        self._tokenizer = self._session(IMAGE_TOKENIZER)
+        self._detokenizer = self._session(IMAGE_DETOKENIZER)
+        self._decoder = self._session(DECODER_STEP)
+        self._conditions = self._zeros(self._condition_names, (condition_slots, entries, width))
+        self._caches = self._zeros(
+            cache_names(layers), (cache_slots, manifest.cache_entries, width)
+        )
+        self._codebook_size = config.image.codebook_size
+        self._call_inputs = step_call_inputs(config)
+        self._columns = CrossColumns(config)
+        self.logits: Float | None = None
+        self._keep_logits = logits
+        self._binding = self._decoder.io_binding()
+        for name, value in (self._caches | self._conditions).items():
+            self._binding.bind_ortvalue_input(name, value)
+            if name in self._caches:
+                self._binding.bind_ortvalue_output(f"{name}_out", value)
+
+    def encode_text(self, ids: Int, condition_slots: Sequence[int], first: int) -> None:
+        for row, slot in zip(ids, condition_slots, strict=True):
+            self._encode(self._text, {"tokens": row[None]}, slot, first, (1, len(row)))
+
+    def encode_visual(
+        self,
+        tokens: Int,
+        coordinates: Int,
+        neighbours: Int,
+        condition_slot: int,
+        *,
+        busy: bool = False,
+    ) -> None:
+        inputs = {"tokens": tokens, "coordinates": coordinates, "neighbours": neighbours}
+        first, rows = self._first_visual, (len(tokens),)
+        self._encode(self._visual, inputs, condition_slot, first, rows)
+
+    def step(self, parts: Sequence[Part]) -> list[bool]:
+        batch = assemble(parts, self.held, self._codebook_size, self._columns)
+        return self.commit(parts, self.run(batch))
+
+    def run(self, batch: StepBatch) -> Int:
+        """The graph itself: i32 [T], -1 where a row's logits are no finite numbers."""
+        for name in self._call_inputs:
+            self._binding.bind_cpu_input(name, np.ascontiguousarray(getattr(batch, name)))
+        tokens = np.empty(len(batch.tokens), np.int32)
+        self._bind_cpu_output("next_tokens", tokens)
+        if self._keep_logits:
+            self.logits = np.empty((len(tokens), self._codebook_size), np.float32)
+            self._bind_cpu_output("logits", self.logits)
+        self._decoder.run_with_iobinding(self._binding)
+        return tokens
+
+    def tokenize(self, pixels: Pixels, *, busy: bool = False) -> Int:
+        return self._tokenizer.run(["codes"], {"pixels": pixels})[0]
+
+    def tokenize_sketch(self, class_maps: npt.NDArray[np.uint8], *, busy: bool = False) -> Int:
+        return self._sketches.run(["codes"], {"class_maps": class_maps})[0]
+
+    def detokenize(self, codes: Int, *, busy: bool = False) -> Pixels:
+        return self._detokenizer.run(["pixels"], {"codes": codes})[0]
+
+    @cached_property
+    def _visual(self) -> ort.InferenceSession:
+        return self._session(VISUAL_ENCODER)
+
+    @cached_property
+    def _sketches(self) -> ort.InferenceSession:
+        return self._session(SKETCH_TOKENIZER)
+
+    def _session(self, graph: str) -> ort.InferenceSession:
+        path = self.bundle.graph(graph)
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if self.device == "cuda":
+            # TF32 would round products of fp32 to 10 bits.
+            providers.insert(0, (_CUDA, {"device_id": self.device_id, "use_tf32": 0}))
+        session = ort.InferenceSession(path, self._options, providers=providers)
+        if self.device == "cuda" and session.get_providers()[0] != _CUDA:
+            raise UnavailableError(
+                f"{self.name} found no GPU {self.device_id} that it can use; its log says why"
+            )
+        return session
+
+    def _zeros(self, names: Sequence[str], shape: tuple[int, ...]) -> dict[str, ort.OrtValue]:
+        """Arrays on the device by name."""
+        empty = np.zeros(shape, self._storage)
+        return {
+            name: ort.OrtValue.ortvalue_from_numpy(empty.copy(), self.device, self.device_id)
+            for name in names
+        }
+
+    def _encode(
+        self,
+        session: ort.InferenceSession,
+        inputs: dict[str, Int],
+        slot: int,
+        first: int,
+        rows: tuple[int, ...],
+    ) -> None:
+        """Runs an encoder, whose outputs [*rows, d] go into a condition slot from entry `first`."""
+        binding = session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name in self._condition_names:
+            slots, entries, width = self._conditions[name].shape()
+            assert slot < slots and first + math.prod(rows) <= entries, "there is no such entry"
+            offset = (slot * entries + first) * width * self._storage.itemsize
+            address = self._conditions[name].data_ptr() + offset
+            shape = (*rows, width)
+            kind = self._storage.type
+            binding.bind_output(name, self.device, self.device_id, kind, shape, address)
+        session.run_with_iobinding(binding)
+
+    def _bind_cpu_output(self, name: str, array: npt.NDArray) -> None:
+        self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
