@@ -99,8 +99,8 @@ def misfit(record: EngineRecord, wanted: EngineKey, slots: int) -> str:
     if key.graphs != wanted.graphs:
         return "of other graphs than this bundle's"
     if key.version != wanted.version:
-        of, have = (tuple(map(int, each.split("."))) for each in (key.version, wanted.version))
-        if not (record.version_compatible and of[0] == have[0] and of <= have):
+        of, here = (tuple(map(int, each.split("."))) for each in (key.version, wanted.version))
+        if not (record.version_compatible and of[0] == here[0] and of <= here):
             return f"built with {key.runtime} {key.version}, and this is {wanted.version}"
     if not set(wanted.targets) <= set(key.targets):
         return f"for {', '.join(key.targets)}, and this GPU is {', '.join(wanted.targets)}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -87,7 +87,8 @@ class Stream:
         return len(self.lanes) > 1
 
 
-class Part(NamedTuple):
+@dataclass(eq=False, slots=True)  # not frozen, which would make making one take longer
+class Part:
     """What a call does for a stream: `count` of its staged rows from `first` on, once a lane."""
 
     stream: Stream
