@@ -1,6 +1,7 @@
 // The kernels of attention.cu on a CPU: lane by lane what they do, in the same order. For tests on
 // machines without a GPU, not for speed.
-#include "attention_call.h"
+#include "attention_cpu.h"
+
 #include "attention_core.h"
 
 namespace nuwa {
@@ -94,21 +95,25 @@ void run(const AttentionCall& call) {
 }
 
 }  // namespace
+
+const char* attend_on_cpu(const AttentionCall& call) {
+  if (const char* reason = unsupported(call)) return reason;
+  switch (call.storage) {
+    case Storage::kFloat32: run<float>(call); break;
+    case Storage::kFloat16: run<Half>(call); break;
+    case Storage::kBFloat16: run<BFloat16>(call); break;
+    default: return "the storage type is none of fp32, fp16 and bf16";
+  }
+  return nullptr;
+}
+
 }  // namespace nuwa
 
 extern "C" {
 
-// Null, or why the call cannot be done.
 __attribute__((visibility("default"))) const char* nuwa_attend_on_cpu(
     const nuwa::AttentionCall* call) {
-  if (const char* reason = nuwa::unsupported(*call)) return reason;
-  switch (call->storage) {
-    case nuwa::Storage::kFloat32: nuwa::run<float>(*call); break;
-    case nuwa::Storage::kFloat16: nuwa::run<nuwa::Half>(*call); break;
-    case nuwa::Storage::kBFloat16: nuwa::run<nuwa::BFloat16>(*call); break;
-    default: return "the storage type is none of fp32, fp16 and bf16";
-  }
-  return nullptr;
+  return nuwa::attend_on_cpu(*call);
 }
 
 // `count` numbers there and back; storage as in nuwa::Storage, 16-bit ones.

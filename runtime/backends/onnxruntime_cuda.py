@@ -2,6 +2,7 @@
 
 Encoders write into the condition slots where they are, and a step updates the caches in place: it
 sends the indices of its rows up, some hundred bytes a row, and brings their tokens back. 3DNA runs
+as the kernels of plugins_trt where these are built and the model's heads have a size for them, else
 as the function bodies of the graphs.
 
 Legend: C condition slots, E their entries, S cache slots, R entries a slot, d width.
@@ -9,16 +10,20 @@ Legend: C condition slots, E their entries, S cache slots, R entries a slot, d w
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from nuwa import plugins_trt
 from nuwa.spec.conditions import ConditionLayout
+from nuwa.spec.config import ModelConfig
 from nuwa.spec.grid import Int
 from nuwa.spec.manifest import (
     DECODER_STEP,
@@ -39,6 +44,9 @@ from .host_tokens import HostTokens
 from .onnxruntime_graphs import cache_names
 from .step_batch import CrossColumns, StepBatch, assemble
 
+log = logging.getLogger("nuwa.runtime")
+
+_HEAD_DIMS = (32, 64, 128)  # of the kernels
 _STORAGE = {"fp32": np.float32, "fp16": np.float16}
 _CUDA = "CUDAExecutionProvider"
 
@@ -86,6 +94,8 @@ class OnnxRuntimeCuda(HostTokens):
             "session.intra_op.allow_spinning", str(int(spinning))
         )
         self._options.log_severity_level = 3  # errors
+        if library := _operators(config) if device == "cuda" else None:
+            self._options.register_custom_ops_library(str(library))
         self._storage = np.dtype(_STORAGE[manifest.precision])
         layers, width = config.decoder.layers, config.decoder.width
         entries = ConditionLayout.of(config).entries
@@ -205,3 +215,20 @@ class OnnxRuntimeCuda(HostTokens):
 
     def _bind_cpu_output(self, name: str, array: npt.NDArray) -> None:
         self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+
+def _operators(config: ModelConfig) -> Path | None:
+    """The library of custom operators, if there is one and it can do all of a model's calls.
+
+    It takes the place of the function bodies altogether.
+    """
+    users = [config.decoder] if config.visual is None else [config.decoder, config.visual]
+    head_dims = {config.decoder.width // user.heads for user in users}
+    if not head_dims <= set(_HEAD_DIMS):
+        log.info("heads of %s: 3DNA runs as standard operators", sorted(head_dims))
+        return None
+    try:
+        return plugins_trt.operators()
+    except FileNotFoundError as error:
+        log.info("3DNA runs as standard operators: %s", error)
+        return None

@@ -44,18 +44,30 @@ def headers() -> Path:
 
 def built_library(architectures: str = "90") -> Path:
     """The plugin library, built for these architectures if it is not up to date."""
+    return built("nuwa_plugins", architectures, TENSORRT_ROOT=headers())
+
+
+def built(target: str, architectures: str, **options: object) -> Path:
+    """A library of plugins_trt by its target in CMake."""
     if not (shutil.which("nvcc") and shutil.which("cmake")):
-        pytest.skip("no nvcc or no cmake, so no plugin library")
+        pytest.skip("no nvcc or no cmake, so no CUDA libraries")
     folder = BUILD / architectures.replace(";", "_")
-    options = [f"-DTENSORRT_ROOT={headers()}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
-    options += ["-DCMAKE_BUILD_TYPE=Release"]
+    options |= {"CMAKE_CUDA_ARCHITECTURES": architectures, "CMAKE_BUILD_TYPE": "Release"}
     for command in (
-        ["cmake", "-S", ROOT, "-B", folder, *options],
-        ["cmake", "--build", folder, "--target", "nuwa_plugins"],
+        ["cmake", "-S", ROOT, "-B", folder, *(f"-D{name}={on}" for name, on in options.items())],
+        ["cmake", "--build", folder, "--target", target],
     ):
         done = subprocess.run(command, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "plugins_trt" / "libnuwa_plugins.so"
+    return folder / "plugins_trt" / f"lib{target}.so"
+
+
+def visible(library: Path) -> set[str]:
+    """The functions that a library shows."""
+    done = subprocess.run(
+        ["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True
+    )
+    return {line.split()[2] for line in done.stdout.splitlines() if line.split()[1] == "T"}
 
 
 def built_harness() -> Path:
