@@ -55,7 +55,7 @@ def export_bundle(
         partial.mkdir()
         manifest = _write(loaded, partial, precision, progress or _silent)
         _check_target(out, overwrite)  # again: an export takes a while
-        _replace(partial, out)
+        replace_folder(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest
@@ -144,7 +144,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
         )
 
 
-def _replace(partial: Path, out: Path) -> None:
+def replace_folder(partial: Path, out: Path) -> None:
     """Puts `partial` in the place of `out`; if that fails, `out` is as before."""
     if not out.exists():
         partial.rename(out)

@@ -7,9 +7,9 @@ the plugin library 3DNA runs as its kernels, without it as the function bodies i
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -36,12 +36,15 @@ from nuwa.spec.manifest import (
     file_hash,
     graph_file,
 )
+from nuwa.spec.plan import decode_plan
+
+from .bundle import replace_folder
+from .operators import CACHED, DOMAIN, NEARBY, VERSION
 
 MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
 ROWS = (1, 16, 64, 256)  # upper ends of the ranges that decoder_step gets a profile each for
 MOST_FRAMES = 16  # of a call of a tokenizer
-MOST_SORTED = 64  # candidates that sampling sorts
-_CONDITION_SLOTS_AHEAD = 2
+CONDITION_SLOTS_AHEAD = 2  # as of runtime/engine.py, which a test compares
 
 Progress = Callable[[str, int, int], None]
 Range = tuple[int, int, int]  # least, usual, most
@@ -81,6 +84,10 @@ class EngineOptions:
             raise ValueError("TensorRT builds for the GPU it runs on; leave --target out")
         if self.runtime == TENSORRT_RTX and self.plugins is not None:
             raise ValueError("TensorRT-RTX takes no plugins; leave --plugins out")
+        if self.runtime == TENSORRT_RTX and self.timing_cache is not None:
+            raise ValueError("TensorRT-RTX times nothing; leave --timing-cache out")
+        if self.runtime == TENSORRT_RTX and self.version_compatible:
+            raise ValueError("--version-compatible is for TensorRT; leave it out with TensorRT-RTX")
 
 
 def build_engines(
@@ -99,13 +106,17 @@ def build_engines(
     version = ".".join(re.findall(r"\d+", trt.__version__)[:4])
     key = EngineKey(options.runtime, version, targets, plugin_abi, graphs_hash(manifest))
     folder = bundle / ENGINES / key.name
-    partial = folder.with_name(f".{key.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
+    folder.parent.mkdir(exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{key.name}.", dir=folder.parent))
     try:
         for index, graph in enumerate(manifest.graphs):
             if progress:
                 progress(f"building {graph}", index, len(manifest.graphs))
             path = bundle / graph_file(graph)
+            if file_hash(path) != manifest.files[path.name]:
+                raise BundleError(
+                    f"{path} is not the file that the manifest names; export it again"
+                )
             data = _build(trt, logger, path, graph, manifest, options)
             (partial / engine_file(graph)).write_bytes(data)
         record = EngineRecord(
@@ -117,8 +128,8 @@ def build_engines(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         (partial / RECORD).write_text(record.to_json())
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        partial.chmod(0o755)
+        replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder, record
@@ -127,7 +138,8 @@ def build_engines(
 def size_ranges(graph: str, config: ModelConfig, slots: int, rows: Sequence[int]) -> list[dict]:
     """The profiles of a graph: for each, what its dynamic sizes may be, a Range by name.
 
-    decoder_step has one for each range of rows; what its caches hold is fixed by the slots.
+    decoder_step has one for each range of rows, and one more if a wave of a guided clip in every
+    slot is wider than the last; what its caches hold is fixed by the slots.
     """
     layout, grid = ConditionLayout.of(config), config.decoder.grid
     cells = grid.height * grid.width
@@ -139,9 +151,11 @@ def size_ranges(graph: str, config: ModelConfig, slots: int, rows: Sequence[int]
     }
     if graph != DECODER_STEP:
         return [common]
-    caches, conditions = 2 * slots, slots + _CONDITION_SLOTS_AHEAD
+    caches, conditions = 2 * slots, slots + CONDITION_SLOTS_AHEAD
     fixed = {"S": (caches,) * 3, "C": (conditions,) * 3}
-    columns = {"m": (1, min(32, entries), entries), "W": (1, 1, min(MOST_SORTED, codes))}
+    columns = {"m": (1, min(32, entries), entries), "W": (1, 1, codes)}
+    usual = caches * decode_plan(config.decoder, grid).widest
+    rows = [*rows, *([usual] if usual > rows[-1] else [])]
     least = [1, *(most + 1 for most in rows[:-1])]
     return [
         fixed | columns | {"T": (low, most, most)} for low, most in zip(least, rows, strict=True)
@@ -162,6 +176,8 @@ def _build(
     ranges = size_ranges(graph, manifest.config, options.slots, options.rows)
     for profile in _profiles(builder, network, ranges):
         config.add_optimization_profile(profile)
+    if hasattr(trt.BuilderFlag, "TF32"):  # would round products of fp32 to 10 bits
+        config.clear_flag(trt.BuilderFlag.TF32)
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.plugins is not None:
@@ -175,7 +191,9 @@ def _build(
     if serialized is None:
         raise EngineError(f"{options.runtime} could not build {path}: {logger.last_error}")
     if cache is not None and options.timing_cache is not None:
-        options.timing_cache.write_bytes(bytes(cache.serialize()))
+        partial = options.timing_cache.with_name(f".{options.timing_cache.name}.partial")
+        partial.write_bytes(bytes(cache.serialize()))
+        partial.replace(options.timing_cache)
     return bytes(serialized)
 
 
@@ -237,7 +255,11 @@ def _load_plugins(trt: Any, path: Path) -> int:
 
     if not path.is_file():
         raise EngineError(f"there is no plugin library {path}")
-    trt.get_plugin_registry().load_library(str(path))
+    registry = trt.get_plugin_registry()
+    registry.load_library(str(path))
+    for name in (NEARBY, CACHED):
+        if registry.get_creator(name, str(VERSION), DOMAIN) is None:
+            raise EngineError(f"{path} has no plugin {name} of version {VERSION}")
     return ctypes.CDLL(str(path)).nuwa_plugin_abi_version()
 
 

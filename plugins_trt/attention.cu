@@ -14,7 +14,7 @@ constexpr int kFusedRows = 512;    // a block compares each neighbour with all r
 // Tensors of a call by their type.
 template <class T>
 struct Tensors {
-  std::int32_t rows, entries, neighbours, heads;
+  std::int32_t rows, slots, entries, neighbours, heads;
   const T* query;
   T *key, *value;
   const std::int32_t *slot, *neighbour;
@@ -25,6 +25,7 @@ struct Tensors {
 
   explicit Tensors(const AttentionCall& call)
       : rows(call.rows),
+        slots(call.slots),
         entries(call.entries),
         neighbours(call.neighbours),
         heads(call.heads),
@@ -38,6 +39,15 @@ struct Tensors {
         value_new(static_cast<const T*>(call.value_new)),
         write_index(call.write_index),
         out(static_cast<T*>(call.out)) {}
+
+  // Where a row reads and writes; -1 for what is outside: TensorRT times kernels on made-up indices.
+  __device__ std::int32_t slot_of(int row) const { return within(slot[row], slots); }
+  __device__ std::int32_t written(int row) const {
+    return slot_of(row) < 0 ? -1 : within(write_index[row], entries);
+  }
+  __device__ static std::int32_t within(std::int32_t index, std::int32_t size) {
+    return static_cast<std::uint32_t>(index) < static_cast<std::uint32_t>(size) ? index : -1;
+  }
 };
 
 template <class T>
@@ -51,23 +61,25 @@ template <class T, bool kFused>
 __device__ void find_sources(const Tensors<T>& call, int row, std::int32_t* source) {
   const int thread = threadIdx.y * kWarp + threadIdx.x, threads = blockDim.y * kWarp;
   const std::int32_t* own = call.neighbour + static_cast<std::int64_t>(row) * call.neighbours;
-  for (int j = thread; j < call.neighbours; j += threads) source[j] = max(own[j], kMasked);
+  const std::int32_t slot = call.slot_of(row);
+  for (int j = thread; j < call.neighbours; j += threads)
+    source[j] = slot < 0 ? kMasked : call.within(own[j], call.entries);
   __syncthreads();
-  if (!kFused) return;
-  const std::int32_t slot = call.slot[row];
-  for (int writer = thread; writer < call.rows; writer += threads) {
-    const std::int32_t entry = call.write_index[writer];
-    if (entry < 0 || call.slot[writer] != slot) continue;
-    // One writer an entry, but neighbours of a row are all different too: no two threads meet.
-    for (int j = 0; j < call.neighbours; ++j)
-      if (own[j] == entry) source[j] = of_call(writer);
+  if constexpr (kFused) {
+    for (int writer = thread; writer < call.rows; writer += threads) {
+      const std::int32_t entry = call.written(writer);
+      if (entry < 0 || call.slot[writer] != slot) continue;
+      // One writer an entry, and neighbours of a row are all different: no two threads meet.
+      for (int j = 0; j < call.neighbours; ++j)
+        if (own[j] == entry) source[j] = of_call(writer);
+    }
+    __syncthreads();
   }
-  __syncthreads();
 }
 
 template <class T, int kHeadDim>
 __device__ void write_head(const Tensors<T>& call, int row, int head) {
-  const std::int32_t entry = call.write_index[row];
+  const std::int32_t entry = call.written(row);
   if (entry < 0) return;
   constexpr int kLanes = Split<T, kHeadDim>::kLanes, kChannels = Split<T, kHeadDim>::kChannels;
   const std::int64_t width = static_cast<std::int64_t>(call.heads) * kHeadDim;
@@ -138,7 +150,7 @@ __global__ void attend_kernel(Tensors<T> call) {
   const int row = blockIdx.x, head = blockIdx.y * blockDim.y + threadIdx.y;
   find_sources<T, kFused>(call, row, source);
   if (head >= call.heads) return;
-  if (kFused) write_head<T, kHeadDim>(call, row, head);
+  if constexpr (kFused) write_head<T, kHeadDim>(call, row, head);
   attend_head<T, kHeadDim>(call, row, head, source);
 }
 
@@ -156,11 +168,14 @@ cudaError_t launch(const AttentionCall& call, Launch how, cudaStream_t stream) {
   const std::size_t shared = call.neighbours * sizeof(std::int32_t);
   if (call.writes() && how == Launch::kFused) {
     attend_kernel<T, kHeadDim, true><<<grid, block, shared, stream>>>(tensors);
-    return cudaPeekAtLastError();
+    return cudaGetLastError();
   }
-  if (call.writes()) write_kernel<T, kHeadDim><<<grid, block, 0, stream>>>(tensors);
+  if (call.writes()) {
+    write_kernel<T, kHeadDim><<<grid, block, 0, stream>>>(tensors);
+    if (const cudaError_t error = cudaGetLastError()) return error;
+  }
   attend_kernel<T, kHeadDim, false><<<grid, block, shared, stream>>>(tensors);
-  return cudaPeekAtLastError();
+  return cudaGetLastError();
 }
 
 template <class T>
@@ -184,6 +199,13 @@ cudaError_t attend(const AttentionCall& call, Launch how, cudaStream_t stream) {
     case Storage::kBFloat16: return launch_type<BFloat16>(call, how, stream);
   }
   return cudaErrorInvalidValue;
+}
+
+cudaError_t can_attend() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, attend_kernel<float, 64, true>);
+  cudaGetLastError();  // so that it is not found by somebody else
+  return error;
 }
 
 cudaError_t attend(const AttentionCall& call, cudaStream_t stream) {

@@ -10,9 +10,13 @@
 
 namespace nuwa {
 
-// Puts a call onto the stream. cudaErrorInvalidValue for sizes that `unsupported` names; never
+// Puts a call onto the stream. Indices outside of their tensors are as negative ones: nothing is
+// read or written there. cudaErrorInvalidValue for sizes that `unsupported` names; never
 // waits, and allocates nothing, so that it can be captured in a graph.
 cudaError_t attend(const AttentionCall& call, cudaStream_t stream);
+
+// Whether this process' device, driver and what was compiled fit each other; cudaSuccess if so.
+cudaError_t can_attend();
 
 // How the call is put onto the stream; `attend` chooses by the number of rows.
 enum class Launch {

@@ -10,7 +10,8 @@
 namespace nuwa {
 
 // Tensors are dense and start at a multiple of 16 bytes. query, out [T, d]; key, value [S, R, d];
-// slot i32 [T] in [0, S); neighbours i32 [T, n] below R, negative ones masked; bias [H, n] or null.
+// slot i32 [T] in [0, S); neighbours i32 [T, n] below R, negative ones masked; bias [H, n] of finite
+// numbers, or null. Indices outside are as negative ones.
 // key_new, value_new [T, d] are written to (slot, write_index i32 [T]) of key and value before any row
 // attends, except where write_index is negative; no two rows may write the same entry. Null, all
 // three, for NearbyAttention, which does not write to key and value.

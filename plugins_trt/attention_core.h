@@ -39,8 +39,8 @@ struct Partial {
   }
 
   NUWA_BOTH void merge(const Partial& other) {
+    if (other.weight == 0.f) return;  // it has none; one that has some weighs at least 1, or is NaN
     const float top = fmaxf(most, other.most);
-    if (top == -INFINITY) return;  // neither has any
     const float keep = exp2f(most - top), take = exp2f(other.most - top);
     weight = weight * keep + other.weight * take;
     for (int i = 0; i < kChannels; ++i) sum[i] = sum[i] * keep + other.sum[i] * take;

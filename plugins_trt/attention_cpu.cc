@@ -24,13 +24,18 @@ class Emulation {
   static constexpr int kChannels = Split<T, kHeadDim>::kChannels;
   using Channels = float[kChannels];
 
+  static bool within(std::int32_t index, std::int32_t size) { return index >= 0 && index < size; }
+  // Whether a row may use an entry of its slot; as on a GPU, what is outside is as good as masked.
+  bool usable(int row, std::int32_t index) const {
+    return within(call_.slot[row], call_.slots) && within(index, call_.entries);
+  }
   std::int64_t entry(int row, std::int32_t index) const {
     return (static_cast<std::int64_t>(call_.slot[row]) * call_.entries + index) * width_;
   }
 
   void write(int row) const {
     const std::int32_t index = call_.write_index[row];
-    if (index < 0) return;
+    if (!usable(row, index)) return;
     const std::int64_t to = entry(row, index), from = row * width_;
     for (std::int64_t i = 0; i < width_; ++i) {
       static_cast<T*>(call_.key)[to + i] = static_cast<const T*>(call_.key_new)[from + i];
@@ -56,7 +61,7 @@ class Emulation {
     const std::int64_t first = static_cast<std::int64_t>(row) * call_.neighbours;
     for (int j = 0; j < call_.neighbours; ++j) {
       const std::int32_t index = call_.neighbour[first + j];
-      if (index < 0) continue;
+      if (!usable(row, index)) continue;
       Channels key, value;
       float scores[kLanes];
       for (int lane = 0; lane < kLanes; ++lane) {

@@ -45,7 +45,9 @@ void copy(void* to, const void* from, std::size_t bytes, Ort::KernelContext&) {
 constexpr const char* kProvider = "CUDAExecutionProvider";
 
 void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(cudaGetErrorString(error));
 }
 cudaStream_t stream_of(Ort::KernelContext& context) {
   return static_cast<cudaStream_t>(context.GetGPUComputeStream());
@@ -80,12 +82,19 @@ class Kernel {
     const Shape query = shape(layout_.query), key = shape(layout_.key);
     if (query.size() != 2 || key.size() != 3 || query[1] % heads_ || key[2] != query[1])
       throw std::invalid_argument("query and key do not fit each other or heads");
+    const Shape near = shape(layout_.neighbours), rows{query[0]};
+    if (shape(layout_.value) != key || shape(layout_.slot) != rows || near.size() != 2 ||
+        near[0] != query[0])
+      throw std::invalid_argument("value, slot or neighbours do not fit query and key");
+    if (layout_.writes() && (shape(layout_.key_new) != query || shape(layout_.value_new) != query ||
+                             shape(layout_.write_index) != rows))
+      throw std::invalid_argument("key_new, value_new or write_index do not fit query");
     AttentionCall call{};
     call.storage = storage_;
     call.rows = static_cast<std::int32_t>(query[0]);
     call.slots = static_cast<std::int32_t>(key[0]);
     call.entries = static_cast<std::int32_t>(key[1]);
-    call.neighbours = static_cast<std::int32_t>(shape(layout_.neighbours).at(1));
+    call.neighbours = static_cast<std::int32_t>(near[1]);
     call.heads = static_cast<std::int32_t>(heads_);
     call.head_dim = static_cast<std::int32_t>(query[1] / heads_);
     call.query = read(layout_.query);
@@ -94,8 +103,11 @@ class Kernel {
     call.slot = index(layout_.slot);
     call.neighbour = index(layout_.neighbours);
     const int bias = layout_.required;
-    if (context.GetInputCount() > static_cast<std::size_t>(bias) && context.GetInput(bias))
+    if (context.GetInputCount() > static_cast<std::size_t>(bias) && context.GetInput(bias)) {
+      if (shape(bias) != Shape{heads_, near[1]})
+        throw std::invalid_argument("bias does not fit heads and neighbours");
       call.bias = read(bias);
+    }
     call.out = context.GetOutput(0, query).GetTensorMutableRawData();
     if (layout_.writes()) {
       call.key_new = read(layout_.key_new);
@@ -158,6 +170,19 @@ struct Operator final : Ort::CustomOpBase<Operator, Kernel> {
 
 }  // namespace
 }  // namespace nuwa
+
+#ifndef NUWA_ON_CPU
+// Null, or why the kernels cannot run on a device of this machine.
+extern "C" __attribute__((visibility("default"))) const char* nuwa_unusable(int device) {
+  int before = 0;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = nuwa::can_attend();
+  cudaSetDevice(before);
+  cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+#endif
 
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
     OrtSessionOptions* options, const OrtApiBase* base) {

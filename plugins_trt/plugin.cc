@@ -91,7 +91,8 @@ AttentionPlugin::AttentionPlugin(const Layout& layout, std::int32_t heads, std::
     : layout_(layout),
       heads_(heads),
       tactic_(tactic),
-      timing_(std::string(layout.name) + "_heads" + std::to_string(heads)),
+      timing_(std::string(layout.name) + "_heads" + std::to_string(heads) + "_abi" +
+              std::to_string(kAbiVersion)),
       field_(kHeads, &heads_, PluginFieldType::kINT32, 1),
       fields_{1, &field_} {}
 
@@ -286,7 +287,10 @@ std::int32_t AttentionPlugin::enqueue(const nvinfer1::PluginTensorDesc* in,
         // Right, but slow: an engine built without aliased plugin I/O.
         const cudaError_t copied = cudaMemcpyAsync(to[output], from[input], bytes_of(in[input]),
                                                    cudaMemcpyDeviceToDevice, stream);
-        if (copied != cudaSuccess) return copied;
+        if (copied != cudaSuccess) {
+          cudaGetLastError();
+          return copied;
+        }
       }
     }
     const cudaError_t error =

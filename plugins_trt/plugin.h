@@ -15,6 +15,9 @@ namespace nuwa {
 constexpr const char* kNamespace = "nuwa";
 constexpr const char* kVersion = "1";
 constexpr const char* kHeads = "heads";  // the only attribute
+// Changes whenever an engine built with this library could no longer run with another one, or
+// kernels have become faster or slower.
+constexpr std::int32_t kAbiVersion = 1;
 
 // Whoever loads the library says where to log; until then, and if it never does, nobody hears.
 void set_logger(nvinfer1::ILoggerFinder* finder);

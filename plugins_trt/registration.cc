@@ -12,5 +12,4 @@ NUWA_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(std::int32_t& 
   return creators;
 }
 
-// Changes whenever an engine built with this library could no longer run with another one.
-NUWA_EXPORT std::int32_t nuwa_plugin_abi_version() { return 1; }
+NUWA_EXPORT std::int32_t nuwa_plugin_abi_version() { return nuwa::kAbiVersion; }

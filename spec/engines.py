@@ -30,8 +30,9 @@ def engine_file(graph: str) -> str:
 
 
 def graphs_hash(manifest: Manifest) -> str:
-    """SHA-256 over the hashes of a bundle's graphs, in hexadecimal."""
-    hashes = [manifest.files[graph_file(graph)] for graph in sorted(manifest.graphs)]
+    """SHA-256 over the hashes of a bundle's graphs and of their weights, in hexadecimal."""
+    graphs = tuple(graph_file(graph) for graph in manifest.graphs)  # large weights: name.onnx.data
+    hashes = [digest for name, digest in sorted(manifest.files.items()) if name.startswith(graphs)]
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
@@ -118,7 +119,7 @@ def find_engines(bundle: Path, wanted: EngineKey, slots: int) -> tuple[Path, Eng
     BundleError with why each of those there are does not fit, and what to do.
     """
     reasons, fitting = [], []
-    for path in sorted((bundle / ENGINES).glob(f"*/{RECORD}")):
+    for path in sorted((bundle / ENGINES).glob(f"[!.]*/{RECORD}")):  # others are being written
         try:
             record = EngineRecord.from_json(path.read_text())
             reason = misfit(record, wanted, slots)

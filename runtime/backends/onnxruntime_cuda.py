@@ -10,6 +10,7 @@ Legend: C condition slots, E their entries, S cache slots, R entries a slot, d w
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ from .step_batch import CrossColumns, StepBatch, assemble
 
 log = logging.getLogger("nuwa.runtime")
 
-_HEAD_DIMS = (32, 64, 128)  # of the kernels
+_HEAD_DIMS, _MOST_NEIGHBOURS = (32, 64, 128), 8192  # of the kernels
 _STORAGE = {"fp32": np.float32, "fp16": np.float16}
 _CUDA = "CUDAExecutionProvider"
 
@@ -83,8 +84,11 @@ class OnnxRuntimeCuda(HostTokens):
             )
         if device == "cuda" and _CUDA not in ort.get_available_providers():
             raise UnavailableError(
-                f"{self.name} needs ONNX Runtime with CUDA: pip install onnxruntime-gpu"
+                f"{self.name} needs ONNX Runtime with CUDA: install onnxruntime-gpu in place of "
+                f"onnxruntime"
             )
+        if device == "cuda" and hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # CUDA's libraries that pip installed
         if threads is not None and threads < 1:
             raise ValueError(f"threads {threads} is not at least 1")
         self.bundle, self.device, self.device_id = bundle, device, device_id
@@ -94,7 +98,7 @@ class OnnxRuntimeCuda(HostTokens):
             "session.intra_op.allow_spinning", str(int(spinning))
         )
         self._options.log_severity_level = 3  # errors
-        if library := _operators(config) if device == "cuda" else None:
+        if library := _operators(config, device_id) if device == "cuda" else None:
             self._options.register_custom_ops_library(str(library))
         self._storage = np.dtype(_STORAGE[manifest.precision])
         layers, width = config.decoder.layers, config.decoder.width
@@ -179,7 +183,8 @@ class OnnxRuntimeCuda(HostTokens):
         session = ort.InferenceSession(path, self._options, providers=providers)
         if self.device == "cuda" and session.get_providers()[0] != _CUDA:
             raise UnavailableError(
-                f"{self.name} found no GPU {self.device_id} that it can use; its log says why"
+                f"{self.name} found no GPU {self.device_id}, or no libraries of CUDA and cuDNN; "
+                f"ONNX Runtime's log says which"
             )
         return session
 
@@ -217,18 +222,33 @@ class OnnxRuntimeCuda(HostTokens):
         self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
 
-def _operators(config: ModelConfig) -> Path | None:
-    """The library of custom operators, if there is one and it can do all of a model's calls.
+def _operators(config: ModelConfig, device_id: int) -> Path | None:
+    """The library of custom operators, if there is one, it runs here, and can do all calls.
 
     It takes the place of the function bodies altogether.
     """
     users = [config.decoder] if config.visual is None else [config.decoder, config.visual]
     head_dims = {config.decoder.width // user.heads for user in users}
+    seen = max(config.decoder.neighbour_count, ConditionLayout.of(config).entries)
+    reason = ""
     if not head_dims <= set(_HEAD_DIMS):
-        log.info("heads of %s: 3DNA runs as standard operators", sorted(head_dims))
+        reason = f"its heads are {sorted(head_dims)} wide"
+    elif seen > _MOST_NEIGHBOURS:
+        reason = f"a position may see {seen} others"
+    else:
+        try:
+            library = plugins_trt.operators()
+            reason = _unusable(library, device_id)
+        except FileNotFoundError as error:
+            reason = str(error)
+    if reason:
+        log.info("3DNA runs as standard operators: %s", reason)
         return None
-    try:
-        return plugins_trt.operators()
-    except FileNotFoundError as error:
-        log.info("3DNA runs as standard operators: %s", error)
-        return None
+    return library
+
+
+def _unusable(library: Path, device_id: int) -> str:
+    """Why the kernels of the library cannot run on a GPU; "" if they can."""
+    call = ctypes.CDLL(str(library)).nuwa_unusable
+    call.restype = ctypes.c_char_p
+    return (call(device_id) or b"").decode()

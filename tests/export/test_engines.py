@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import pytest
@@ -10,6 +11,12 @@ pytest.importorskip("tensorrt_rtx")
 
 from nuwa.export.engines import EngineError, EngineOptions, build_engines, size_ranges  # noqa: E402
 from nuwa.runtime.cli import main  # noqa: E402
+from nuwa.runtime.engine import (  # noqa: E402
+    MOST_ROWS,
+    cache_slots,
+    condition_slots,
+    usual_rows,
+)
 from nuwa.spec.engines import ENGINES, EngineKey, find_engines, graphs_hash  # noqa: E402
 from nuwa.spec.manifest import MANIFEST, BundleError, Manifest, file_hash  # noqa: E402
 
@@ -64,9 +71,16 @@ def test_nothing_is_left_of_engines_that_cannot_be_built(bundle, built, tmp_path
     before = {path: path.stat().st_mtime_ns for path in (bundle / ENGINES).rglob("*")}
     broken = tmp_path / "bundle"
     shutil.copytree(bundle, broken, ignore=shutil.ignore_patterns(ENGINES))
-    (broken / "text_encoder.onnx").write_bytes(b"no graph")
+    graph = broken / "text_encoder.onnx"
+    graph.write_bytes(b"no graph")
+    options = EngineOptions(targets=("sm_89",), rows=(1,))
+    with pytest.raises(BundleError, match="text_encoder.onnx is not the file that the manifest"):
+        build_engines(broken, options)
+    made = Manifest.from_json((broken / MANIFEST).read_text())
+    made = dataclasses.replace(made, files=made.files | {graph.name: file_hash(graph)})
+    (broken / MANIFEST).write_text(made.to_json())
     with pytest.raises(EngineError, match="tensorrt-rtx cannot read .*text_encoder.onnx"):
-        build_engines(broken, EngineOptions(targets=("sm_89",), rows=(1,)))
+        build_engines(broken, options)
     assert list((broken / ENGINES).iterdir()) == []
     assert {path: path.stat().st_mtime_ns for path in (bundle / ENGINES).rglob("*")} == before
 
@@ -105,6 +119,8 @@ def test_a_tensorrt_that_is_not_there_is_named(bundle, monkeypatch):
         ({"targets": ("sm89",)}, "target 'sm89' is not an architecture such as sm_89"),
         ({"runtime": "tensorrt", "targets": ("sm_90",)}, "leave --target out"),
         ({"plugins": "x.so"}, "TensorRT-RTX takes no plugins"),
+        ({"timing_cache": "x"}, "TensorRT-RTX times nothing"),
+        ({"version_compatible": True}, "--version-compatible is for TensorRT"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, says):
@@ -112,8 +128,22 @@ def test_options_that_make_no_sense_are_refused(options, says):
         EngineOptions(**options)
 
 
-def test_profiles_cover_every_number_of_rows_once(manifest):
+def test_profiles_are_for_what_the_runtime_asks(manifest):
+    """Each number of rows has one, up to those of the widest usual call."""
     ranges = size_ranges("decoder_step", manifest.config, 3, (1, 16, 64))
     assert [each["T"] for each in ranges] == [(1, 1, 1), (2, 16, 16), (17, 64, 64)]
-    assert {each["S"] for each in ranges} == {(6, 6, 6)}
-    assert {each["C"] for each in ranges} == {(5, 5, 5)}
+    assert {each["S"] for each in ranges} == {(cache_slots(3),) * 3}
+    assert {each["C"] for each in ranges} == {(condition_slots(3),) * 3}
+    many = size_ranges("decoder_step", manifest.config, 100, (1, 16))
+    usual = usual_rows(100, manifest.config.decoder)
+    assert many[-1]["T"] == (17, usual, usual) and usual > MOST_ROWS
+
+
+def test_large_weights_count_as_their_graphs(manifest):
+    """They are in a file beside the graph, which is the same for all weights."""
+    files = manifest.files | {"decoder_step.onnx.data": "ab" * 32}
+    others = manifest.files | {"decoder_step.onnx.data": "cd" * 32}
+    hashes = {graphs_hash(dataclasses.replace(manifest, files=each)) for each in (files, others)}
+    assert len(hashes) == 2
+    text = manifest.files | {"tokenizer.json": "ef" * 32}
+    assert graphs_hash(dataclasses.replace(manifest, files=text)) == graphs_hash(manifest)

@@ -35,7 +35,8 @@ _INDICES = ("slot", "write_index", "neighbours")
 def headers() -> Path:
     """TensorRT's; skips the test where there are none."""
     if root := os.environ.get("TENSORRT_ROOT"):
-        return Path(root)
+        inner = Path(root) / "include"
+        return inner if (inner / "NvInfer.h").exists() else Path(root)
     found = importlib.util.find_spec("kernel_lens")
     if found is None or not found.submodule_search_locations:
         pytest.skip("no TensorRT headers: set TENSORRT_ROOT, or install kernel-lens")

@@ -148,6 +148,31 @@ def test_numbers_that_are_none_are_not_hidden(native):
     assert np.isnan(native("fp32", heads=1, **kept)[0]).all()
 
 
+@pytest.mark.parametrize("column", range(9))
+def test_one_neighbour_that_is_no_number_is_enough(native, column):
+    """Whichever group of lanes reads it, and if it is the only one."""
+    kept, _ = stored(native, drawn(Sizes(1, 1, 9, 9, 1, 32), writes=False), "fp16")
+    kept["query"][:] = 0x7E00
+    kept["neighbours"][:] = -1
+    kept["neighbours"][0, column] = 3
+    assert np.isnan(native("fp16", heads=1, **kept).view(np.float16)).all()
+
+
+def test_indices_from_outside_are_as_masked_ones(native):
+    """TensorRT times kernels on made-up ones."""
+    sizes = Sizes(6, 2, 20, 9, 1, 32)
+    kept, _ = stored(native, drawn(sizes, seed=5), "fp32")
+    wild = {name: array.copy() for name, array in kept.items()}
+    wild["neighbours"][0, ::2] = [20, 2**31 - 1, -(2**31), 21, 999]
+    kept["neighbours"][0, ::2] = -1
+    wild["write_index"][1], kept["write_index"][1] = 20, -1
+    wild["slot"][2] = 2
+    kept["neighbours"][2], kept["write_index"][2] = -1, -1
+    expected = native("fp32", heads=1, **kept)
+    assert (native("fp32", heads=1, **wild) == expected).all()
+    assert (wild["key"] == kept["key"]).all() and (wild["value"] == kept["value"]).all()
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -45,8 +45,10 @@ def enqueue(harness, name, storage, sizes, kept, *, in_place=True, tactic=0):
     outputs = [np.empty_like(kept["query"])]
     if name == "CachedNearbyAttention":
         outputs += [np.empty_like(kept["key"]), np.empty_like(kept["value"])]
-    plugin = harness.create(name, sizes.heads)
-    assert harness.c.harness_set_tactic(plugin, tactic) == 0
+    made = harness.create(name, sizes.heads)
+    assert harness.c.harness_set_tactic(made, tactic) == 0
+    plugin = c_void_p(harness.c.harness_attach(made))  # what runs in TensorRT is a copy
+    harness.c.harness_delete(made)
     status = harness.c.harness_enqueue(
         plugin,
         *given.arguments,

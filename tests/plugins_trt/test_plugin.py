@@ -81,7 +81,7 @@ def test_only_what_registries_look_for_is_visible(library):
 
 
 def test_plugins_say_who_they_are(harness, name, plugin):
-    identity = f"nuwa/{name}/1 {name}_heads4"
+    identity = f"nuwa/{name}/1 {name}_heads4_abi1"
     assert harness.c.harness_identity(plugin).decode() == identity
     assert harness.c.harness_outputs(plugin) == harness.outputs(name)
 

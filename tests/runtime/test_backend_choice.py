@@ -58,7 +58,7 @@ def test_an_unknown_backend_is_refused_with_the_choices(tiny_bundle):
 
 def test_a_gpu_that_is_not_there_is_told(bundle, monkeypatch):
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(UnavailableError, match="needs ONNX Runtime with CUDA: pip install"):
+    with pytest.raises(UnavailableError, match="needs ONNX Runtime with CUDA: install"):
         make_backend("onnxruntime-cuda", bundle, **SIZES)
     whole = dataclasses.replace(bundle.manifest, precision="int8")
     with pytest.raises(UnavailableError, match="runs bundles of fp32 and fp16, .* is of int8"):

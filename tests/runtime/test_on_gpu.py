@@ -6,13 +6,15 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from nuwa.runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda
+from nuwa.export.bundle import export_bundle
+from nuwa.runtime.backends import onnxruntime_cuda
 from nuwa.runtime.bundle import open_bundle
 from nuwa.runtime.core import GenerationRequest
 from nuwa.runtime.engine import Engine, cache_slots, condition_slots, load_engine
 from nuwa.spec.sampling import Sampling
 from nuwa.spec.tasks import Task
 
+from ..conftest import make_tiny_checkpoint
 from .engine_run import PROMPT, alone
 
 pytestmark = [
@@ -24,16 +26,24 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def engines(tiny_bundle):
-    bundle = open_bundle(tiny_bundle)
-    made = OnnxRuntimeCuda(
+@pytest.fixture(scope="module", params=["function bodies", "operators"])
+def engines(request, tiny_bundle, tmp_path_factory):
+    """On the GPU and on the CPU. Heads of 32 have kernels, those of the tiny model have none."""
+    folder = tiny_bundle
+    if request.param == "operators":
+        folder = tmp_path_factory.mktemp("wide")
+        make_tiny_checkpoint(folder / "checkpoint", width=128, heads=4)
+        export_bundle(folder / "checkpoint", folder / "bundle")
+        folder = folder / "bundle"
+    bundle = open_bundle(folder)
+    library = onnxruntime_cuda._operators(bundle.manifest.config, 0)
+    assert (library is not None) == (request.param == "operators"), "were they built?"
+    made = onnxruntime_cuda.OnnxRuntimeCuda(
         bundle, cache_slots=cache_slots(2), condition_slots=condition_slots(2), logits=True
     )
     assert made._decoder.get_providers()[0] == "CUDAExecutionProvider"
-    return Engine(bundle, made, slots=2), load_engine(
-        tiny_bundle, slots=2, backend="onnxruntime-cpu"
-    )
+    cpu = load_engine(folder, slots=2, backend="onnxruntime-cpu")
+    return Engine(bundle, made, slots=2), cpu
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
@@ -53,7 +63,7 @@ def test_tokens_are_the_cpus(engines, task, guidance):
 
 
 def test_pixels_and_codes_are_the_cpus(engines):
-    codes = np.random.default_rng(2).integers(0, 64, (5, 4, 4), np.int32)
+    codes = np.random.default_rng(2).integers(0, 64, (64, 4, 4), np.int32)
     gpu, cpu = (engine.pixels(codes).astype(int) for engine in engines)
     assert np.abs(gpu - cpu).max() <= 1
     pixels = cpu.astype(np.uint8)
