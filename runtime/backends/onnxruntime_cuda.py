@@ -227,8 +227,8 @@ def _operators(config: ModelConfig, device_id: int) -> Path | None:
 
     It takes the place of the function bodies altogether.
     """
-    users = [config.decoder] if config.visual is None else [config.decoder, config.visual]
-    head_dims = {config.decoder.width // user.heads for user in users}
+    heads = [config.decoder.heads, *([config.visual.heads] if config.visual else [])]
+    head_dims = {config.decoder.width // count for count in heads}
     seen = max(config.decoder.neighbour_count, ConditionLayout.of(config).entries)
     reason = ""
     if not head_dims <= set(_HEAD_DIMS):
