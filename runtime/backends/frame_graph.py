@@ -8,7 +8,7 @@ what comes out does not depend on the others, nor on how many cores there are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import numpy.typing as npt
@@ -49,16 +49,12 @@ class FrameGraph:
         used = min(self._cores.share if busy else self._cores.total, len(frames))
         with self._cores.lend(used):
             own, *others = np.array_split(frames, used)
-            made = [] if self._pool is None else self._submit(self._pool, others)
+            pool = self._pool
+            made = [pool.submit(self._each, part) for part in others] if pool else []
             try:
                 return np.concatenate([self._each(own), *(part.result() for part in made)])
             finally:
                 wait(made)  # even if a part has failed, so that cores are not free before they are
-
-    def _submit(
-        self, pool: ThreadPoolExecutor, parts: list[npt.NDArray]
-    ) -> list[Future[npt.NDArray]]:
-        return [pool.submit(self._each, part) for part in parts]
 
     def _each(self, frames: npt.NDArray) -> npt.NDArray:
         return np.concatenate([self._run(self._one, frame[None]) for frame in frames])
