@@ -31,10 +31,12 @@ TENSORRT_STAMP := $(VENV)/.tensorrt
 
 $(TENSORRT_STAMP): $(STAMP)
 	-$(BIN)/python -m pip install --quiet --no-deps $(TENSORRT)
-	-plugins_trt/fetch_onnxruntime_headers.sh build/onnxruntime
 	touch $@
 
-test: $(STAMP) $(TENSORRT_STAMP)
+build/onnxruntime:
+	-plugins_trt/fetch_onnxruntime_headers.sh $@
+
+test: $(STAMP) $(TENSORRT_STAMP) build/onnxruntime
 	$(BIN)/python -m pytest -m "not gpu"
 
 # mypy cannot see through an editable install, so it checks a regular one.

@@ -28,7 +28,7 @@ def add_engine(parser: argparse.ArgumentParser, *, slots: bool) -> None:
         "--backend",
         choices=BACKENDS,
         default=AUTO,
-        help="what decodes (default: %(default)s, the fastest that this machine has)",
+        help="what decodes (default: %(default)s, the fastest for this machine's processor)",
     )
     group.add_argument(
         "--threads", type=positive, metavar="N", help="CPU threads (default: one a core)"
