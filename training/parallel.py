@@ -6,6 +6,7 @@ no model.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -77,4 +78,6 @@ def join(device: str) -> Team:
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        # Threads of a group that is still there abort the process, now and then, when it ends.
+        atexit.register(torch.distributed.destroy_process_group)
     return Team(torch.distributed.get_rank(), size, device)
