@@ -6,7 +6,8 @@ then rows with text alone. A row's task follows from its conditions:
     sketch                S2I, S2V     every token is predicted
     hidden part           I2I, TI2I, TV2V   known tokens are given, hidden ones predicted
     caption               T2I, T2V     every token is predicted
-    "none", a clip        V2V          at any time of a longer clip; all but its first frame
+    "none", a clip        V2V          at any time of a longer clip; all but its first frame; some
+                                       tokens may be fed as the model itself draws them
 
 Legend: B rows, V rows with a visual condition, N positions, F frames, h, w tokens.
 """
@@ -39,7 +40,8 @@ SPARE = (0.6, 0.25, 0.15)
 @dataclass(frozen=True)
 class Batch:
     """fed_BN: tokens that positions are fed; target_BN: what they predict; weight_BN: 1 where that
-    counts; prompts: B texts; visual_VN: ids of the first V rows; time_B: first time positions.
+    counts; prompts: B texts; visual_VN: ids of the first V rows; time_B: first time positions;
+    own_BN: where the model's own draws are to be fed instead.
     """
 
     grid: Grid
@@ -49,6 +51,7 @@ class Batch:
     prompts: list[str]
     visual_VN: Tensor | None
     time_B: Tensor | None
+    own_BN: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,9 @@ class Rows:
 
     captioned_sketches, captioned_hidden: shares of those rows whose prompt is the caption, not
     "none"; captioned_covered: the same where the mask leaves nothing of the object, so that only a
-    caption tells what to draw; none: share of the text rows whose prompt is "none"; anywhere: share
-    of these that, of clips, are cut from anywhere in a longer clip.
+    caption tells what to draw; none: share of the text rows whose prompt is "none". Of these, where
+    they are clips: anywhere: share that is cut from anywhere in a longer clip; steady: share of the
+    others that is chosen from steady clips; own: the most of a row's tokens that the model draws.
     """
 
     text: int
@@ -69,6 +73,8 @@ class Rows:
     captioned_covered: float = 0.9
     none: float = 0.1
     anywhere: float = 0.5
+    steady: float = 0.0
+    own: float = 0.0
 
 
 class Batches:
@@ -88,11 +94,8 @@ class Batches:
     def _batch(self, draw: Draw, rows: Rows, *, video: bool) -> Batch:
         frames = self.clips.source.frames
         total = rows.sketches + rows.hidden + rows.text
+        text = slice(total - rows.text, total)
         index = draw.integers(self.clips.count, size=total)
-        frame = draw.integers(frames, size=total)
-        parts = [range(frames) if video else range(f, f + 1) for f in frame.tolist()]
-        spans = list(zip(index.tolist(), parts, strict=True))
-        target = self.clips.codes(spans)
         shares = np.concatenate(
             [
                 np.full(rows.sketches, 1.0 - rows.captioned_sketches),
@@ -101,28 +104,36 @@ class Batches:
             ]
         )
         none = draw.random(total) < shares
+        predicted = none & video
+        predicted[: text.start] = False
+        anywhere = predicted & (draw.random(total) < rows.anywhere)
+        steady = predicted & ~anywhere & (draw.random(total) < rows.steady)
+        for row in np.flatnonzero(steady):
+            while not self.clips.source.steady(int(index[row])):
+                index[row] = draw.integers(self.clips.count)
+        frame = draw.integers(frames, size=total)
+        parts = [range(frames) if video else range(f, f + 1) for f in frame.tolist()]
+        spans = list(zip(index.tolist(), parts, strict=True))
+        target = self.clips.codes(spans)
         fed, weight = target.copy(), np.ones(target.shape, np.float32)
         time, visual = np.zeros(total, np.int64), []
         if rows.sketches:
             codes = self.clips.sketches(spans[: rows.sketches])
             visual += list(codes + self.config.image.codebook_size)
-        for row in range(rows.sketches, rows.sketches + rows.hidden):
+        for row in range(rows.sketches, text.start):
             known, codes, edges, covered = self._hide(draw, *spans[row])
             if covered:
                 none[row] = draw.random() >= rows.captioned_covered
             fed[row] = np.where(known, codes, target[row])
             weight[row] = ~known
             visual.append(np.where(known, codes, self.config.hidden + edges))
-        for row in range(total - rows.text, total):
-            if video and none[row] and draw.random() < rows.anywhere:
-                source, clip = self.clips.source, int(index[row])
-                start = int(draw.integers(4 * frames))
-                while not source.may_show(clip, start):
-                    start = int(draw.integers(4 * frames))
-                pixels, _ = source.clip(clip, range(start, start + frames))
-                fed[row] = target[row] = encode_frames(self.vqgan, pixels)
-                weight[row, 0] = 0.0
-                time[row] = draw.integers(self.config.decoder.grid.frames)
+        for row in np.flatnonzero(anywhere):
+            fed[row] = target[row] = self._window(draw, int(index[row]))
+            weight[row, 0] = 0.0
+            time[row] = draw.integers(self.config.decoder.grid.frames)
+        most = predicted * draw.random(total) * rows.own
+        own = draw.random(target.shape) < most[:, None, None]
+        own[:, 0] = False  # a given frame is true
         prompts = [
             UNCONDITIONAL_PROMPT if n else self.clips.source.caption(int(i), video=video)
             for i, n in zip(index, none, strict=True)
@@ -136,7 +147,17 @@ class Batches:
             prompts,
             torch.from_numpy(np.stack(visual).reshape(len(visual), -1)) if visual else None,
             torch.from_numpy(time) if time.any() else None,
+            torch.from_numpy(own.reshape(total, -1)) if own.any() else None,
         )
+
+    def _window(self, draw: Draw, index: int) -> np.ndarray:
+        """Tokens [F, C] of frames from anywhere in a clip that goes on for ever."""
+        source = self.clips.source
+        start = int(draw.integers(4 * source.frames))
+        while not source.may_show(index, start):
+            start = int(draw.integers(4 * source.frames))
+        pixels, _ = source.clip(index, range(start, start + source.frames))
+        return encode_frames(self.vqgan, pixels).astype(np.int64)
 
     def _hide(
         self, draw: Draw, index: int, span: range

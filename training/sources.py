@@ -20,6 +20,7 @@ from .sprites.world import (
     BACKGROUNDS,
     CLASSES,
     COLOURS,
+    DIRECTIONS,
     FRAMES,
     MOTIONS,
     SIDE,
@@ -60,6 +61,9 @@ class Source(Protocol):
     def may_show(self, index: int, start: int) -> bool:
         """Whether a window of the clip that begins at frame `start` is one to train on."""
 
+    def steady(self, index: int) -> bool:
+        """Whether the clip goes on to its end as it begins."""
+
     def caption(self, index: int, *, video: bool) -> str:
         """The clip's caption, or that of any of its frames."""
 
@@ -95,6 +99,9 @@ class Sprites:
         """Not where a clip that goes on comes to move as its class only does in split `novel`."""
         plan = self.world.plan(index)
         return (plan.factors.class_index, plan.shown_motion(start)) not in novel_pairs()
+
+    def steady(self, index: int) -> bool:
+        return self.world.factors(index).motion in DIRECTIONS
 
     def caption(self, index: int, *, video: bool) -> str:
         factors = self.world.factors(index)
@@ -145,6 +152,9 @@ class Pictures:
         return picture[None].repeat(count, axis=0), sketch[None].repeat(count, axis=0)
 
     def may_show(self, index: int, start: int) -> bool:
+        return True
+
+    def steady(self, index: int) -> bool:
         return True
 
     def caption(self, index: int, *, video: bool) -> str:

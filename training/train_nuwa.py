@@ -28,10 +28,12 @@ from .checkpoint import Checkpoint, save_checkpoint
 from .clips import Clips
 from .decode import generate
 from .initialise import initialise, load_start
-from .nuwa import NUWA
+from .nuwa import NUWA, Volume
 from .parallel import Team
 from .pictures import contact_sheet, save_png
 from .vqgan import VQGAN, to_bytes
+
+OWN_TEMPERATURE = 0.5  # between the 0.1 at which clips are predicted and the model's true spread
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,14 @@ class NUWAOptions:
     sketch_images, sketch_clips, hidden_images, hidden_clips: further rows, for S2I, S2V, for I2I
     and TI2I, for TV2V; they join at `visual_from`. optimizer: "adam" as in the paper, or "muon"
     (orthogonalised momentum for the blocks' matrices, Adam for the rest), which learns more from
-    few steps; none_images and none_clips: share of captions replaced by "none"; anywhere_clips: of
-    the latter, the share that is cut from anywhere in a longer clip; average: decay of the weight
-    average that is shipped.
+    few steps; none_images and none_clips: share of captions replaced by "none"; average: decay of
+    the weight average that is shipped.
+
+    Of the clips without a caption: anywhere_clips: the share that is cut from anywhere in a longer
+    clip; steady_clips: the share of the others that is chosen from clips that end as they begin;
+    own_tokens: up to which share of a clip's tokens is fed as the model draws them where all before
+    is true, so that it learns to go on from what it made itself (scheduled sampling in two passes,
+    Mihaylova and Martins, 2019).
     """
 
     images: int = 96
@@ -60,6 +67,8 @@ class NUWAOptions:
     none_images: float = 0.1
     none_clips: float = 0.25
     anywhere_clips: float = 0.5
+    steady_clips: float = 0.0
+    own_tokens: float = 0.0
     average: float = 0.998
     layer_scale: float | None = 0.5
     bf16: bool = True
@@ -67,7 +76,7 @@ class NUWAOptions:
     def __post_init__(self) -> None:
         if self.optimizer not in ("adam", "muon"):
             raise ValueError(f"optimizer {self.optimizer!r} is not one of 'adam', 'muon'")
-        for name in ("none_images", "none_clips", "anywhere_clips"):
+        for name in ("none_images", "none_clips", "anywhere_clips", "steady_clips", "own_tokens"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} {getattr(self, name)} is not in [0, 1]")
 
@@ -158,6 +167,8 @@ class NUWARecipe:
             captioned_hidden=0.9,
             none=options.none_clips,
             anywhere=options.anywhere_clips,
+            steady=options.steady_clips,
+            own=options.own_tokens,
         )
 
     def _backward(self, batch: Batch, rows: Rows, kind: str) -> dict[str, Tensor]:
@@ -171,7 +182,11 @@ class NUWARecipe:
         time = None if batch.time_B is None else batch.time_B.to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.options.bf16):
             volume = self.model.volume(batch.grid, device)
-            logits = self.model.volume_logits(batch.fed_BN.to(device), text, volume, visual, time)
+            fed_BN = batch.fed_BN.to(device)
+            if batch.own_BN is not None:
+                own_BN = batch.own_BN.to(device)
+                fed_BN = with_own_draws(self.model, own_BN, fed_BN, text, volume, time)
+            logits = self.model.volume_logits(fed_BN, text, volume, visual, time)
         target_BN, weight_BN = batch.target_BN.to(device), batch.weight_BN.to(device)
         error_BN = F.cross_entropy(
             logits.float().flatten(0, 1), target_BN.flatten(), reduction="none"
@@ -247,6 +262,26 @@ class NUWARecipe:
             self.provenance,
             sketch_vqgan=self.sketch_vqgan,
         )
+
+
+@torch.no_grad()
+def with_own_draws(
+    model: NUWA,
+    own_BN: Tensor,
+    fed_BN: Tensor,
+    text_BM: Tensor,
+    volume: Volume,
+    time_B: Tensor | None,
+) -> Tensor:
+    """fed_BN with the model's draws where own_BN says so; only in rows without visual condition."""
+    rows = own_BN.any(1).nonzero()[:, 0]
+    time_R = None if time_B is None else time_B[rows]
+    logits_RNK = model.volume_logits(fed_BN[rows], text_BM[rows], volume, None, time_R)
+    weights = (logits_RNK.float() / OWN_TEMPERATURE).softmax(-1)
+    drawn_RN = torch.multinomial(weights.flatten(0, 1), 1).view(len(rows), -1)
+    mixed_BN = fed_BN.clone()
+    mixed_BN[rows] = torch.where(own_BN[rows], drawn_RN, fed_BN[rows])
+    return mixed_BN
 
 
 def _check_shares(options: NUWAOptions, team: Team) -> None:

@@ -92,6 +92,34 @@ def test_how_many_unconditional_clips_come_from_anywhere_is_said(batches, share)
     assert (batch.time_B is None) == (share == 0.0)
 
 
+def test_steady_clips_are_chosen_among_those_that_begin_at_their_start(batches):
+    source, first = batches.clips.source, {}
+    for index in range(CLIPS):
+        first[batches.clips.codes([(index, range(10))]).tobytes()] = source.steady(index)
+    assert set(first.values()) == {False, True}
+    for share, wanted in ((1.0, {True}), (0.0, {False, True})):
+        rows = Rows(text=16, none=1.0, anywhere=0.0, steady=share)
+        batch = batches.videos(np.random.default_rng(5), rows)
+        assert {first[row.numpy().tobytes()] for row in batch.target_BN} == wanted
+    captioned = Rows(text=16, none=0.0, anywhere=0.0, steady=1.0)
+    batch = batches.videos(np.random.default_rng(5), captioned)
+    assert {first[row.numpy().tobytes()] for row in batch.target_BN} == {False, True}
+
+
+def test_the_models_own_tokens_are_fed_after_the_first_frame_of_clips_without_a_caption(batches):
+    rows = Rows(text=24, hidden=2, sketches=2, none=0.7, own=0.8)
+    batch = batches.videos(np.random.default_rng(6), rows)
+    none = np.array([prompt == UNCONDITIONAL_PROMPT for prompt in batch.prompts])
+    none[:4] = False  # pictures and sketches are given there
+    own = batch.own_BN.view(28, 10, 64).numpy()
+    shares = own[none, 1:].mean((1, 2))
+    assert not own[~none].any() and not own[:, 0].any()
+    assert shares.min() < 0.3 < 0.5 < shares.max() < 0.85, "each row has a share of its own"
+    for rows in (Rows(text=3, none=1.0), Rows(text=3, none=0.0, own=1.0)):
+        assert batches.videos(np.random.default_rng(7), rows).own_BN is None
+    assert batches.images(np.random.default_rng(7), Rows(text=3, none=1.0, own=1.0)).own_BN is None
+
+
 def test_no_window_of_a_long_clip_shows_what_is_kept_for_the_novel_split():
     source, novel, barred = Sprites("digits"), novel_pairs(), 0
     for index in range(40):

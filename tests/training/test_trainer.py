@@ -64,7 +64,8 @@ def command(folder, kind, run) -> list[str]:
         + ["--images", "3", "--clips", "2", "--none-clips", "0.5"]
         + ["--sketch-tokenizer", str(folder / "sketches"), "--visual-from", "4"]
         + ["--sketch-images", "1", "--hidden-images", "1"]
-        + ["--sketch-clips", "1", "--hidden-clips", "1"],
+        + ["--sketch-clips", "1", "--hidden-clips", "1"]
+        + ["--steady-clips", "0.5", "--own-tokens", "0.9"],
     }[kind]
     return [sys.executable, "-c", code, kind, *shared, *own]
 
