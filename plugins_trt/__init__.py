@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 PLUGINS, OPERATORS = "libnuwa_plugins.so", "libnuwa_operators.so"
+ROWS = "libnuwa_rows.so"
 
 
 def library() -> Path:
@@ -17,12 +18,17 @@ def operators() -> Path:
     return _found(OPERATORS, "ONNX Runtime", "ONNXRUNTIME_ROOT")
 
 
-def _found(name: str, what: str, variable: str) -> Path:
+def rows() -> Path:
+    """The kernels that put rows of a step together; FileNotFoundError if not built."""
+    return _found(ROWS)
+
+
+def _found(name: str, what: str = "", variable: str = "") -> Path:
     for folder in __path__:  # an editable install has them in another folder than its sources
         path = Path(folder) / name
         if path.is_file():
             return path
+    headers = f" and the headers of {what}, with {variable} set to their folder" if what else ""
     raise FileNotFoundError(
-        f"{name} was not built: install nuwa-runtime where there are nvcc and the headers of "
-        f"{what}, with {variable} set to their folder"
+        f"{name} was not built: install nuwa-runtime where there is nvcc{headers}"
     )

@@ -33,3 +33,7 @@ class UnavailableError(Exception):
 
 class EngineError(RuntimeError):
     """The engine failed at work it had accepted: never the user's fault. See `__cause__`."""
+
+
+class DeviceLostError(EngineError):
+    """The device can run nothing more in this process, which should end and be started again."""

@@ -1,9 +1,10 @@
 """A bundle's graphs on ONNX Runtime's CUDA provider; caches and condition slots stay on the GPU.
 
-Encoders write into the condition slots where they are, and a step updates the caches in place: it
-sends the indices of its rows up, some hundred bytes a row, and brings their tokens back. 3DNA runs
-as the kernels of plugins_trt where these are built and the model's heads have a size for them, else
-as the function bodies of the graphs.
+Encoders write into the condition slots where they are, and a step updates the caches in place. 3DNA
+runs as the kernels of plugins_trt where these are built and the model's heads have a size for them,
+else as the function bodies of the graphs. Tokens and staged rows stay on the GPU too where the
+kernels for that are built and cuda-python is installed; else a step sends the indices of its rows
+up, some hundred bytes a row, and brings their tokens back.
 
 Legend: C condition slots, E their entries, S cache slots, R entries a slot, d width.
 """
@@ -40,7 +41,9 @@ from nuwa.spec.manifest import (
 from ..bundle import Bundle
 from ..core import Pixels
 from ..errors import UnavailableError
-from .base import ONNXRUNTIME_CUDA, Float, Part
+from .base import ONNXRUNTIME_CUDA, Float, Part, Stream
+from .device_memory import CudaMemory, HostMemory
+from .device_rows import DeviceRows, Tensor
 from .host_tokens import HostTokens
 from .onnxruntime_graphs import cache_names
 from .step_batch import CrossColumns, StepBatch, assemble
@@ -52,12 +55,13 @@ _STORAGE = {"fp32": np.float32, "fp16": np.float16}
 _CUDA = "CUDAExecutionProvider"
 
 
-class OnnxRuntimeCuda(HostTokens):
+class OnnxRuntimeCuda:
     """A backend; UnavailableError where there is no such provider, and for an int8 bundle.
 
-    rows: ignored, ONNX Runtime makes room as calls come; threads and spinning: of what the provider
-    leaves to the CPU; logits: keep the logits of every step in `logits` f32 [T, K]; device: "cpu"
-    runs the same on the CPU provider, which tests do; device_id: of the GPU.
+    rows: of usual calls, ONNX Runtime makes room as calls come; threads and spinning: of what the
+    provider leaves to the CPU; logits: keep the logits of every step in `logits` f32 [T, K];
+    device: "cpu" runs the same on the CPU provider, which tests do; device_id: of the GPU; kernels:
+    libnuwa_rows.so, the one that was built if None.
     """
 
     name = ONNXRUNTIME_CUDA
@@ -74,8 +78,8 @@ class OnnxRuntimeCuda(HostTokens):
         logits: bool = False,
         device: str = "cuda",
         device_id: int = 0,
+        kernels: Path | None = None,
     ) -> None:
-        super().__init__()
         config, manifest = bundle.manifest.config, bundle.manifest
         if manifest.precision not in _STORAGE:
             raise UnavailableError(
@@ -108,6 +112,7 @@ class OnnxRuntimeCuda(HostTokens):
         self._text = self._session(TEXT_ENCODER)
         self._tokenizer = self._session(IMAGE_TOKENIZER)
         self._detokenizer = self._session(IMAGE_DETOKENIZER)
+        self._rows = self._keep_rows(kernels, rows)
         self._decoder = self._session(DECODER_STEP)
         self._conditions = self._zeros(self._condition_names, (condition_slots, entries, width))
         self._caches = self._zeros(
@@ -118,6 +123,12 @@ class OnnxRuntimeCuda(HostTokens):
         self._columns = CrossColumns(config)
         self.logits: Float | None = None
         self._keep_logits = logits
+        self._run_options = ort.RunOptions()
+        if isinstance(self._rows, DeviceRows) and not logits:
+            # What comes next is in the same stream.
+            entry = "disable_synchronize_execution_providers"
+            self._run_options.add_run_config_entry(entry, "1")
+        self._bound: dict[str, Tensor] = {}
         self._binding = self._decoder.io_binding()
         for name, value in (self._caches | self._conditions).items():
             self._binding.bind_ortvalue_input(name, value)
@@ -141,21 +152,53 @@ class OnnxRuntimeCuda(HostTokens):
         first, rows = self._first_visual, (len(tokens),)
         self._encode(self._visual, inputs, condition_slot, first, rows)
 
-    def step(self, parts: Sequence[Part]) -> list[bool]:
-        batch = assemble(parts, self.held, self._codebook_size, self._columns)
-        return self.commit(parts, self.run(batch))
+    def open(self, stream: Stream) -> None:
+        self._rows.open(stream)
 
-    def run(self, batch: StepBatch) -> Int:
-        """The graph itself: i32 [T], -1 where a row's logits are no finite numbers."""
+    def stage(self, stream: Stream) -> None:
+        self._rows.stage(stream)
+
+    def step(self, parts: Sequence[Part]) -> list[bool]:
+        if isinstance(self._rows, DeviceRows):
+            tensors = self._rows.begin(parts)
+            self._rows.gather()
+            self._run_there(tensors)
+            self._rows.commit()
+            return self._rows.finish()
+        batch = assemble(parts, self._rows.held, self._codebook_size, self._columns)
+        return self._rows.commit(parts, self._run(batch))
+
+    def tokens(self, stream: Stream, first: int, count: int) -> Int:
+        return self._rows.tokens(stream, first, count)
+
+    def close(self, stream: Stream) -> None:
+        self._rows.close(stream)
+
+    def _run_there(self, tensors: dict[str, Tensor]) -> None:
+        """The graph on what is on the device, where its tokens stay."""
+        for name, tensor in tensors.items():
+            if self._bound.get(name) == tensor:
+                continue
+            bind = self._binding.bind_output if name == "next_tokens" else self._binding.bind_input
+            bind(name, self.device, self.device_id, tensor.dtype, tensor.shape, tensor.address)
+        self._bound = tensors
+        self._bind_logits(tensors["next_tokens"].shape[0])
+        self._decoder.run_with_iobinding(self._binding, self._run_options)
+
+    def _run(self, batch: StepBatch) -> Int:
+        """The graph on arrays: i32 [T], -1 where a row's logits are no finite numbers."""
         for name in self._call_inputs:
             self._binding.bind_cpu_input(name, np.ascontiguousarray(getattr(batch, name)))
         tokens = np.empty(len(batch.tokens), np.int32)
         self._bind_cpu_output("next_tokens", tokens)
-        if self._keep_logits:
-            self.logits = np.empty((len(tokens), self._codebook_size), np.float32)
-            self._bind_cpu_output("logits", self.logits)
+        self._bind_logits(len(tokens))
         self._decoder.run_with_iobinding(self._binding)
         return tokens
+
+    def _bind_logits(self, rows: int) -> None:
+        if self._keep_logits:
+            self.logits = np.empty((rows, self._codebook_size), np.float32)
+            self._bind_cpu_output("logits", self.logits)
 
     def tokenize(self, pixels: Pixels, *, busy: bool = False) -> Int:
         return self._tokenizer.run(["codes"], {"pixels": pixels})[0]
@@ -174,12 +217,26 @@ class OnnxRuntimeCuda(HostTokens):
     def _sketches(self) -> ort.InferenceSession:
         return self._session(SKETCH_TOKENIZER)
 
+    def _keep_rows(self, kernels: Path | None, rows: int) -> DeviceRows | HostTokens:
+        """On the device where that can be."""
+        config = self.bundle.manifest.config
+        try:
+            kernels = kernels or plugins_trt.rows()
+            memory = CudaMemory(self.device_id) if self.device == "cuda" else HostMemory()
+            return DeviceRows(memory, kernels, config, rows)
+        except (FileNotFoundError, UnavailableError) as error:
+            log.info("tokens stay on the host: %s", error)
+            return HostTokens()
+
     def _session(self, graph: str) -> ort.InferenceSession:
         path = self.bundle.graph(graph)
         providers: list[Any] = ["CPUExecutionProvider"]
         if self.device == "cuda":
             # TF32 would round products of fp32 to 10 bits.
-            providers.insert(0, (_CUDA, {"device_id": self.device_id, "use_tf32": 0}))
+            options: dict[str, Any] = {"device_id": self.device_id, "use_tf32": 0}
+            if graph == DECODER_STEP and isinstance(self._rows, DeviceRows):
+                options["user_compute_stream"] = str(self._rows.memory.stream)
+            providers.insert(0, (_CUDA, options))
         session = ort.InferenceSession(path, self._options, providers=providers)
         if self.device == "cuda" and session.get_providers()[0] != _CUDA:
             raise UnavailableError(

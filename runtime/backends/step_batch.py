@@ -70,6 +70,8 @@ class CrossColumns:
     keeps its place whatever runs beside it, and short text beside a sketch does not grow.
 
     bias: i32 [m], which column of the cross bias each stands for; None without visual encoder.
+    place: i32 [m], of each text column in the text, the others are past it; first_visual: the first
+    column of the visual window.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -79,19 +81,23 @@ class CrossColumns:
         after = self._head + self._gap
         self._total = after + (_blocks(max(0, length - self._head)) if window else 0)
         self._visual = slice(self._head, self._head + window)
-        place = np.full(self._total, length, np.int32)  # in the text; `length` is no place in it
-        place[: self._head] = np.arange(self._head)
-        place[after:] = np.arange(self._head, self._head + self._total - after)
-        self._place = place
+        self.first_visual = self._head
+        self.place = np.full(self._total, length, np.int32)
+        self.place[: self._head] = np.arange(self._head)
+        self.place[after:] = np.arange(self._head, self._head + self._total - after)
         self.bias: Int | None = None
         if window:
             self.bias = np.full(self._total, window, np.int32)
             self.bias[self._visual] = np.arange(window)
 
+    def count(self, pairs: Sequence[tuple[Part, Lane]]) -> int:
+        """m: how many columns a call of these lanes has."""
+        needed = max(self._needed(part.stream, lane) for part, lane in pairs)
+        return min(_blocks(needed), self._total)
+
     def neighbours(self, pairs: Sequence[tuple[Part, Lane]]) -> Int:
         """i32 [T, m]: the entries that the rows see, a lane's rows after another's."""
-        needed = max(self._needed(part.stream, lane) for part, lane in pairs)
-        place = self._place[: min(_blocks(needed), self._total)]
+        place = self.place[: self.count(pairs)]
         first = np.array([lane.text_first for _, lane in pairs], np.int32)[:, None]
         length = np.array([lane.text_length for _, lane in pairs])[:, None]
         texts = np.where(place < length, place + first, np.int32(MASKED))

@@ -11,6 +11,7 @@ import threading
 import time
 import types
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import pytest
 from nuwa.runtime.backends import native_cpu, native_library
 from nuwa.runtime.backends.base import Lane, Part
 from nuwa.runtime.backends.cores import Cores
+from nuwa.runtime.backends.device_rows import DeviceRows
 from nuwa.runtime.backends.frame_graph import FrameGraph
 from nuwa.runtime.backends.host_tokens import HostTokens
 from nuwa.runtime.backends.native_cpu import NativeCpu
@@ -35,6 +37,8 @@ from nuwa.spec.philox import uniforms
 from nuwa.spec.plan import decode_plan
 from nuwa.spec.sampling import Sampling
 
+from ..plugins_trt.native_rows import rows_library
+
 SLOTS, CONDITIONS = 6, 4
 PROMPTS = ("none", "a red digit 3 moves left to right on black", "word " * 30, "no " * 99)
 
@@ -50,8 +54,9 @@ def plain(plain_bundle):
 
 
 NATIVE = tuple(f"native level {level}" for level in LEVELS)
-ON_A_DEVICE = "onnxruntime on a device"  # the CUDA backend with the CPU as its device
-KINDS = ("onnxruntime", ON_A_DEVICE, *NATIVE)
+# The CUDA backend with the CPU as its device, and tokens there, or on the host without kernels.
+ON_A_DEVICE, WITHOUT_KERNELS = "onnxruntime on a device", "onnxruntime on a device without kernels"
+KINDS = ("onnxruntime", ON_A_DEVICE, WITHOUT_KERNELS, *NATIVE)
 
 
 @pytest.fixture(params=KINDS)
@@ -68,10 +73,12 @@ def made_as(kind: str, bundle, **arguments):
     """A backend of one of KINDS; skips the test where the machine cannot have it."""
     if kind == "onnxruntime":
         return OnnxRuntimeCpu(bundle, **arguments)
-    if kind == ON_A_DEVICE:
+    if kind in (ON_A_DEVICE, WITHOUT_KERNELS):
         if bundle.manifest.precision == "int8":
             pytest.skip("the CUDA backend takes no int8 bundles")
-        made = OnnxRuntimeCuda(bundle, **arguments, device="cpu")
+        kernels = rows_library() if kind == ON_A_DEVICE else Path("nowhere.so")
+        made = OnnxRuntimeCuda(bundle, **arguments, device="cpu", kernels=kernels)
+        assert isinstance(made._rows, DeviceRows if kind == ON_A_DEVICE else HostTokens)
         made.caches, made.conditions = seen(made._caches), seen(made._conditions)
         return made
     level = int(kind.split()[-1])
@@ -151,9 +158,14 @@ def opened(backend, *sequences: Sequence) -> list[Part]:
 
 def held(backend, made: Sequence) -> np.ndarray:
     """The tokens that a backend holds of a sequence."""
-    if isinstance(backend, HostTokens):
-        return backend.held(made.stream)
-    return backend._streams[made.stream].tokens
+    rows = getattr(backend, "_rows", backend)
+    if isinstance(rows, HostTokens):
+        return rows.held(made.stream)
+    tokens = rows._streams[made.stream].tokens
+    if isinstance(rows, DeviceRows):
+        memory = (ctypes.c_int32 * made.stream.held).from_address(tokens)
+        return np.frombuffer(memory, np.int32)
+    return tokens
 
 
 def drawn(backend, *sequences: Sequence) -> list[list[int]]:
@@ -191,8 +203,8 @@ def test_caches_are_written_in_place(bundle, backend):
     where = {name: array.ctypes.data for name, array in backend.caches.items()}
     parts = opened(backend, sequence(bundle, Lane(2, 1, 5), calls=4))
     backend.step(parts)
-    if isinstance(backend, HostTokens):
-        # The tokens and logits are bound anew each step.
+    if not isinstance(backend, NativeCpu):
+        # The tokens and logits are bound after them.
         bound = [each.data_ptr() for each in backend._binding.get_outputs()[:-2]]
         names = [each.name for each in backend._decoder.get_outputs()][2:]
         outputs = dict(zip(names, bound, strict=True))

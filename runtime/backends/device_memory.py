@@ -1,0 +1,163 @@
+"""Memory of a device by address, and the stream in which all work of a decode thread is ordered.
+
+HostMemory is the same on the CPU: tests run there what otherwise runs on a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import DeviceLostError, UnavailableError
+
+# After these a process can do nothing more with the GPU: every later call fails the same way.
+_STICKY = (
+    "cudaErrorIllegalAddress",
+    "cudaErrorLaunchFailure",
+    "cudaErrorLaunchTimeout",
+    "cudaErrorMisalignedAddress",
+    "cudaErrorIllegalInstruction",
+    "cudaErrorInvalidAddressSpace",
+    "cudaErrorInvalidPc",
+    "cudaErrorHardwareStackError",
+    "cudaErrorAssert",
+    "cudaErrorECCUncorrectable",
+    "cudaErrorNvlinkUncorrectable",
+    "cudaErrorContained",
+    "cudaErrorExternalDevice",
+    "cudaErrorTensorMemoryLeak",
+)
+
+
+class DeviceMemory(Protocol):
+    """kind and index: of the device, as ONNX Runtime calls them; stream: a cudaStream_t, or 0."""
+
+    kind: str
+    index: int
+    stream: int
+
+    def allocate(self, size: int) -> int:
+        """The address of `size` bytes; MemoryError if there are no more."""
+
+    def free(self, address: int) -> None:
+        """Gives memory back that no work in the stream uses any more."""
+
+    def upload(self, array: npt.NDArray, address: int) -> None:
+        """Copies a contiguous array there, in order of the stream; the array may change then."""
+
+    def download(self, address: int, array: npt.NDArray) -> None:
+        """Fills a contiguous array from there, when all before in the stream is done."""
+
+    def wait(self) -> None:
+        """Until all that is in the stream is done."""
+
+
+class HostMemory:
+    """DeviceMemory of numpy arrays, where everything is done at once."""
+
+    kind, index, stream = "cpu", 0, 0
+
+    def __init__(self) -> None:
+        self._arrays: dict[int, npt.NDArray] = {}
+
+    def allocate(self, size: int) -> int:
+        # Noise, so that what is read before it is written is noticed.
+        array = np.full(max(size, 1) + 64, 0x5A, np.uint8)
+        address = -(-array.ctypes.data // 64) * 64
+        self._arrays[address] = array
+        return address
+
+    def free(self, address: int) -> None:
+        del self._arrays[address]
+
+    def upload(self, array: npt.NDArray, address: int) -> None:
+        assert array.flags.c_contiguous
+        _bytes_at(address, array.nbytes)[:] = array.reshape(-1).view(np.uint8)
+
+    def download(self, address: int, array: npt.NDArray) -> None:
+        assert array.flags.c_contiguous
+        array.reshape(-1).view(np.uint8)[:] = _bytes_at(address, array.nbytes)
+
+    def wait(self) -> None:
+        """Everything is done."""
+
+
+class CudaMemory:
+    """DeviceMemory of a GPU, through cuda-python; its stream does not wait for any other.
+
+    UnavailableError without that package, without a driver and where there is no such GPU.
+    """
+
+    kind = "cuda"
+
+    def __init__(self, index: int = 0) -> None:
+        try:
+            from cuda.bindings import runtime
+        except ImportError:
+            raise UnavailableError(
+                "decoding on a GPU needs cuda-python: pip install 'nuwa-runtime[gpu]'"
+            ) from None
+        self._cuda: Any = runtime
+        self.index = index
+        self._local = threading.local()
+        self.stream = 0
+        status, count = runtime.cudaGetDeviceCount()
+        if status != runtime.cudaError_t.cudaSuccess:
+            raise UnavailableError(f"there is no usable GPU: {self._say(status)}")
+        if not 0 <= index < count:
+            raise UnavailableError(f"there is no GPU {index}: this machine has {count}")
+        (stream,) = self._call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking)
+        self.stream = int(stream)
+
+    def allocate(self, size: int) -> int:
+        (address,) = self._call("cudaMalloc", max(size, 1))
+        return int(address)
+
+    def free(self, address: int) -> None:
+        self._call("cudaFree", address)
+
+    def upload(self, array: npt.NDArray, address: int) -> None:
+        assert array.flags.c_contiguous
+        # Of memory that is not pinned CUDA keeps a copy before it returns.
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, self.stream)
+
+    def download(self, address: int, array: npt.NDArray) -> None:
+        assert array.flags.c_contiguous
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, self.stream)
+        self.wait()
+
+    def wait(self) -> None:
+        self._call("cudaStreamSynchronize", self.stream)
+
+    def _call(self, name: str, *arguments: Any) -> tuple:
+        """What a function of CUDA returns besides its status; each thread chooses the GPU once."""
+        if not getattr(self._local, "chosen", False):
+            self._check("cudaSetDevice", self._cuda.cudaSetDevice(self.index)[0])
+            self._local.chosen = True
+        status, *values = getattr(self._cuda, name)(*arguments)
+        self._check(name, status)
+        return tuple(values)
+
+    def _check(self, name: str, status: Any) -> None:
+        if status == self._cuda.cudaError_t.cudaSuccess:
+            return
+        message = f"{name}: {self._say(status)}"
+        if status == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
+            raise MemoryError(f"GPU {self.index} has no more memory ({message})")
+        if status.name in _STICKY:
+            raise DeviceLostError(f"GPU {self.index} is lost to this process ({message})")
+        raise RuntimeError(message)
+
+    def _say(self, status: Any) -> str:
+        _, text = self._cuda.cudaGetErrorString(status)
+        return f"{status.name}, {text.decode() if isinstance(text, bytes) else text}"
+
+
+def _bytes_at(address: int, size: int) -> npt.NDArray[np.uint8]:
+    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)

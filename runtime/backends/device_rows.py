@@ -1,0 +1,316 @@
+"""Rows of a decoder step put together on the device, by the kernels of plugins_trt/rows.h.
+
+A stream's tokens and staged rows lie there; a step sends up which rows are next, some hundred bytes
+a lane, and brings back a number a part. In between nothing waits for the device, and what is done
+there depends on the sizes of a call alone, so that it can be recorded once (a CUDA graph).
+
+Legend: T rows of a call, n neighbour columns, v columns of the visual window, m columns of cross
+attention, K staged rows, W candidates to sort.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, byref, c_char_p, c_int32, c_void_p
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from nuwa.spec.conditions import visual_columns
+from nuwa.spec.config import ModelConfig
+from nuwa.spec.grid import Int
+from nuwa.spec.sampling import sort_width
+
+from ..errors import UnavailableError
+from .base import Lane, Part, Rows, Stream
+from .device_memory import DeviceMemory
+from .step_batch import CrossColumns
+
+ABI = 1  # kRowsAbi of rows.h
+
+_LANE = np.dtype(
+    [
+        ("records", np.uint64),
+        ("tokens", np.uint64),
+        *((name, np.int32) for name in ("row", "count", "record", "part")),
+        *((name, np.int32) for name in ("cache_slot", "condition_slot")),
+        *((name, np.int32) for name in ("text_length", "text_first", "sees_visual")),
+        *((name, np.int32) for name in ("to_unconditional", "top_k")),
+        *((name, np.float32) for name in ("temperature", "top_p", "guidance")),
+    ]
+)
+_NOBODY = np.array((0, 0, 2**31 - 1, *[0] * 10, 1.0, 1.0, 1.0), _LANE)  # a lane past all rows
+
+
+class _Call(ctypes.Structure):
+    """RowCall."""
+
+    _fields_ = [
+        ("lanes", c_void_p),
+        *((name, c_int32) for name in ("lane_count", "part_count", "rows", "n", "v", "m")),
+        *((name, c_int32) for name in ("first_visual", "bos")),
+        ("text_place", c_void_p),
+        *((name, c_void_p) for name in ("tokens", "coordinates", "slot", "write_index")),
+        *((name, c_void_p) for name in ("neighbours", "condition_slot", "cross_neighbours")),
+        *((name, c_void_p) for name in ("top_k", "unconditional_row", "temperature", "top_p")),
+        *((name, c_void_p) for name in ("uniform", "guidance", "drawn", "finite")),
+    ]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output of decoder_step on the device."""
+
+    address: int
+    dtype: type[np.generic]
+    shape: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class _Held:
+    """Of a stream on the device: its tokens, and its staged records [K, record]."""
+
+    tokens: int
+    records: int = 0
+    capacity: int = 0  # bytes
+    record: int = 0  # columns
+    lanes: list[tuple] = field(default_factory=list)
+
+
+class DeviceRows:
+    """The part of Backend that concerns streams. A call: begin, gather, the graph, commit, finish.
+
+    generation: changes when the memory of calls does, and what was recorded is of no use any more.
+    library: libnuwa_rows.so, built for the device that `memory` is of. UnavailableError if it is
+    of another version. rows: of usual calls, for which room is made at once.
+    """
+
+    def __init__(
+        self, memory: DeviceMemory, library: Path, config: ModelConfig, rows: int = 0
+    ) -> None:
+        self.memory = memory
+        self._library = _load(library)
+        if reason := self._library.nuwa_rows_unusable(memory.index):
+            raise UnavailableError(f"{library} cannot run on this GPU: {reason.decode()}")
+        self._config, self._columns = config, CrossColumns(config)
+        self._codebook_size = config.image.codebook_size
+        self._streams: dict[Stream, _Held] = {}
+        self._spare: dict[int, list[int]] = {}  # memory of closed streams by its size
+        self._call = _Call(
+            n=config.decoder.neighbour_count,
+            v=visual_columns(config),
+            first_visual=self._columns.first_visual,
+            bos=config.bos,
+        )
+        self._call.text_place = self._constant(self._columns.place)
+        self._ranks = self._constant(np.arange(self._codebook_size, dtype=np.int32))
+        self._bias = None if self._columns.bias is None else self._constant(self._columns.bias)
+        self._capacity = self._lane_capacity = self._parts = self.generation = 0
+        self._make_room(max(rows, 16), 4)
+
+    def open(self, stream: Stream) -> None:
+        held = _Held(self._take(4 * stream.held))
+        held.lanes = [_constants(stream, lane) for lane in stream.lanes]
+        self.memory.upload(np.zeros(stream.held, np.int32), held.tokens)
+        self._streams[stream] = held
+        self.stage(stream)
+
+    def stage(self, stream: Stream) -> None:
+        held, records = self._streams[stream], _records(stream.rows)
+        if records.nbytes > held.capacity:
+            if held.capacity:
+                self._give(held.records, held.capacity)
+            held.records, held.capacity = self._take(records.nbytes), _rounded(records.nbytes)
+        held.record = records.shape[1]
+        self.memory.upload(records, held.records)
+
+    def tokens(self, stream: Stream, first: int, count: int) -> Int:
+        found = np.empty(count, np.int32)
+        self.memory.download(self._streams[stream].tokens + 4 * first, found)
+        return found
+
+    def close(self, stream: Stream) -> None:
+        held = self._streams.pop(stream, None)
+        if held is not None:
+            self._give(held.tokens, _rounded(4 * stream.held))
+            self._give(held.records, held.capacity)
+
+    def begin(self, parts: Sequence[Part], rows: int | None = None) -> dict[str, Tensor]:
+        """The inputs of decoder_step by name, and `next_tokens` for its output.
+
+        They are filled by `gather`, and of this call until the next begins. rows: pads the call to
+        so many.
+        """
+        pairs = [(part, lane) for part in parts for lane in part.stream.lanes]
+        needed = sum(part.count for part, _ in pairs)
+        total = needed if rows is None else rows
+        assert total >= needed, "a call cannot be padded to less than it has"
+        if total > self._capacity or len(pairs) > self._lane_capacity:
+            self._make_room(total, len(pairs))
+        call, columns = self._call, self._columns.count(pairs)
+        call.rows, call.m = total, columns
+        self._parts = len(parts)
+        self.memory.upload(self._told(parts), call.lanes)
+        sampling = [part.stream.sampling for part in parts]
+        top_ks, top_ps = [each.top_k for each in sampling], [each.top_p for each in sampling]
+        width = sort_width(top_ks, top_ps, self._codebook_size)
+        tensors = {
+            name: Tensor(getattr(call, name), dtype, (total, *wide))
+            for name, dtype, wide in self._arrays(columns)
+        }
+        tensors["ranks"] = Tensor(self._ranks, np.int32, (width,))
+        if self._bias is not None:
+            tensors["cross_columns"] = Tensor(self._bias, np.int32, (columns,))
+        tensors["next_tokens"] = Tensor(call.drawn, np.int32, (total,))
+        return tensors
+
+    def gather(self) -> None:
+        """Fills the inputs, in the device's stream."""
+        self._run("gather")
+
+    def commit(self) -> None:
+        """Puts what was drawn into its place, in the device's stream."""
+        self._run("commit")
+
+    def finish(self) -> list[bool]:
+        """Waits for the call: what `Backend.step` returns."""
+        finite = np.empty(self._parts, np.int32)
+        self.memory.download(self._call.finite, finite)
+        return finite.astype(bool).tolist()
+
+    def _told(self, parts: Sequence[Part]) -> npt.NDArray[np.void]:
+        """The lanes of a call, in order of their rows, as many as there is room for."""
+        told = np.full(self._lane_capacity, _NOBODY)
+        lanes, row = [], 0
+        for index, part in enumerate(parts):
+            held = self._streams[part.stream]
+            records = held.records + 4 * held.record * part.first
+            for number, constants in enumerate(held.lanes):
+                drawn = index if number == 0 else -1
+                partner = part.count if number == 0 and len(held.lanes) > 1 else 0
+                sees = part.stream.rows.visual is not None
+                lanes.append(
+                    (records, held.tokens, row, part.count, held.record, drawn)
+                    + constants[:4]
+                    + (sees, partner)
+                    + constants[4:]
+                )
+                row += part.count
+        told[: len(lanes)] = lanes
+        return told
+
+    def _arrays(self, columns: int) -> list[tuple[str, type[np.generic], tuple[int, ...]]]:
+        """Inputs by row: their names, types and what follows the rows in their shapes."""
+        whole, real = np.int32, np.float32
+        return [
+            ("tokens", whole, ()),
+            ("coordinates", whole, (3,)),
+            ("slot", whole, ()),
+            ("write_index", whole, ()),
+            ("neighbours", whole, (self._call.n,)),
+            ("condition_slot", whole, ()),
+            ("cross_neighbours", whole, (columns,)),
+            ("temperature", real, ()),
+            ("top_k", whole, ()),
+            ("top_p", real, ()),
+            ("uniform", real, ()),
+            ("guidance", real, ()),
+            ("unconditional_row", whole, ()),
+        ]
+
+    def _make_room(self, rows: int, lanes: int) -> None:
+        """For calls of so many rows and lanes, at new addresses where there was less."""
+        call, memory = self._call, self.memory
+        memory.wait()  # the last call may still run where this one's room was
+        if rows > self._capacity:
+            rows = max(rows, 2 * self._capacity)
+            arrays = self._arrays(len(self._columns.place))
+            for name, size in [*((n, 4 * int(np.prod(w))) for n, _, w in arrays), ("drawn", 4)]:
+                if self._capacity:
+                    memory.free(getattr(call, name))
+                setattr(call, name, memory.allocate(rows * size))
+            self._capacity = rows
+        if lanes > self._lane_capacity:
+            lanes = max(lanes, 2 * self._lane_capacity)
+            for name, size in (("lanes", _LANE.itemsize), ("finite", 4)):
+                if self._lane_capacity:
+                    memory.free(getattr(call, name))
+                setattr(call, name, memory.allocate(lanes * size))
+            self._lane_capacity = call.lane_count = call.part_count = lanes
+        self.generation += 1
+
+    def _run(self, name: str) -> None:
+        error = getattr(self._library, f"nuwa_rows_{name}")(byref(self._call), self.memory.stream)
+        if error:
+            raise RuntimeError(f"the rows of a step: {name}: {error.decode()}")
+
+    def _constant(self, array: Int) -> int:
+        address = self.memory.allocate(array.nbytes)
+        self.memory.upload(np.ascontiguousarray(array), address)
+        return address
+
+    def _take(self, size: int) -> int:
+        size = _rounded(size)
+        spare = self._spare.get(size)
+        return spare.pop() if spare else self.memory.allocate(size)
+
+    def _give(self, address: int, size: int) -> None:
+        """For the next stream, whose work comes after what is in the device's stream."""
+        self._spare.setdefault(size, []).append(address)
+
+
+def _records(rows: Rows) -> Int:
+    """i32 [K, record]: the columns of rows.h, a record a row."""
+    columns = [
+        rows.coordinates,
+        rows.fed[:, None],
+        rows.place[:, None],
+        rows.given[:, None],
+        rows.write_index[:, None],
+        rows.uniform.view(np.int32)[:, None],
+        rows.neighbours,
+    ]
+    if rows.visual is not None:
+        columns.append(rows.visual)
+    return np.ascontiguousarray(np.concatenate(columns, axis=1), np.int32)
+
+
+def _constants(stream: Stream, lane: Lane) -> tuple:
+    """What a lane's RowLane holds in every call, in order, but for what is between."""
+    sampling = stream.sampling
+    guided = stream.guided and lane is stream.lanes[0]
+    return (
+        lane.cache_slot,
+        lane.condition_slot,
+        lane.text_length,
+        lane.text_first,
+        sampling.top_k,
+        sampling.temperature,
+        sampling.top_p,
+        sampling.guidance_scale if guided else 1.0,
+    )
+
+
+def _rounded(size: int) -> int:
+    """To a power of two, so that memory of closed streams fits others."""
+    return 1 << max(size - 1, 255).bit_length()
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise UnavailableError(f"{path} cannot be loaded: {error}") from None
+    if (version := library.nuwa_rows_abi()) != ABI:
+        raise UnavailableError(
+            f"{path} is of version {version}, and this needs {ABI}: build it again"
+        )
+    library.nuwa_rows_unusable.restype = c_char_p
+    library.nuwa_rows_unusable.argtypes = [c_int32]
+    for name in ("gather", "commit"):
+        function = getattr(library, f"nuwa_rows_{name}")
+        function.restype, function.argtypes = c_char_p, [POINTER(_Call), c_void_p]
+    return library

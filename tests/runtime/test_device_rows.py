@@ -1,0 +1,325 @@
+"""Rows put together on a device, with the CPU as the device, against the numpy of step_batch.py."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+
+from nuwa.runtime.backends import device_rows
+from nuwa.runtime.backends.base import Lane, Part, Rows, Stream
+from nuwa.runtime.backends.device_memory import CudaMemory, HostMemory
+from nuwa.runtime.backends.device_rows import DeviceRows
+from nuwa.runtime.backends.host_tokens import HostTokens
+from nuwa.runtime.backends.step_batch import CrossColumns, assemble
+from nuwa.runtime.errors import UnavailableError
+from nuwa.spec.config import VisualConfig, preset
+from nuwa.spec.sampling import Sampling
+
+from ..plugins_trt.native_rows import rows_library
+
+PLAIN = dataclasses.replace(preset("sprites"), visual=None, sketch=None)
+SEEING = dataclasses.replace(
+    preset("sprites"),
+    sketch=dataclasses.replace(preset("sprites").image, channels=21),
+    visual=VisualConfig(layers=1, heads=4, ff_multiplier=1),
+)
+HELD = 300
+
+
+def stream(config, draw, *, rows=40, guided=False, sees=False, text=9) -> Stream:
+    """One of random rows, some given, some fed a token of their own."""
+    windows = CrossColumns(config).bias
+
+    def whole(low, high, *shape):
+        return draw.integers(low, high, (rows, *shape), np.int32)
+
+    visible = None
+    if sees:
+        assert windows is not None
+        visible = whole(-1, 100, int(windows.max()))
+    made = Rows(
+        coordinates=whole(0, 8, 3),
+        fed=whole(-config.image.codebook_size - 1, HELD),
+        place=draw.permutation(HELD)[:rows].astype(np.int32),
+        given=np.where(draw.random(rows) < 0.3, whole(0, 50), -1).astype(np.int32),
+        write_index=whole(-1, 60),
+        neighbours=whole(-1, 60, config.decoder.neighbour_count),
+        visual=visible,
+        uniform=draw.random(rows, np.float32),
+    )
+    lanes = [Lane(3, 1, text, 0)] + [Lane(4, 1, 3, 77)] * guided
+    top_k = int(draw.integers(0, 9))
+    sampling = Sampling(temperature=0.7, top_k=top_k, top_p=0.8, guidance_scale=2.5)
+    return Stream(tuple(lanes), sampling, HELD, made)
+
+
+def both(config, streams):
+    """DeviceRows and HostTokens that hold the same tokens, and the memory of the first."""
+    memory, host = HostMemory(), HostTokens()
+    rows = DeviceRows(memory, rows_library(), config)
+    for index, each in enumerate(streams):
+        rows.open(each)
+        host.open(each)
+        host.held(each)[:] = np.random.default_rng(index).integers(0, 90, HELD)
+        memory.upload(host.held(each), rows._streams[each].tokens)
+    return rows, host, memory
+
+
+def read(memory, tensor) -> np.ndarray:
+    array = np.empty(tensor.shape, tensor.dtype)
+    memory.download(tensor.address, array)
+    return array
+
+
+CROWDS = {
+    "one": (PLAIN, [{}]),
+    "guided": (PLAIN, [{"guided": True, "text": 70}, {}, {"guided": True}]),
+    "sketches": (SEEING, [{}, {"sees": True, "guided": True}, {"sees": True, "text": 77}]),
+    "text of a seeing model": (SEEING, [{"text": 40}, {"guided": True}]),
+    "many": (SEEING, [{"sees": bool(i % 3), "guided": bool(i % 2)} for i in range(21)]),
+}
+
+
+@pytest.mark.parametrize("crowd", CROWDS)
+@pytest.mark.parametrize("padding", [None, 5])
+def test_inputs_are_those_of_a_batch(crowd, padding):
+    config, kinds = CROWDS[crowd]
+    draw = np.random.default_rng(len(kinds))
+    streams = [stream(config, draw, **kind) for kind in kinds]
+    rows, host, memory = both(config, streams)
+    for count in (1, 7):
+        parts = [Part(each, int(draw.integers(0, 30)), count) for each in streams]
+        bos, columns = config.image.codebook_size, CrossColumns(config)
+        batch = assemble(parts, host.held, bos, columns)
+        wanted = len(batch.tokens)
+        got = rows.begin(parts, None if padding is None else wanted + padding)
+        rows.gather()
+        for name, tensor in got.items():
+            if name == "next_tokens":
+                assert tensor.shape == (wanted + (padding or 0),)
+                continue
+            expected, array = getattr(batch, name), read(memory, tensor)
+            assert array.dtype == expected.dtype, name
+            rows_of = len(expected) if name in ("ranks", "cross_columns") else wanted
+            np.testing.assert_array_equal(array[:rows_of], expected, err_msg=name)
+            if padding and rows_of == wanted:
+                rest = array[wanted:]
+                if name in ("write_index", "neighbours", "cross_neighbours"):
+                    assert (rest == -1).all(), "padding touches no cache"
+                if name == "unconditional_row":
+                    assert (rest == np.arange(wanted, len(array))).all()
+                if name == "tokens":
+                    assert (rest == bos).all()
+        assert set(got) - {"next_tokens"} == {
+            field.name
+            for field in dataclasses.fields(batch)
+            if getattr(batch, field.name) is not None
+        }
+
+
+@pytest.mark.parametrize("crowd", CROWDS)
+def test_drawn_tokens_go_where_they_belong(crowd):
+    config, kinds = CROWDS[crowd]
+    draw = np.random.default_rng(1)
+    streams = [stream(config, draw, **kind) for kind in kinds]
+    rows, host, memory = both(config, streams)
+    parts = [Part(each, 4, 9) for each in streams]
+    tensors = rows.begin(parts, 500)
+    rows.gather()
+    drawn = draw.integers(0, 60, 500, np.int32)
+    start = 0
+    for index, part in enumerate(parts):  # every third part meets what is no number
+        if index % 3 == 0:
+            free = np.flatnonzero(part.stream.rows.given[4:13] < 0)
+            drawn[start + free[-1]] = -1
+        start += part.count * len(part.stream.lanes)
+    memory.upload(drawn, tensors["next_tokens"].address)
+    rows.commit()
+    assert rows.finish() == host.commit(parts, drawn) == [i % 3 != 0 for i in range(len(parts))]
+    for each in streams:
+        assert (rows.tokens(each, 0, HELD) == host.tokens(each, 0, HELD)).all()
+    assert (rows.tokens(streams[-1], 17, 5) == host.tokens(streams[-1], 17, 5)).all()
+
+
+def test_a_second_lane_draws_for_nobody():
+    draw = np.random.default_rng(2)
+    guided = stream(PLAIN, draw, guided=True)
+    rows, _, memory = both(PLAIN, [guided])
+    before = rows.tokens(guided, 0, HELD)
+    tensors = rows.begin([Part(guided, 0, 6)])
+    rows.gather()
+    drawn = np.array([*range(100, 106), *[-1] * 6], np.int32)
+    memory.upload(drawn, tensors["next_tokens"].address)
+    rows.commit()
+    assert rows.finish() == [True]
+    changed = np.flatnonzero(rows.tokens(guided, 0, HELD) != before)
+    assert set(changed) <= set(guided.rows.place[:6])
+
+
+def test_rows_are_staged_anew_and_memory_is_used_again():
+    draw, memory = np.random.default_rng(3), HostMemory()
+    rows = DeviceRows(memory, rows_library(), PLAIN)
+    for size in (40, 10, 200, 40):
+        streams = [stream(PLAIN, draw, rows=size) for _ in range(3)]
+        for each in streams:
+            rows.open(each)
+            each.rows = stream(PLAIN, draw, rows=2 * size if size < 150 else size).rows
+            rows.stage(each)
+        for each in streams:
+            got = rows.begin([Part(each, 3, 5)])
+            rows.gather()
+            assert (read(memory, got["coordinates"]) == each.rows.coordinates[3:8]).all()
+        for each in streams:
+            rows.close(each)
+            rows.close(each)  # as often as one likes
+    before = len(memory._arrays)
+    for _ in range(5):
+        again = stream(PLAIN, draw)
+        rows.open(again)
+        rows.close(again)
+    assert len(memory._arrays) == before
+
+
+def test_memory_of_calls_stays_until_one_is_larger():
+    """So long what was recorded can be launched again."""
+    draw = np.random.default_rng(4)
+    streams = [stream(PLAIN, draw, guided=True) for _ in range(3)]
+    rows, _, _ = both(PLAIN, streams)
+    first, generation = rows.begin([Part(streams[0], 0, 8)]), rows.generation
+    again = rows.begin([Part(streams[1], 9, 4), Part(streams[2], 2, 4)])
+    assert generation == rows.generation
+    assert {n: t.address for n, t in first.items()} == {n: t.address for n, t in again.items()}
+    rows.begin([Part(each, 0, 3) for each in streams])
+    assert generation < rows.generation, "there are more lanes than before"
+
+
+def test_a_library_of_another_version_is_refused(monkeypatch, tmp_path):
+    with pytest.raises(UnavailableError, match="nowhere.so cannot be loaded"):
+        DeviceRows(HostMemory(), tmp_path / "nowhere.so", PLAIN)
+    monkeypatch.setattr(device_rows, "ABI", 99)
+    with pytest.raises(UnavailableError, match="version 1, and this needs 99"):
+        DeviceRows(HostMemory(), rows_library(), PLAIN)
+
+
+def test_structs_are_as_large_as_the_librarys():
+    library = ctypes.CDLL(str(rows_library()))
+    assert library.nuwa_rows_lane_size() == device_rows._LANE.itemsize
+    assert library.nuwa_rows_call_size() == ctypes.sizeof(device_rows._Call)
+
+
+class Cuda:
+    """As much of cuda.bindings.runtime as CudaMemory calls; `fails` says which call fails how."""
+
+    class cudaError_t:  # noqa: N801
+        pass
+
+    class cudaMemcpyKind:  # noqa: N801
+        cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost = 1, 2
+
+    cudaStreamNonBlocking = 1
+
+    def __init__(self, devices=2, **fails):
+        names = ("cudaSuccess", "cudaErrorMemoryAllocation", "cudaErrorIllegalAddress")
+        self.cudaError_t = type(
+            "cudaError_t", (), {n: Status(n) for n in (*names, "cudaErrorNoDevice")}
+        )
+        self.devices, self.fails, self.calls = devices, fails, []
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.calls.append((name, *arguments))
+            failed = self.fails.get(name)
+            status = getattr(self.cudaError_t, failed or "cudaSuccess")
+            values = {"cudaGetDeviceCount": self.devices, "cudaMalloc": 4096}
+            values |= {"cudaStreamCreateWithFlags": 77, "cudaGetErrorString": b"so it says"}
+            return (status, values[name]) if name in values else (status,)
+
+        if not name.startswith("cuda"):
+            raise AttributeError(name)
+        return call
+
+
+class Status:
+    def __init__(self, name):
+        self.name = name
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Puts a Cuda in the place of cuda-python."""
+    import sys
+    import types
+
+    def install(made: Cuda) -> Cuda:
+        bindings = types.ModuleType("cuda.bindings")
+        bindings.runtime = made
+        monkeypatch.setitem(sys.modules, "cuda", types.ModuleType("cuda"))
+        monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+        monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", made)
+        return made
+
+    return install
+
+
+def test_memory_of_a_gpu_is_asked_for_in_one_stream(cuda):
+    fake = cuda(Cuda())
+    memory = CudaMemory(1)
+    assert (memory.stream, memory.allocate(10)) == (77, 4096)
+    array = np.zeros(3, np.int32)
+    memory.upload(array, 4096)
+    memory.download(4096, array)
+    here = array.ctypes.data
+    assert fake.calls[1:] == [
+        ("cudaSetDevice", 1),
+        ("cudaStreamCreateWithFlags", 1),
+        ("cudaMalloc", 10),
+        ("cudaMemcpyAsync", 4096, here, 12, 1, 77),
+        ("cudaMemcpyAsync", here, 4096, 12, 2, 77),
+        ("cudaStreamSynchronize", 77),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("devices", "index", "fails", "message"),
+    [
+        (0, 0, {"cudaGetDeviceCount": "cudaErrorNoDevice"}, "no usable GPU: cudaErrorNoDevice"),
+        (2, 2, {}, "there is no GPU 2: this machine has 2"),
+        (2, -1, {}, "there is no GPU -1"),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_named(cuda, devices, index, fails, message):
+    cuda(Cuda(devices, **fails))
+    with pytest.raises(UnavailableError, match=message):
+        CudaMemory(index)
+
+
+def test_errors_after_which_nothing_runs_are_told_from_others(cuda):
+    from nuwa.runtime.errors import DeviceLostError
+
+    fake = cuda(Cuda())
+    memory = CudaMemory()
+    fake.fails = {"cudaMalloc": "cudaErrorMemoryAllocation"}
+    with pytest.raises(MemoryError, match="GPU 0 has no more memory"):
+        memory.allocate(1 << 50)
+    fake.fails = {"cudaStreamSynchronize": "cudaErrorIllegalAddress"}
+    with pytest.raises(DeviceLostError, match="cudaStreamSynchronize: cudaErrorIllegalAddress"):
+        memory.wait()
+
+
+def test_without_cuda_python_it_says_what_to_install(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "cuda", None)
+    with pytest.raises(UnavailableError, match=r"pip install 'nuwa-runtime\[gpu\]'"):
+        CudaMemory()
+
+
+def test_spare_sizes_are_powers_of_two():
+    sizes = functools.reduce(
+        lambda a, n: [*a, device_rows._rounded(n)], (1, 256, 257, 4096, 5000), []
+    )
+    assert sizes == [256, 256, 512, 4096, 8192]
