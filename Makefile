@@ -21,12 +21,13 @@ demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
 
 # For tests of graphs and plugins in TensorRT, which are skipped without: headers (of a package whose
-# dependencies are not needed) and two real TensorRTs, all for Linux on x86-64. Likewise the headers
-# of ONNX Runtime, for those of its custom operators, on Debian.
+# dependencies are not needed), two real TensorRTs and cuda-python, all for Linux on x86-64. Likewise
+# the headers of ONNX Runtime, for those of its custom operators, on Debian.
 TENSORRT := kernel-lens==2.0.1 \
             tensorrt-lean-cu13-bindings==11.4.0.106 tensorrt-lean-cu13-libs==11.4.0.106 \
             tensorrt-rtx-cu13-bindings==1.7.1.116 tensorrt-rtx-cu13-libs==1.7.1.116 \
-            tensorrt-rtx-cu13==1.7.1.116
+            tensorrt-rtx-cu13==1.7.1.116 \
+            cuda-bindings==13.5.0 cuda-pathfinder==1.9.0
 TENSORRT_STAMP := $(VENV)/.tensorrt
 
 $(TENSORRT_STAMP): $(STAMP)

@@ -20,6 +20,8 @@ from nuwa.spec.conditions import ConditionLayout
 from nuwa.spec.config import ModelConfig
 from nuwa.spec.engines import (
     ENGINES,
+    MODULES,
+    PACKAGES,
     RECORD,
     TENSORRT,
     TENSORRT_RTX,
@@ -27,6 +29,7 @@ from nuwa.spec.engines import (
     EngineRecord,
     engine_file,
     graphs_hash,
+    version_number,
 )
 from nuwa.spec.manifest import (
     DECODER_STEP,
@@ -41,7 +44,6 @@ from nuwa.spec.plan import decode_plan
 from .bundle import replace_folder
 from .operators import CACHED, DOMAIN, NEARBY, VERSION
 
-MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
 ROWS = (1, 16, 64, 256)  # upper ends of the ranges that decoder_step gets a profile each for
 MOST_FRAMES = 16  # of a call of a tokenizer
 CONDITION_SLOTS_AHEAD = 2  # as of runtime/engine.py, which a test compares
@@ -103,7 +105,7 @@ def build_engines(
     logger = _logger(trt)
     plugin_abi = _load_plugins(trt, options.plugins) if options.plugins else None
     targets = options.targets or (_own_target(),)
-    version = ".".join(re.findall(r"\d+", trt.__version__)[:4])
+    version = version_number(trt.__version__)
     key = EngineKey(options.runtime, version, targets, plugin_abi, graphs_hash(manifest))
     folder = bundle / ENGINES / key.name
     folder.parent.mkdir(exist_ok=True)
@@ -232,8 +234,7 @@ def _module(runtime: str) -> Any:
     try:
         return importlib.import_module(MODULES[runtime])
     except ImportError:
-        package = "tensorrt-cu13" if runtime == TENSORRT else "tensorrt-rtx-cu13"
-        raise EngineError(f"{runtime} is not installed; pip install {package}") from None
+        raise EngineError(f"{runtime} is not installed; pip install {PACKAGES[runtime]}") from None
 
 
 def _logger(trt: Any) -> Any:

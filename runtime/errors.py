@@ -35,5 +35,8 @@ class EngineError(RuntimeError):
     """The engine failed at work it had accepted: never the user's fault. See `__cause__`."""
 
 
-class DeviceLostError(EngineError):
-    """The device can run nothing more in this process, which should end and be started again."""
+class DeviceLostError(BaseException):
+    """The device can run nothing more in this process, which has to end and be started again.
+
+    Not an Exception, so that whoever ends one request for its failure does not take it for one.
+    """

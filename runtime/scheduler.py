@@ -24,7 +24,7 @@ from .core import (
     SlotStep,
 )
 from .engine_protocol import Engine
-from .errors import DeadlineExceededError, EngineError, ShuttingDownError
+from .errors import DeadlineExceededError, DeviceLostError, EngineError, ShuttingDownError
 from .handle import Handle
 from .painter import Painter, Picture
 from .running import Running
@@ -43,10 +43,17 @@ class Scheduler:
     """Runs requests on `engine`, at most `engine.slots` at a time, `queue_size` waiting.
 
     Use as a context manager, or start() and close(). A fault of the engine ends the requests that
-    it concerns with EngineError and no others.
+    it concerns with EngineError and no others; DeviceLostError ends all, with ShuttingDownError.
+    on_death: called, by the thread that ends, when nothing can be generated any more.
     """
 
-    def __init__(self, engine: Engine, *, queue_size: int = DEFAULT_QUEUE_SIZE) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        queue_size: int = DEFAULT_QUEUE_SIZE,
+        on_death: Callable[[], None] | None = None,
+    ) -> None:
         if queue_size < 1:
             raise ValueError(f"queue_size {queue_size} is not at least 1")
         self.engine = engine
@@ -60,6 +67,7 @@ class Scheduler:
         self._unpainted: list[tuple[Submission, Exception]] = []  # what the painter could not make
         self._running: dict[int, Running] = {}
         self._changed = threading.Condition()
+        self._on_death = on_death
         self._closing = False
         self._aborting = False
         self._threads: list[threading.Thread] = []
@@ -188,10 +196,14 @@ class Scheduler:
     def _guarded(self, loop: Callable[[], None]) -> None:
         try:
             loop()
-        except BaseException:
-            # A mistake in this file. Nobody may be left waiting for a thread that is gone.
+        except BaseException as error:
+            # The device is lost, or a mistake in this file. Nobody may be left waiting for a thread
+            # that is gone.
             name = threading.current_thread().name
             log.critical("the thread %s died; no more requests are taken", name, exc_info=True)
+            failure: Exception = EngineError(f"the server's thread {name} died")
+            if isinstance(error, DeviceLostError):
+                failure = ShuttingDownError(f"the server has to start again: {error}")
             with self._changed:
                 self._closing = self._aborting = True
                 stranded = {
@@ -199,7 +211,9 @@ class Scheduler:
                 }
                 self._changed.notify_all()
             for submission in stranded:
-                submission.handle.fail(EngineError(f"the server's thread {name} died"))
+                submission.handle.fail(failure)
+            if self._on_death is not None:
+                self._on_death()
 
     def _can_admit(self) -> bool:
         """Under the lock: whether a sample can have a slot."""

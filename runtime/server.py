@@ -50,7 +50,9 @@ class Server:
         queue_size: int = DEFAULT_QUEUE_SIZE,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        self.scheduler = Scheduler(engine, queue_size=queue_size)
+        self.scheduler = Scheduler(engine, queue_size=queue_size, on_death=self._on_death)
+        self.asked_to_end = threading.Event()  # by a signal, or because nothing can be generated
+        self.died = False
         max_calls = queue_size + engine.slots + SLOW_READERS
         self._server = grpc.server(
             futures.ThreadPoolExecutor(max_calls + SPARE_THREADS, "nuwa-rpc"),
@@ -102,6 +104,11 @@ class Server:
         self._server.stop(grace).wait()
         self.scheduler.close()
 
+    def _on_death(self) -> None:
+        self.died = True
+        self._health.enter_graceful_shutdown()  # NOT_SERVING
+        self.asked_to_end.set()
+
     def hasten(self) -> None:
         """Cuts the grace of a stop() that another thread is in."""
         self._server.stop(0)
@@ -112,9 +119,10 @@ def serve_until_signal(
 ) -> None:
     """Starts, prints one line when ready, and returns after SIGTERM or SIGINT and a drain.
 
-    A second signal cuts the drain. Only for the main thread.
+    A second signal cuts the drain. Also returns when nothing can be generated any more, which
+    `server.died` says. Only for the main thread.
     """
-    asked = threading.Event()
+    asked = server.asked_to_end
     previous = {}
 
     def on_signal(number: int, _frame: FrameType | None) -> None:

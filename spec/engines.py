@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +23,18 @@ RECORD = "engines.json"
 RECORD_VERSION = 1
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
 RUNTIMES = (TENSORRT, TENSORRT_RTX)
+MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
+PACKAGES = {TENSORRT: "tensorrt-cu13", TENSORRT_RTX: "tensorrt-rtx-cu13"}
 
 
 def engine_file(graph: str) -> str:
     """File name of a graph's engine."""
     return f"{graph}.engine"
+
+
+def version_number(text: str) -> str:
+    """The numbers of what a TensorRT says of its version, at most four: "11.4.0.106"."""
+    return ".".join(re.findall(r"\d+", text)[:4])
 
 
 def graphs_hash(manifest: Manifest) -> str:

@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from nuwa.spec.engines import TENSORRT, TENSORRT_RTX
 from nuwa.spec.grid import Int
 from nuwa.spec.sampling import Sampling
 
@@ -27,7 +28,8 @@ Float = npt.NDArray[np.float32]
 AUTO = "auto"
 NATIVE_CPU, ONNXRUNTIME_CPU = "native-cpu", "onnxruntime-cpu"
 ONNXRUNTIME_CUDA = "onnxruntime-cuda"
-BACKENDS = (AUTO, NATIVE_CPU, ONNXRUNTIME_CPU, ONNXRUNTIME_CUDA)  # what choice.make_backend takes
+# What choice.make_backend takes.
+BACKENDS = (AUTO, NATIVE_CPU, ONNXRUNTIME_CPU, ONNXRUNTIME_CUDA, TENSORRT, TENSORRT_RTX)
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from ..bundle import Bundle
 from ..errors import UnavailableError
-from .base import AUTO, BACKENDS, ONNXRUNTIME_CPU, ONNXRUNTIME_CUDA, Backend
+from .base import (
+    AUTO,
+    BACKENDS,
+    ONNXRUNTIME_CPU,
+    ONNXRUNTIME_CUDA,
+    TENSORRT,
+    TENSORRT_RTX,
+    Backend,
+)
 from .native_cpu import NativeCpu
 from .onnxruntime_cpu import OnnxRuntimeCpu
 from .onnxruntime_cuda import OnnxRuntimeCuda
+from .tensorrt import TensorRt, TensorRtRtx
 
 log = logging.getLogger("nuwa.runtime")
 
@@ -23,10 +33,14 @@ def make_backend(name: str, bundle: Bundle, **arguments: Any) -> Backend:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
-    if name == ONNXRUNTIME_CPU:
-        return OnnxRuntimeCpu(bundle, **arguments)
-    if name == ONNXRUNTIME_CUDA:
-        return OnnxRuntimeCuda(bundle, **arguments)
+    by_name: dict[str, Callable[..., Backend]] = {
+        ONNXRUNTIME_CPU: OnnxRuntimeCpu,
+        ONNXRUNTIME_CUDA: OnnxRuntimeCuda,
+        TENSORRT: TensorRt,
+        TENSORRT_RTX: TensorRtRtx,
+    }
+    if name in by_name:
+        return by_name[name](bundle, **arguments)
     try:
         return NativeCpu(bundle, **arguments)
     except UnavailableError as error:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,12 +35,23 @@ _STICKY = (
 )
 
 
+class Recording(Protocol):
+    """Work of a stream that can be put into it again, as a whole."""
+
+    def launch(self) -> None: ...
+
+    def free(self) -> None: ...
+
+
 class DeviceMemory(Protocol):
-    """kind and index: of the device, as ONNX Runtime calls them; stream: a cudaStream_t, or 0."""
+    """kind and index: of the device, as ONNX Runtime calls them; stream: a cudaStream_t, or 0;
+    target: the architecture, "sm_90".
+    """
 
     kind: str
     index: int
     stream: int
+    target: str
 
     def allocate(self, size: int) -> int:
         """The address of `size` bytes; MemoryError if there are no more."""
@@ -52,14 +65,23 @@ class DeviceMemory(Protocol):
     def download(self, address: int, array: npt.NDArray) -> None:
         """Fills a contiguous array from there, when all before in the stream is done."""
 
+    def copy(self, address: int, to: int, size: int) -> None:
+        """Copies `size` bytes, in order of the stream."""
+
+    def clear(self, address: int, size: int) -> None:
+        """Fills `size` bytes with zeros, in order of the stream."""
+
     def wait(self) -> None:
         """Until all that is in the stream is done."""
+
+    def record(self, work: Callable[[], None]) -> Recording:
+        """What `work` puts into the stream, without doing it; RuntimeError if that cannot be."""
 
 
 class HostMemory:
     """DeviceMemory of numpy arrays, where everything is done at once."""
 
-    kind, index, stream = "cpu", 0, 0
+    kind, index, stream, target = "cpu", 0, 0, "cpu"
 
     def __init__(self) -> None:
         self._arrays: dict[int, npt.NDArray] = {}
@@ -82,8 +104,27 @@ class HostMemory:
         assert array.flags.c_contiguous
         array.reshape(-1).view(np.uint8)[:] = _bytes_at(address, array.nbytes)
 
+    def copy(self, address: int, to: int, size: int) -> None:
+        _bytes_at(to, size)[:] = _bytes_at(address, size)
+
+    def clear(self, address: int, size: int) -> None:
+        _bytes_at(address, size)[:] = 0
+
     def wait(self) -> None:
         """Everything is done."""
+
+    def record(self, work: Callable[[], None]) -> Recording:
+        return _Again(work)
+
+
+class _Again:
+    """Does the same again."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.launch = work
+
+    def free(self) -> None:
+        """There is nothing to free."""
 
 
 class CudaMemory:
@@ -132,8 +173,43 @@ class CudaMemory:
         self._call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, self.stream)
         self.wait()
 
+    def copy(self, address: int, to: int, size: int) -> None:
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._call("cudaMemcpyAsync", to, address, size, kind, self.stream)
+
+    def clear(self, address: int, size: int) -> None:
+        self._call("cudaMemsetAsync", address, 0, size, self.stream)
+
     def wait(self) -> None:
         self._call("cudaStreamSynchronize", self.stream)
+
+    def record(self, work: Callable[[], None]) -> Recording:
+        """A CUDA graph."""
+        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("cudaStreamBeginCapture", self.stream, mode)
+        try:
+            work()
+        except BaseException:
+            self._cuda.cudaStreamEndCapture(self.stream)  # which fails too
+            raise
+        (graph,) = self._call("cudaStreamEndCapture", self.stream)
+        try:
+            (made,) = self._call("cudaGraphInstantiate", graph, 0)
+        finally:
+            self._call("cudaGraphDestroy", graph)
+        return _CudaGraph(self, made)
+
+    @cached_property
+    def target(self) -> str:
+        attribute = self._cuda.cudaDeviceAttr
+        major, minor = (
+            self._call("cudaDeviceGetAttribute", each, self.index)[0]
+            for each in (
+                attribute.cudaDevAttrComputeCapabilityMajor,
+                attribute.cudaDevAttrComputeCapabilityMinor,
+            )
+        )
+        return f"sm_{major}{minor}"
 
     def _call(self, name: str, *arguments: Any) -> tuple:
         """What a function of CUDA returns besides its status; each thread chooses the GPU once."""
@@ -157,6 +233,19 @@ class CudaMemory:
     def _say(self, status: Any) -> str:
         _, text = self._cuda.cudaGetErrorString(status)
         return f"{status.name}, {text.decode() if isinstance(text, bytes) else text}"
+
+
+class _CudaGraph:
+    """A Recording on a GPU."""
+
+    def __init__(self, memory: CudaMemory, graph: Any) -> None:
+        self._memory, self._graph = memory, graph
+
+    def launch(self) -> None:
+        self._memory._call("cudaGraphLaunch", self._graph, self._memory.stream)
+
+    def free(self) -> None:
+        self._memory._call("cudaGraphExecDestroy", self._graph)
 
 
 def _bytes_at(address: int, size: int) -> npt.NDArray[np.uint8]:

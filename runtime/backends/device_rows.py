@@ -89,7 +89,12 @@ class DeviceRows:
     """
 
     def __init__(
-        self, memory: DeviceMemory, library: Path, config: ModelConfig, rows: int = 0
+        self,
+        memory: DeviceMemory,
+        library: Path,
+        config: ModelConfig,
+        rows: int = 0,
+        lanes: int = 0,
     ) -> None:
         self.memory = memory
         self._library = _load(library)
@@ -109,7 +114,7 @@ class DeviceRows:
         self._ranks = self._constant(np.arange(self._codebook_size, dtype=np.int32))
         self._bias = None if self._columns.bias is None else self._constant(self._columns.bias)
         self._capacity = self._lane_capacity = self._parts = self.generation = 0
-        self._make_room(max(rows, 16), 4)
+        self._make_room(max(rows, 16), max(lanes, 4))
 
     def open(self, stream: Stream) -> None:
         held = _Held(self._take(4 * stream.held))

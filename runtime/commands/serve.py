@@ -66,4 +66,4 @@ def run(args: argparse.Namespace) -> int:
     serve_until_signal(
         server, load_seconds=time.perf_counter() - started, grace=max(0.0, args.grace)
     )
-    return 0
+    return 1 if server.died else 0  # so that who supervises it starts it again

@@ -5,17 +5,21 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import re
+import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nuwa.runtime.backends import device_rows
+from nuwa.runtime.backends import device_memory, device_rows
 from nuwa.runtime.backends.base import Lane, Part, Rows, Stream
 from nuwa.runtime.backends.device_memory import CudaMemory, HostMemory
 from nuwa.runtime.backends.device_rows import DeviceRows
 from nuwa.runtime.backends.host_tokens import HostTokens
 from nuwa.runtime.backends.step_batch import CrossColumns, assemble
-from nuwa.runtime.errors import UnavailableError
+from nuwa.runtime.errors import DeviceLostError, UnavailableError
 from nuwa.spec.config import VisualConfig, preset
 from nuwa.spec.sampling import Sampling
 
@@ -218,7 +222,13 @@ class Cuda:
         pass
 
     class cudaMemcpyKind:  # noqa: N801
-        cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost = 1, 2
+        cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice = 1, 2, 3
+
+    class cudaStreamCaptureMode:  # noqa: N801
+        cudaStreamCaptureModeThreadLocal = 1
+
+    class cudaDeviceAttr:  # noqa: N801
+        cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor = 75, 76
 
     cudaStreamNonBlocking = 1
 
@@ -236,6 +246,10 @@ class Cuda:
             status = getattr(self.cudaError_t, failed or "cudaSuccess")
             values = {"cudaGetDeviceCount": self.devices, "cudaMalloc": 4096}
             values |= {"cudaStreamCreateWithFlags": 77, "cudaGetErrorString": b"so it says"}
+            values |= {"cudaStreamEndCapture": "graph", "cudaGraphInstantiate": "made"}
+            values |= (
+                {"cudaDeviceGetAttribute": {75: 9, 76: 0}.get(arguments[0])} if arguments else {}
+            )
             return (status, values[name]) if name in values else (status,)
 
         if not name.startswith("cuda"):
@@ -251,8 +265,6 @@ class Status:
 @pytest.fixture
 def cuda(monkeypatch):
     """Puts a Cuda in the place of cuda-python."""
-    import sys
-    import types
 
     def install(made: Cuda) -> Cuda:
         bindings = types.ModuleType("cuda.bindings")
@@ -283,6 +295,66 @@ def test_memory_of_a_gpu_is_asked_for_in_one_stream(cuda):
     ]
 
 
+def test_work_is_recorded_and_launched_in_its_stream(cuda):
+    fake = cuda(Cuda())
+    memory = CudaMemory()
+    assert memory.target == "sm_90"
+    memory.wait()
+    fake.calls.clear()
+    recorded = memory.record(lambda: memory.copy(1, 2, 3))
+    recorded.launch()
+    recorded.free()
+    assert fake.calls == [
+        ("cudaStreamBeginCapture", 77, 1),
+        ("cudaMemcpyAsync", 2, 1, 3, 3, 77),
+        ("cudaStreamEndCapture", 77),
+        ("cudaGraphInstantiate", "graph", 0),
+        ("cudaGraphDestroy", "graph"),
+        ("cudaGraphLaunch", "made", 77),
+        ("cudaGraphExecDestroy", "made"),
+    ]
+    memory.clear(5, 6)
+    assert fake.calls[-1] == ("cudaMemsetAsync", 5, 0, 6, 77)
+    fake.calls.clear()
+    with pytest.raises(ZeroDivisionError):
+        memory.record(lambda: 1 // 0)
+    assert [name for name, *_ in fake.calls] == ["cudaStreamBeginCapture", "cudaStreamEndCapture"]
+
+
+def test_the_stand_in_has_the_names_of_cuda_python():
+    runtime = pytest.importorskip("cuda.bindings.runtime")
+    source = (Path(device_memory.__file__)).read_text()
+    kinds = ("cudaError_t", "cudaMemcpyKind", "cudaStreamCaptureMode", "cudaDeviceAttr")
+    known = {*dir(runtime), *(name for kind in kinds for name in dir(getattr(runtime, kind)))}
+    assert set(re.findall(r"\bcuda[A-Z]\w+", source)) <= known
+
+
+def test_cuda_python_takes_such_arguments():
+    """Where there is no GPU every call says so, but only after it has looked at its arguments."""
+    runtime = pytest.importorskip("cuda.bindings.runtime")
+    if runtime.cudaGetDeviceCount()[0] == runtime.cudaError_t.cudaSuccess:
+        pytest.skip("there is a GPU, which would take these calls for real")
+    kind = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+    mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+    major = runtime.cudaDeviceAttr.cudaDevAttrComputeCapabilityMajor
+    calls = [
+        ("cudaSetDevice", 0),
+        ("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking),
+        ("cudaMalloc", 10),
+        ("cudaMemcpyAsync", 4096, 4096, 12, kind, 77),
+        ("cudaMemsetAsync", 4096, 0, 12, 77),
+        ("cudaStreamSynchronize", 77),
+        ("cudaStreamBeginCapture", 77, mode),
+        ("cudaStreamEndCapture", 77),
+        ("cudaGraphInstantiate", runtime.cudaGraph_t(), 0),
+        ("cudaGraphLaunch", runtime.cudaGraphExec_t(), 77),
+        ("cudaDeviceGetAttribute", major, 0),
+    ]
+    for name, *arguments in calls:
+        status, *_ = getattr(runtime, name)(*arguments)
+        assert status.name == "cudaErrorInsufficientDriver", name
+
+
 @pytest.mark.parametrize(
     ("devices", "index", "fails", "message"),
     [
@@ -298,8 +370,6 @@ def test_a_gpu_that_is_not_there_is_named(cuda, devices, index, fails, message):
 
 
 def test_errors_after_which_nothing_runs_are_told_from_others(cuda):
-    from nuwa.runtime.errors import DeviceLostError
-
     fake = cuda(Cuda())
     memory = CudaMemory()
     fake.fails = {"cudaMalloc": "cudaErrorMemoryAllocation"}
@@ -311,9 +381,8 @@ def test_errors_after_which_nothing_runs_are_told_from_others(cuda):
 
 
 def test_without_cuda_python_it_says_what_to_install(monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "cuda", None)
+    for name in ("cuda", "cuda.bindings", "cuda.bindings.runtime"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UnavailableError, match=r"pip install 'nuwa-runtime\[gpu\]'"):
         CudaMemory()
 

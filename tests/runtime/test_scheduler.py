@@ -20,7 +20,12 @@ from nuwa.runtime.core import (
     QueueFullError,
     UnsupportedTaskError,
 )
-from nuwa.runtime.errors import DeadlineExceededError, EngineError, ShuttingDownError
+from nuwa.runtime.errors import (
+    DeadlineExceededError,
+    DeviceLostError,
+    EngineError,
+    ShuttingDownError,
+)
 from nuwa.runtime.scheduler import Scheduler
 from nuwa.spec.tasks import Task
 
@@ -434,6 +439,30 @@ def test_nobody_waits_for_a_dead_decode_thread(monkeypatch, caplog):
     assert "ZeroDivisionError" in caplog.text
     with pytest.raises(ShuttingDownError):
         scheduler.submit(request())
+
+
+@pytest.mark.parametrize("work", ["prepare", "admit", "step", "pixels"])
+def test_a_lost_device_ends_everything_at_once(monkeypatch, caplog, work):
+    """Nothing is tried again on a device that can do nothing more, and somebody is told."""
+    engine, died = FakeEngine(), threading.Event()
+    scheduler = Scheduler(engine, on_death=died.set)
+    handles = [scheduler.submit(request(seed)) for seed in range(3)]
+    calls = []
+
+    def lose(*_arguments, **_options):
+        calls.append(work)
+        raise DeviceLostError("GPU 0 is lost to this process (cudaErrorIllegalAddress)")
+
+    monkeypatch.setattr(engine, work, lose)
+    scheduler.start()
+    for handle in handles:
+        with pytest.raises(ShuttingDownError, match="has to start again: GPU 0 is lost"):
+            handle.result()
+    assert died.wait(5) and len(calls) == 1
+    with pytest.raises(ShuttingDownError):
+        scheduler.submit(request())
+    assert "DeviceLostError" in caplog.text
+    scheduler.close()
 
 
 @pytest.mark.parametrize("size", [0, -1])

@@ -17,8 +17,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from nuwa.runtime.client import Client, ClientError
-from nuwa.runtime.server import SERVICE, Server
+from nuwa.runtime.errors import DeviceLostError
+from nuwa.runtime.server import SERVICE, Server, serve_until_signal
 from nuwa.v1 import generation_pb2 as pb
+from nuwa.v1 import generation_pb2_grpc
 
 from .fake_engine import FakeEngine
 from .messages import (
@@ -51,6 +53,32 @@ def test_health_tells_of_the_service_and_of_the_drain(server, channel, engine, s
     with pytest.raises(grpc.RpcError) as failure:
         stub.GenerateImage(image(), timeout=5)
     assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_server_whose_device_is_lost_says_so_and_ends(monkeypatch, capsys):
+    engine = FakeEngine()
+
+    def lose():
+        raise DeviceLostError("GPU 0 is lost to this process")
+
+    monkeypatch.setattr(engine, "step", lose)
+    server, answers = Server(engine), []
+
+    def ask():
+        with grpc.insecure_channel(server.address) as channel:
+            stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            try:
+                stub.GenerateImage(image(), timeout=20, wait_for_ready=True)
+            except grpc.RpcError as error:
+                answers.append((error.code(), error.details()))
+
+    client = threading.Thread(target=ask)
+    client.start()
+    serve_until_signal(server, grace=5)
+    client.join(20)
+    assert server.died and "ready on" in capsys.readouterr().out
+    ((code, details),) = answers
+    assert code is grpc.StatusCode.UNAVAILABLE and "GPU 0 is lost to this process" in details
 
 
 def test_a_stop_without_grace_ends_calls_as_unavailable(server, engine, stub):

@@ -1,0 +1,433 @@
+"""A bundle's TensorRT engines, of the full TensorRT or of TensorRT-RTX; all stays on the GPU.
+
+A step is rows put together, decoder_step, tokens put into place: recorded once for each size of a
+call as a CUDA graph, so that a step costs the host one upload, one launch and one answer. Sizes
+are rounded up to few. `nuwa build-engines` made the engines; they are of one architecture of GPUs,
+one TensorRT and one number of slots.
+
+Legend: C condition slots, E their entries, S cache slots, R entries a slot, d width, T rows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nuwa import plugins_trt
+from nuwa.spec import engines
+from nuwa.spec.conditions import ConditionLayout
+from nuwa.spec.engines import EngineKey, engine_file, find_engines, graphs_hash
+from nuwa.spec.grid import Int
+from nuwa.spec.manifest import (
+    DECODER_STEP,
+    IMAGE_DETOKENIZER,
+    IMAGE_TOKENIZER,
+    SKETCH_TOKENIZER,
+    TEXT_ENCODER,
+    VISUAL_ENCODER,
+    BundleError,
+    condition_outputs,
+    file_hash,
+)
+
+from ..bundle import Bundle
+from ..core import Pixels
+from ..errors import UnavailableError
+from .base import TENSORRT, TENSORRT_RTX, Float, Part, Stream
+from .device_memory import CudaMemory, DeviceMemory, Recording
+from .device_rows import DeviceRows, Tensor
+from .onnxruntime_graphs import cache_names
+
+log = logging.getLogger("nuwa.runtime")
+
+_STORAGE = {"fp32": np.float32, "fp16": np.float16}
+_ALIGNMENT = 256  # of what TensorRT reads and writes
+# What the rows of a step are rounded up to: at most half as many again, and few recordings.
+_ROUND = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_MOST_RECORDINGS = 256
+
+
+class TensorRt:
+    """A backend; UnavailableError without TensorRT, cuda-python, a GPU or the kernels of rows.
+
+    BundleError where the bundle has no engines for all that. rows, threads and spinning: ignored,
+    engines say how many rows a call may have, and the CPU does next to nothing; logits: keep those
+    of every step in `logits` f32 [T, K]; device_id: of the GPU; kernels: libnuwa_rows.so, the one
+    that was built if None; module and memory: what stands for TensorRT and for the GPU in tests;
+    recording: of steps, as CUDA graphs.
+    """
+
+    name = TENSORRT
+    module = engines.MODULES[engines.TENSORRT]
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        cache_slots: int,
+        condition_slots: int,
+        rows: int = 0,
+        threads: int | None = None,
+        spinning: bool = False,
+        logits: bool = False,
+        device_id: int = 0,
+        kernels: Path | None = None,
+        module: Any = None,
+        memory: Callable[[], DeviceMemory] | None = None,
+        recording: bool = True,
+    ) -> None:
+        config, manifest = bundle.manifest.config, bundle.manifest
+        if manifest.precision not in _STORAGE:
+            raise UnavailableError(
+                f"{self.name} runs bundles of {' and '.join(_STORAGE)}, and this one is of "
+                f"{manifest.precision}: export the checkpoint in one of these"
+            )
+        self._trt = module or _imported(self.module, self.name)
+        new_memory = memory or (lambda: CudaMemory(device_id))
+        self._memory = new_memory()
+        try:
+            kernels = kernels or plugins_trt.rows()
+        except FileNotFoundError as error:
+            raise UnavailableError(f"{self.name} needs kernels of its own: {error}") from None
+        self.bundle = bundle
+        # Two cache slots a request, see Engine.
+        self._folder, self._record = self._find(cache_slots // 2)
+        self._runtime = self._trt.Runtime(_logger(self._trt))
+        layers, width = config.decoder.layers, config.decoder.width
+        self._layout, self._width = ConditionLayout.of(config), width
+        self._storage = np.dtype(_STORAGE[manifest.precision])
+        self._condition_names = condition_outputs(layers)
+        self.conditions = self._zeros(
+            self._condition_names, (condition_slots, self._layout.entries, width)
+        )
+        self.caches = self._zeros(cache_names(layers), (cache_slots, manifest.cache_entries, width))
+        # Threads of the engine each have graphs, memory and a stream of their own.
+        preparing, painting = new_memory(), new_memory()
+        self._decoder = self._graph(DECODER_STEP, self._memory)
+        self._text = self._graph(TEXT_ENCODER, preparing)
+        self._tokenizer = self._graph(IMAGE_TOKENIZER, preparing)
+        self._detokenizer = self._graph(IMAGE_DETOKENIZER, painting)
+        self._preparing = preparing
+        self._ranges = self._decoder.ranges("tokens")
+        _, most = self._ranges[-1]
+        self._rows = DeviceRows(self._memory, kernels, config, rows=most, lanes=cache_slots)
+        self._codebook_size = config.image.codebook_size
+        self._all_logits = self._memory.allocate(4 * most * self._codebook_size)
+        self.logits: Float | None = None
+        self._keep_logits = logits
+        self._kept = {
+            **self.caches,
+            **{f"{name}_out": tensor for name, tensor in self.caches.items()},
+            **self.conditions,
+        }
+        self._recording = recording
+        self._recorded: dict[tuple, Recording | None] = {}
+        self._recorded_for = -1  # generation of the rows
+
+    def encode_text(self, ids: Int, condition_slots: Sequence[int], first: int) -> None:
+        for row, slot in zip(ids, condition_slots, strict=True):
+            self._encode(self._text, {"tokens": row[None]}, slot, first, (1, len(row)))
+
+    def encode_visual(
+        self,
+        tokens: Int,
+        coordinates: Int,
+        neighbours: Int,
+        condition_slot: int,
+        *,
+        busy: bool = False,
+    ) -> None:
+        inputs = {"tokens": tokens, "coordinates": coordinates, "neighbours": neighbours}
+        self._encode(self._visual, inputs, condition_slot, self._layout.visual, (len(tokens),))
+
+    def open(self, stream: Stream) -> None:
+        self._rows.open(stream)
+
+    def stage(self, stream: Stream) -> None:
+        self._rows.stage(stream)
+
+    def step(self, parts: Sequence[Part]) -> list[bool]:
+        count = sum(part.count * len(part.stream.lanes) for part in parts)
+        rows, profile = self._rounded(count)
+        tensors = self._rows.begin(parts, rows)
+        tensors["logits"] = Tensor(self._all_logits, np.float32, (rows, self._codebook_size))
+        if self._recorded_for != self._rows.generation:
+            self._forget()
+        call = (rows, tensors["cross_neighbours"].shape[1], tensors["ranks"].shape[0])
+        recorded = self._recorded.get(call)
+        if recorded is not None:
+            recorded.launch()
+        else:
+            self._run(tensors, profile)
+            if self._recording and call not in self._recorded:
+                self._recorded[call] = self._record_step(tensors, profile)
+        finite = self._rows.finish()
+        if self._keep_logits:
+            self.logits = np.empty((count, self._codebook_size), np.float32)
+            self._memory.download(tensors["logits"].address, self.logits)
+        return finite
+
+    def tokens(self, stream: Stream, first: int, count: int) -> Int:
+        return self._rows.tokens(stream, first, count)
+
+    def close(self, stream: Stream) -> None:
+        self._rows.close(stream)
+
+    def tokenize(self, pixels: Pixels, *, busy: bool = False) -> Int:
+        return self._frames(self._tokenizer, "pixels", pixels, "codes", np.int32)
+
+    def tokenize_sketch(self, class_maps: npt.NDArray[np.uint8], *, busy: bool = False) -> Int:
+        return self._frames(self._sketches, "class_maps", class_maps, "codes", np.int32)
+
+    def detokenize(self, codes: Int, *, busy: bool = False) -> Pixels:
+        return self._frames(self._detokenizer, "codes", codes, "pixels", np.uint8)
+
+    def _run(self, tensors: Mapping[str, Tensor], profile: int) -> None:
+        """A step from its lanes to its tokens, in the stream."""
+        self._rows.gather()
+        self._decoder.enqueue({**tensors, **self._kept}, profile)
+        self._rows.commit()
+
+    def _record_step(self, tensors: Mapping[str, Tensor], profile: int) -> Recording | None:
+        """For the next calls of this size; None if that cannot be, and why in the log."""
+        while len(self._recorded) >= _MOST_RECORDINGS:
+            oldest = self._recorded.pop(next(iter(self._recorded)))
+            if oldest is not None:
+                oldest.free()
+        try:
+            return self._memory.record(lambda: self._run(tensors, profile))
+        except RuntimeError as error:
+            rows = tensors["tokens"].shape[0]
+            log.warning("steps of %d rows are not recorded: %s", rows, error)
+            return None
+
+    def _forget(self) -> None:
+        """What was recorded reads and writes memory that is gone."""
+        self._memory.wait()
+        for recorded in self._recorded.values():
+            if recorded is not None:
+                recorded.free()
+        self._recorded.clear()
+        self._recorded_for = self._rows.generation
+
+    def _rounded(self, rows: int) -> tuple[int, int]:
+        """How many rows a call of so many gets, and the engine's profile for these."""
+        most = self._ranges[-1][1]
+        if rows > most:
+            raise ValueError(
+                f"a call of {rows} rows is more than the {most} that its engine was built for"
+            )
+        wanted = min((each for each in _ROUND if each >= rows), default=most)
+        for profile, (low, high) in enumerate(self._ranges):
+            if rows <= high:
+                return max(min(wanted, high), low), profile
+        raise AssertionError("the last range ends with the most rows")
+
+    @cached_property
+    def _visual(self) -> _Graph:
+        return self._graph(VISUAL_ENCODER, self._preparing)
+
+    @cached_property
+    def _sketches(self) -> _Graph:
+        return self._graph(SKETCH_TOKENIZER, self._preparing)
+
+    def _graph(self, graph: str, memory: DeviceMemory) -> _Graph:
+        path = self._folder / engine_file(graph)
+        if file_hash(path) != self._record.files.get(path.name):
+            raise BundleError(f"{path} is not the file that its record names; build it again")
+        return _Graph(self._trt, self._runtime, path, memory)
+
+    def _find(self, slots: int) -> tuple[Path, engines.EngineRecord]:
+        """The engines for this GPU; their plugins are registered if they have some."""
+        abi, library = None, None
+        if self.name == TENSORRT:
+            try:
+                library = plugins_trt.library()
+                abi = ctypes.CDLL(str(library)).nuwa_plugin_abi_version()
+            except (FileNotFoundError, OSError) as error:
+                log.info("only engines without plugins can be run: %s", error)
+        wanted = EngineKey(
+            self.name,
+            engines.version_number(self._trt.__version__),
+            (self._memory.target,),
+            abi,
+            graphs_hash(self.bundle.manifest),
+        )
+        folder, record = find_engines(self.bundle.path, wanted, slots)
+        if record.key.plugin_abi is not None:
+            self._trt.get_plugin_registry().load_library(str(library))
+        return folder, record
+
+    def _zeros(self, names: Sequence[str], shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """Tensors on the device by name: entries are read before they are written."""
+        size = math.prod(shape) * self._storage.itemsize
+        tensors = {}
+        for name in names:
+            address = self._memory.allocate(size)
+            self._memory.clear(address, size)
+            tensors[name] = Tensor(address, self._storage.type, shape)
+        self._memory.wait()
+        return tensors
+
+    def _encode(
+        self,
+        graph: _Graph,
+        inputs: Mapping[str, Int],
+        slot: int,
+        first: int,
+        rows: tuple[int, ...],
+    ) -> None:
+        """Runs an encoder, whose outputs [*rows, d] go into a condition slot from entry `first`."""
+        tensors = graph.uploaded(inputs)
+        row = self._width * self._storage.itemsize
+        size, copies = math.prod(rows) * row, []
+        for name in self._condition_names:
+            slots, entries, _ = self.conditions[name].shape
+            assert slot < slots and first + math.prod(rows) <= entries, "there is no such entry"
+            address = place = self.conditions[name].address + (slot * entries + first) * row
+            if address % _ALIGNMENT:
+                address = graph.scratch(name, size)
+                copies.append((address, place))
+            tensors[name] = Tensor(address, self._storage.type, (*rows, self._width))
+        graph.enqueue(tensors)
+        for address, place in copies:
+            graph.memory.copy(address, place, size)
+        graph.memory.wait()
+
+    def _frames(
+        self, graph: _Graph, given: str, frames: npt.NDArray, made: str, dtype: type[np.generic]
+    ) -> npt.NDArray:
+        """What a graph makes of any number of frames, as many a call as its engine takes."""
+        _, most = graph.ranges(given)[0]
+        parts = []
+        for first in range(0, len(frames), most):
+            tensors = graph.uploaded({given: frames[first : first + most]})
+            shape = graph.shape_of(made, tensors)
+            out = np.empty(shape, dtype)
+            tensors[made] = Tensor(graph.scratch(made, out.nbytes), dtype, shape)
+            graph.enqueue(tensors)
+            graph.memory.download(tensors[made].address, out)
+            parts.append(out)
+        return np.concatenate(parts)
+
+
+class TensorRtRtx(TensorRt):
+    """The same on TensorRT-RTX, which takes no plugins: 3DNA runs as standard operators."""
+
+    name = TENSORRT_RTX
+    module = engines.MODULES[engines.TENSORRT_RTX]
+
+
+class _Graph:
+    """A graph's engine, with a context for each of its profiles; for one thread."""
+
+    def __init__(self, trt: Any, runtime: Any, path: Path, memory: DeviceMemory) -> None:
+        self.memory = memory
+        self._path = path
+        self._engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        if self._engine is None:
+            raise UnavailableError(f"TensorRT does not take {path}; its log says why")
+        count = self._engine.num_io_tensors
+        names = [self._engine.get_tensor_name(index) for index in range(count)]
+        self._inputs = {
+            name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
+        }
+        self._contexts: dict[int, Any] = {}
+        self._room: dict[str, tuple[int, int]] = {}  # address and size
+
+    def ranges(self, name: str) -> list[tuple[int, int]]:
+        """The least and the most that an input's first size may be, by profile."""
+        engine, found = self._engine, []
+        for profile in range(engine.num_optimization_profiles):
+            least, _, most = engine.get_tensor_profile_shape(name, profile)
+            found.append((least[0], most[0]))
+        return found
+
+    def uploaded(self, arrays: Mapping[str, npt.NDArray]) -> dict[str, Tensor]:
+        """Inputs on the device, in memory that is theirs until the next call."""
+        tensors = {}
+        for name, array in arrays.items():
+            array = np.ascontiguousarray(array)
+            address = self.scratch(name, array.nbytes)
+            self.memory.upload(array, address)
+            tensors[name] = Tensor(address, array.dtype.type, array.shape)
+        return tensors
+
+    def scratch(self, name: str, size: int) -> int:
+        """Memory for a tensor of the calls of this graph, one after the other."""
+        address, room = self._room.get(name, (0, 0))
+        if size > room:
+            if room:
+                self.memory.wait()
+                self.memory.free(address)
+            address = self.memory.allocate(size)
+            self._room[name] = address, size
+        return address
+
+    def shape_of(self, output: str, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """Of an output, for these inputs."""
+        context = self._context(0)
+        self._set_shapes(context, tensors)
+        return tuple(context.get_tensor_shape(output))
+
+    def enqueue(self, tensors: Mapping[str, Tensor], profile: int = 0) -> None:
+        """Puts a call into the stream; `tensors` are all inputs and outputs."""
+        context = self._context(profile)
+        self._set_shapes(context, tensors)
+        for name, tensor in tensors.items():
+            if not context.set_tensor_address(name, tensor.address):
+                raise RuntimeError(f"{self._path.name} takes no {name} at {tensor.address:#x}")
+        if not context.execute_async_v3(self.memory.stream):
+            raise RuntimeError(f"{self._path.name} did not run; TensorRT's log says why")
+
+    def _set_shapes(self, context: Any, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name in self._inputs and not context.set_input_shape(name, tensor.shape):
+                shape = list(tensor.shape)
+                raise ValueError(f"{self._path.name} was not built for {name} of shape {shape}")
+
+    def _context(self, profile: int) -> Any:
+        if profile not in self._contexts:
+            context = self._engine.create_execution_context()
+            if context is None:
+                raise MemoryError(f"TensorRT has no memory to run {self._path.name}")
+            if not context.set_optimization_profile_async(profile, self.memory.stream):
+                raise RuntimeError(f"{self._path.name} has no profile {profile}")
+            self.memory.wait()
+            self._contexts[profile] = context
+        return self._contexts[profile]
+
+
+def _imported(module: str, name: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = engines.PACKAGES[name]
+        raise UnavailableError(f"{name} is not installed; pip install {package}") from None
+
+
+def _logger(trt: Any) -> Any:
+    """TensorRT's messages, in the log."""
+    levels = {
+        trt.ILogger.INTERNAL_ERROR: logging.ERROR,
+        trt.ILogger.ERROR: logging.ERROR,
+        trt.ILogger.WARNING: logging.WARNING,
+    }
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            log.log(levels.get(severity, logging.DEBUG), "TensorRT: %s", message)
+
+    return Logger()
