@@ -1,0 +1,275 @@
+"""Images and clips a second by how many are decoded side by side, and what steps wait for.
+
+The floor comes first: the bytes that all steps of a generation must move, at the speed at which the
+device copies memory. Sampling is included, text and pixels are not. The share of the host is what
+lies outside the backend's step; on TensorRT the time of recorded steps alone, launched one after
+the other, tells how much of a step the device is busy. With --reference the same sizes are decoded
+by PyTorch, one token at a time (torch_reference.py), before and after. The last line is JSON.
+
+    python benchmarks/batches.py BUNDLE
+    python benchmarks/batches.py --random base --backend onnxruntime-cuda --reference
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from ceiling import copy_bandwidth, step_bytes, timed
+from hardware import hardware
+
+from nuwa.runtime.backends.base import AUTO, BACKENDS
+from nuwa.runtime.backends.device_memory import CudaMemory
+from nuwa.runtime.core import GenerationRequest
+from nuwa.runtime.engine import Engine, load_engine
+from nuwa.spec.config import PRESETS, ModelConfig, preset
+from nuwa.spec.grid import Grid
+from nuwa.spec.manifest import PRECISIONS
+from nuwa.spec.plan import decode_plan
+from nuwa.spec.sampling import Sampling
+from nuwa.spec.tasks import Task
+
+ON_GPU = ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
+COPIED = 1 << 30  # bytes
+WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
+PROMPT = "a red digit 3 on a black background moving left ."
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle", type=Path, nargs="?")
+    parser.add_argument("--random", choices=PRESETS, help="a model of this size, random weights")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp16", help="of --random")
+    parser.add_argument("--keep", type=Path, help="put the bundle of --random here, or find it")
+    parser.add_argument("--backend", choices=BACKENDS, default=AUTO)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--frames", type=int, nargs="+", default=[1, 10])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--reference", action="store_true", help="time PyTorch too")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    options = parser.parse_args()
+    if (options.bundle is None) == (options.random is None):
+        parser.error("a BUNDLE or --random, one of the two")
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = options.bundle or random_bundle(options, Path(folder))
+        report = measure(bundle, options)
+    text = json.dumps(report)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+    print(text)
+    return 0
+
+
+def random_bundle(options: argparse.Namespace, folder: Path) -> Path:
+    """For text alone: no sketch tokenizer, no visual encoder."""
+    from random_model import write_random_checkpoint
+
+    from nuwa.export.bundle import export_bundle
+
+    bundle = options.keep or folder / "bundle"
+    if not bundle.exists():
+        model = preset(options.random)
+        tasks = (Task.T2I, Task.T2V)
+        model = dataclasses.replace(model, sketch=None, visual=None, tasks=tasks)
+        write_random_checkpoint(folder / "checkpoint", model)
+        export_bundle(folder / "checkpoint", bundle, precision=options.precision)
+    return bundle
+
+
+def measure(bundle: Path, options: argparse.Namespace) -> dict:
+    """The report; prints a line a size."""
+    bandwidth, gpu = device_bandwidth(options)
+    report: dict = {
+        "hardware": hardware(options.threads),
+        "gpu": gpu,
+        "copy_bytes_per_second": bandwidth,
+        "batches": [],
+    }
+    print(f"copying: {bandwidth / 1e9:.0f} GB/s")
+    for batch in options.batches:
+        engine = load_engine(bundle, slots=batch, threads=options.threads, backend=options.backend)
+        report |= {
+            "bundle": engine.info.name,
+            "precision": engine.info.precision,
+            "backend": engine.info.backend,
+        }
+        for frames in options.frames:
+            row = _measure(engine, batch, frames, bandwidth, options)
+            report["batches"].append(row)
+            print(
+                f"{frames:3} frames x {batch:3}: {row['median_seconds']:8.4f} s, "
+                f"{row['per_second']:8.2f} a second, floor {row['floor_seconds']:8.4f} s "
+                f"({row['fraction_of_floor']:.0%}), {row['steps']} steps of "
+                f"{1e3 * row['step_seconds']:.3f} ms, host {row['host_share']:.1%}",
+                flush=True,
+            )
+            if row.get("device_step_seconds"):
+                print(f"    recorded steps alone: {1e3 * row['device_step_seconds']:.3f} ms each")
+        del engine
+    return report
+
+
+def device_bandwidth(options: argparse.Namespace) -> tuple[float, str | None]:
+    """Bytes a second, read and written, of copying on the device, and its name if it is a GPU."""
+    if options.backend not in ON_GPU:
+        return copy_bandwidth(2**26, options.threads), None
+    memory = CudaMemory()
+    from_, to = memory.allocate(COPIED), memory.allocate(COPIED)
+
+    def copy() -> None:
+        memory.copy(from_, to, COPIED)
+        memory.wait()
+
+    seconds = timed(copy)
+    for address in (from_, to):
+        memory.free(address)
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm", "--format=csv,noheader"]
+    said = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    return 2 * COPIED / seconds, said or "unknown"
+
+
+def floor_seconds(model: ModelConfig, grid: Grid, batch: int, precision: str, rate: float) -> float:
+    """What the bytes of all steps take at this rate; weights are read once a step."""
+    plan = decode_plan(model.decoder, grid)
+    width = WEIGHT_BYTES[precision]
+    return sum(step_bytes(model, batch * int(rows), width) / rate for rows in np.diff(plan.bounds))
+
+
+def _measure(
+    engine: Engine, batch: int, frames: int, bandwidth: float, options: argparse.Namespace
+) -> dict:
+    model, inside = engine._config, _Inside(engine)
+    grid = Grid(frames, model.decoder.grid.height, model.decoder.grid.width)
+    reference = []
+    if options.reference:
+        reference.append(_reference(frames, batch, options))
+    totals, host = [], []
+    for repeat in range(options.repeats + 1):
+        inside.seconds, inside.calls = 0.0, 0
+        total = _generate(engine, batch, frames, repeat)
+        if repeat:
+            totals.append(total)
+            host.append(1 - inside.seconds / total)
+    if options.reference:
+        reference.append(_reference(frames, batch, options))
+    inside.restore()
+    seconds = statistics.median(totals)
+    floor = floor_seconds(model, grid, batch, engine.info.precision, bandwidth)
+    row = {
+        "frames": frames,
+        "batch": batch,
+        "steps": inside.calls,
+        "seconds": totals,
+        "median_seconds": seconds,
+        "per_second": batch / seconds,
+        "step_seconds": seconds / inside.calls,
+        "host_share": statistics.median(host),
+        "floor_seconds": floor,
+        "fraction_of_floor": floor / seconds,
+        "device_step_seconds": _recorded_alone(engine),
+    }
+    if reference:
+        row["reference_seconds"] = reference
+        row["faster_than_reference"] = statistics.mean(reference) / seconds
+    return row
+
+
+class _Inside:
+    """Counts the calls of a backend's step and the time in them."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._backend, self._step = engine._backend, engine._backend.step
+        self.seconds, self.calls = 0.0, 0
+
+        def step(parts):
+            began = time.perf_counter()
+            done = self._step(parts)
+            self.seconds += time.perf_counter() - began
+            self.calls += 1
+            return done
+
+        self._backend.step = step
+
+    def restore(self) -> None:
+        self._backend.step = self._step
+
+
+def _generate(engine: Engine, batch: int, frames: int, seed: int) -> float:
+    """Seconds from the first step of `batch` requests to the last token of all."""
+    prepared = [
+        engine.prepare(
+            GenerationRequest(
+                Task.T2V if frames > 1 else Task.T2I,
+                PROMPT,
+                frame_count=frames,
+                seed=batch * seed + slot,
+                sampling=Sampling(guidance_scale=1.0),
+            )
+        )
+        for slot in range(batch)
+    ]
+    began = time.perf_counter()
+    for slot, each in enumerate(prepared):
+        engine.admit(each, slot)
+    left = set(range(batch))
+    while left:
+        for done in engine.step():
+            if done.error is not None:
+                raise done.error
+            if done.done:
+                engine.release(done.slot)
+                left.discard(done.slot)
+    seconds = time.perf_counter() - began
+    for each in prepared:
+        each.close()
+    return seconds
+
+
+def _recorded_alone(engine: Engine, launches: int = 20) -> float | None:
+    """Mean seconds of the largest recorded step, launched over and over; None if there is none.
+
+    It does the work of the last call of its size again, whose tokens nobody waits for any more.
+    """
+    recorded = getattr(engine._backend, "_recorded", None)
+    found = [(call, each) for call, each in (recorded or {}).items() if each is not None]
+    if not found:
+        return None
+    _, largest = max(found, key=lambda each: each[0])
+    memory = engine._backend._memory
+    largest.launch()
+    memory.wait()
+    began = time.perf_counter()
+    for _ in range(launches):
+        largest.launch()
+    memory.wait()
+    return (time.perf_counter() - began) / launches
+
+
+def _reference(frames: int, batch: int, options: argparse.Namespace) -> float:
+    """Median seconds of torch_reference.py, in a process of its own."""
+    if not options.random:
+        raise SystemExit("--reference needs --random: PyTorch decodes a model of the same size")
+    device = "cuda" if options.backend in ON_GPU else "cpu"
+    command = [sys.executable, str(Path(__file__).with_name("torch_reference.py"))]
+    command += ["--preset", options.random, "--frames", str(frames), "--batch", str(batch)]
+    command += ["--device", device, "--dtype", "bf16" if device == "cuda" else "fp32"]
+    command += ["--repeats", "1"] if device == "cuda" else ["--repeats", "1", "--eager"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(said.splitlines()[-1])["results"][0]["seconds"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
