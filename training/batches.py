@@ -7,7 +7,8 @@ then rows with text alone. A row's task follows from its conditions:
     hidden part           I2I, TI2I, TV2V   known tokens are given, hidden ones predicted
     caption               T2I, T2V     every token is predicted
     "none", a clip        V2V          at any time of a longer clip; all but its first frame; some
-                                       tokens may be fed as the model itself draws them
+                                       tokens may be fed as the model itself draws them, and the
+                                       prompt may say what is seen, though not how it moves
 
 Legend: B rows, V rows with a visual condition, N positions, F frames, h, w tokens.
 """
@@ -62,7 +63,8 @@ class Rows:
     "none"; captioned_covered: the same where the mask leaves nothing of the object, so that only a
     caption tells what to draw; none: share of the text rows whose prompt is "none". Of these, where
     they are clips: anywhere: share that is cut from anywhere in a longer clip; steady: share of the
-    others that is chosen from steady clips; own: the most of a row's tokens that the model draws.
+    others that is chosen from steady clips; own: the most of a row's tokens that the model draws;
+    named: share of those from anywhere whose prompt is the caption of an image of them instead.
     """
 
     text: int
@@ -75,6 +77,7 @@ class Rows:
     anywhere: float = 0.5
     steady: float = 0.0
     own: float = 0.0
+    named: float = 0.0
 
 
 class Batches:
@@ -134,9 +137,12 @@ class Batches:
         most = predicted * draw.random(total) * rows.own
         own = draw.random(target.shape) < most[:, None, None]
         own[:, 0] = False  # a given frame is true
+        named = anywhere & (draw.random(total) < rows.named)
         prompts = [
-            UNCONDITIONAL_PROMPT if n else self.clips.source.caption(int(i), video=video)
-            for i, n in zip(index, none, strict=True)
+            UNCONDITIONAL_PROMPT
+            if each_none and not each_named
+            else self.clips.source.caption(int(i), video=video and not each_named)
+            for i, each_none, each_named in zip(index, none, named, strict=True)
         ]
         grid = self.config.decoder.grid
         return Batch(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .evaluation.asking import Generate, asking
-from .evaluation.long import PART as LONG
+from .evaluation.long import PARTS as LONG_PARTS
 from .evaluation.long import Reconstruct, long_clips
 from .evaluation.measuring import Measuring
 from .evaluation.parts import TASKS, parts_of
@@ -27,7 +27,7 @@ from .sprites.world import SpriteWorld
 
 __all__ = ["TASKS", "evaluate", "find_judge"]
 
-VERSION = 2  # of what is asked and how it is scored: raise it when a score's meaning changes
+VERSION = 3  # of what is asked and how it is scored: raise it when a score's meaning changes
 
 
 def evaluate(
@@ -57,7 +57,8 @@ def evaluate(
     judge: by default the stored one of the level.
     about: goes into the report as it is: the bundle, how it samples. ranking: likewise, {"samples":
     N, "rank_by": NAME} where `generate` makes N answers to a prompt and gives the best.
-    long: number of 100-frame clips that V2V is to predict; 0 for none.
+    long: number of 100-frame clips that V2V is to predict, without a prompt and with the caption of
+    an image; 0 for none.
     sketch_prompt: "caption" or "none": what S2I and S2V are given beside the class maps.
     weights: files for metrics with published names, by network; see `published`.
     out: folder that receives report.json, report.md and one contact sheet a part, as each part is
@@ -92,11 +93,11 @@ def evaluate(
         "published_weights": published.files,
     }
     folder = None if out is None else ReportFolder(out)
-    report = settings | {"tasks": {}, "bars": []} | _earlier(folder, settings, long)
+    report = settings | {"tasks": {}, "bars": [], "long": {}} | _earlier(folder, settings, long)
     todo = [part for part in parts if part.name not in report["tasks"]]
-    long = 0 if "long" in report else long
-    report["unfinished"] = [part.name for part in todo] + [LONG] * bool(long)
-    done = _Counter(progress, len(todo) * samples + long)
+    left = [name for name in LONG_PARTS if long and name not in report["long"]]
+    report["unfinished"] = [part.name for part in todo] + left
+    done = _Counter(progress, len(todo) * samples + len(left) * long)
     with asking(generate, concurrency) as ask:
         measuring = Measuring(ask, judge, published, reconstruct, samples, seed, done)
         for part in todo:
@@ -112,14 +113,22 @@ def evaluate(
             if folder is not None:
                 folder.add_sheet(part.name, measured.specimens)
                 folder.write(report)
-        if long:
-            report["long"], bars, clips = long_clips(
-                ask, judge, source, samples=long, seed=seed, reconstruct=reconstruct, progress=done
+        for name in left:
+            report["long"][name], bars, clips = long_clips(
+                name,
+                ask,
+                judge,
+                source,
+                samples=long,
+                seed=seed,
+                reconstruct=reconstruct,
+                progress=done,
             )
             report["bars"] += bars
-            report["unfinished"].remove(LONG)
+            report["unfinished"].remove(name)
             if folder is not None:
-                folder.add_long_sheet([LongSpecimen(made, real) for made, real in clips])
+                folder.add_long_sheet(name, [LongSpecimen(made, real) for made, real in clips])
+                folder.write(report)
     if folder is not None:
         folder.write(report)
     return report
@@ -132,9 +141,10 @@ def _earlier(folder: ReportFolder | None, settings: dict[str, Any], long: int) -
     results, sentence = folder.earlier(settings)
     if sentence:
         print(sentence, file=sys.stderr)
-    if long and "long" in results and results["long"]["samples"] != long:
-        del results["long"]
-        results["bars"] = [bar for bar in results["bars"] if bar["part"] != LONG]
+    for name, found in list(results.get("long", {}).items()):
+        if long and found["samples"] != long:
+            del results["long"][name]
+            results["bars"] = [bar for bar in results["bars"] if bar["part"] != name]
     return results
 
 

@@ -35,8 +35,9 @@ NOTES = """\
 - psnr and ssim are of the frames that are predicted, or of all that is drawn from a sketch.
 - v2v is told by nothing but its two frames whether the sprite will turn; at level digits the place
   where it starts mostly tells. v2v_captioned is a supplement: the caption says that it does not.
-- v2v_long: X_first and X_last are the first and last windows of the 100-frame clips; the given
-  frames are part of the first window.
+- v2v_long, v2v_long_captioned: X_first and X_last are the first and last windows of the 100-frame
+  clips; the given frames are part of the first window. Without a caption nothing but the last few
+  frames tells what the sprite is; the caption says that, and not how it moves.
 """
 
 
@@ -53,8 +54,7 @@ def format_report(report: dict) -> str:
         about.append(f"- NOT MEASURED YET: {', '.join(report['unfinished'])}")
     asks = [f"- **{part}**: {_asks(result)}." for part, result in report["tasks"].items()]
     sections = [[title], about, asks, _scores(report), _remarks(report), _bars(report["bars"])]
-    if "long" in report:
-        sections.append(_long(report["long"]))
+    sections += [_long(name, long) for name, long in report["long"].items()]
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n\n" + NOTES
 
 
@@ -123,12 +123,12 @@ def _bars(bars: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _long(long: dict[str, Any]) -> list[str]:
+def _long(name: str, long: dict[str, Any]) -> list[str]:
     window, count = long["window"], long["frames"] // long["window"]
     spans = [f"{w * window} .. {(w + 1) * window - 1}" for w in range(count)]
     lines = [
-        f"{long['samples']} clips of {long['asks']}; change: the last {long['ends']} windows less "
-        f"the first {long['ends']}.",
+        f"{name}: {long['samples']} clips of {long['asks']}; change: the last {long['ends']} "
+        f"windows less the first {long['ends']}.",
         "",
         f"| score, frames | {' | '.join(spans)} | change (95 % interval) |",
         f"| --- |{' ---: |' * count} ---: |",

@@ -42,7 +42,7 @@ class ReportFolder:
         if differing:
             return {}, f"{self.path / REPORT} differs in {', '.join(differing)} and is replaced"
         results = {name: found[name] for name in RESULTS if name in found}
-        parts = [*results["tasks"], *(["long clips"] if "long" in results else [])]
+        parts = [*results["tasks"], *results.get("long", {})]
         kept = f"{self.path / REPORT} has the same settings; kept as measured: {', '.join(parts)}"
         return results, kept
 
@@ -50,9 +50,9 @@ class ReportFolder:
         """Writes PART.png."""
         contact_sheet(specimens).save(self.path / f"{part}.png")
 
-    def add_long_sheet(self, specimens: list[LongSpecimen]) -> None:
-        """Writes v2v_long.png."""
-        long_sheet(specimens).save(self.path / "v2v_long.png")
+    def add_long_sheet(self, part: str, specimens: list[LongSpecimen]) -> None:
+        """Writes PART.png."""
+        long_sheet(specimens).save(self.path / f"{part}.png")
 
     def write(self, report: dict[str, Any]) -> None:
         """Writes report.json and report.md; whoever is killed meanwhile leaves the ones before."""

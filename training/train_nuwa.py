@@ -50,7 +50,8 @@ class NUWAOptions:
     clip; steady_clips: the share of the others that is chosen from clips that end as they begin;
     own_tokens: up to which share of a clip's tokens is fed as the model draws them where all before
     is true, so that it learns to go on from what it made itself (scheduled sampling in two passes,
-    Mihaylova and Martins, 2019).
+    Mihaylova and Martins, 2019); named_clips: of those from anywhere, the share whose prompt is the
+    caption of an image of them after all, which says what stays for ever, and not how it moves.
     """
 
     images: int = 96
@@ -69,6 +70,7 @@ class NUWAOptions:
     anywhere_clips: float = 0.5
     steady_clips: float = 0.0
     own_tokens: float = 0.0
+    named_clips: float = 0.0
     average: float = 0.998
     layer_scale: float | None = 0.5
     bf16: bool = True
@@ -76,7 +78,14 @@ class NUWAOptions:
     def __post_init__(self) -> None:
         if self.optimizer not in ("adam", "muon"):
             raise ValueError(f"optimizer {self.optimizer!r} is not one of 'adam', 'muon'")
-        for name in ("none_images", "none_clips", "anywhere_clips", "steady_clips", "own_tokens"):
+        for name in (
+            "none_images",
+            "none_clips",
+            "anywhere_clips",
+            "steady_clips",
+            "own_tokens",
+            "named_clips",
+        ):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} {getattr(self, name)} is not in [0, 1]")
 
@@ -169,6 +178,7 @@ class NUWARecipe:
             anywhere=options.anywhere_clips,
             steady=options.steady_clips,
             own=options.own_tokens,
+            named=options.named_clips,
         )
 
     def _backward(self, batch: Batch, rows: Rows, kind: str) -> dict[str, Tensor]:

@@ -73,7 +73,11 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
         "--tasks", metavar="A,B", help="tasks to score (default: all that the bundle can do)"
     )
     parser.add_argument(
-        "--long", type=arguments.positive, metavar="N", help="also predict N clips of 100 frames"
+        "--long",
+        type=arguments.positive,
+        metavar="N",
+        help="also predict N clips of 100 frames, each "
+        "once without a prompt and once with a caption",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the first sample (default: 0)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for report and pictures")
@@ -249,7 +253,7 @@ def score_table(report: dict) -> str:
 
     Of a score the numbers are shown, and those that are unknown (None). A bar has part, bar (what
     must hold), value, margin_low, margin_high, samples, verdict, and holds: True, False, or None
-    where there was nothing to measure. report["long"]["scores"][SCORE]["model"] is a series.
+    where there was nothing to measure. report["long"][PART]["scores"][SCORE]["model"] is a series.
     """
     rows = []
     for task, result in report["tasks"].items():
@@ -267,8 +271,9 @@ def score_table(report: dict) -> str:
             f"{bar['part']:<5} {bar['bar']}: {_number(bar['value'])} (margin {margin}, "
             f"{bar['samples']} samples) {bar['verdict']}"
         )
-    for score, series in report.get("long", {}).get("scores", {}).items():
-        rows.append(f"long  {score:<16} {' '.join(_number(value) for value in series['model'])}")
+    for part, result in report.get("long", {}).items():
+        for score, series in result["scores"].items():
+            rows.append(f"{part}  {score:<16} {' '.join(map(_number, series['model']))}")
     return "\n".join(rows)
 
 

@@ -120,6 +120,21 @@ def test_the_models_own_tokens_are_fed_after_the_first_frame_of_clips_without_a_
     assert batches.images(np.random.default_rng(7), Rows(text=3, none=1.0, own=1.0)).own_BN is None
 
 
+def test_windows_may_be_named_by_the_caption_of_an_image(batches):
+    source = batches.clips.source
+    names = {source.caption(i, video=False) for i in range(CLIPS)}
+    rows = Rows(text=40, none=0.8, anywhere=0.5, named=0.5)
+    batch = batches.videos(np.random.default_rng(8), rows)
+    anywhere = batch.weight_BN[:, 0] == 0
+    kinds = [
+        "none" if prompt == UNCONDITIONAL_PROMPT else "image" if prompt in names else "video"
+        for prompt in batch.prompts
+    ]
+    assert {kind for kind, there in zip(kinds, anywhere, strict=True) if there} == {"none", "image"}
+    rest = {kind for kind, there in zip(kinds, anywhere, strict=True) if not there}
+    assert rest == {"none", "video"}
+
+
 def test_no_window_of_a_long_clip_shows_what_is_kept_for_the_novel_split():
     source, novel, barred = Sprites("digits"), novel_pairs(), 0
     for index in range(40):

@@ -378,7 +378,8 @@ def test_long_clips_are_scored_window_by_window():
         _evaluate(generate, tasks=["v2v"], samples=2, long=3, reconstruct=lambda clip: clip)
         for generate in (Perfect(), Spoiled(fading))
     ]
-    kept, lost = (report["long"]["scores"] for report in reports)
+    kept, lost = (report["long"]["v2v_long"]["scores"] for report in reports)
+    assert reports[0]["long"]["v2v_long_captioned"]["scores"] == kept
     for name in ("class", "colour", "axis"):
         assert kept[name]["model"] == kept[name]["real"] == [1.0] * 10
         assert lost[name]["model"] == [1.0] * 6 + [0.0] * 4
@@ -392,7 +393,7 @@ def test_long_clips_are_scored_window_by_window():
 
 def test_a_long_clip_that_was_never_right_is_no_success():
     report = _evaluate(Spoiled(np.zeros_like), tasks=["v2v"], samples=2, long=3)
-    assert report["long"]["scores"]["class"]["first"] == 0.0
+    assert report["long"]["v2v_long"]["scores"]["class"]["first"] == 0.0
     long = {bar["bar"]: bar for bar in report["bars"] if bar["part"] == "v2v_long"}
     assert long["class_last >= 0.95 x class_first"]["holds"] is False
     assert not any(bar["holds"] for bar in long.values())
@@ -406,7 +407,7 @@ def test_a_long_clip_must_keep_up_with_real_ones():
         return clip if request["seed"] == SEED or len(clip) < 100 else clip[..., [2, 0, 1]]
 
     report = _evaluate(mostly_swapped, tasks=["v2v"], samples=2, long=4)
-    assert report["long"]["scores"]["colour"]["model"] == [0.25] * 10
+    assert report["long"]["v2v_long"]["scores"]["colour"]["model"] == [0.25] * 10
     bars = _bars(report)
     assert bars["v2v_long", "colour_last >= 0.95 x colour_first"]["holds"]
     assert not bars["v2v_long", "colour_last >= 0.95 x ceiling"]["holds"]
@@ -416,7 +417,8 @@ def test_a_sprite_that_stops_loses_its_axis():
     def stopping(clip):
         return clip[np.minimum(np.arange(100), 49)] if len(clip) == 100 else clip
 
-    scores = _evaluate(Spoiled(stopping), tasks=["v2v"], samples=2, long=3)["long"]["scores"]
+    report = _evaluate(Spoiled(stopping), tasks=["v2v"], samples=2, long=3)
+    scores = report["long"]["v2v_long"]["scores"]
     assert scores["axis"]["model"] == [1.0] * 5 + [0.0] * 5
     assert scores["class"]["model"] == [1.0] * 10
 
@@ -433,7 +435,7 @@ def test_written_files(tmp_path, perfect):
         ranking={"samples": 4, "rank_by": "clip"},
         progress=lambda count, total: done.append((count, total)),
     )
-    assert done == [(3, 11), (6, 11), (9, 11), (11, 11)]
+    assert done == [(3, 13), (6, 13), (9, 13), (11, 13), (13, 13)]
     assert json.loads((tmp_path / "report.json").read_text()) == report
     table = (tmp_path / "report.md").read_text()
     assert table == format_report(report)
@@ -442,7 +444,7 @@ def test_written_files(tmp_path, perfect):
     assert known in table
     assert "| axis, model | 1.000 |" in table
     names = {path.name for path in tmp_path.iterdir()}
-    sheets = {"i2i.png", "v2v.png", "v2v_captioned.png", "v2v_long.png"}
+    sheets = {"i2i.png", "v2v.png", "v2v_captioned.png", "v2v_long.png", "v2v_long_captioned.png"}
     assert names == sheets | {"report.json", "report.md"}
     sheet = np.asarray(Image.open(tmp_path / "v2v.png"))
     frames = WORLD.sample(0).frames
@@ -495,7 +497,10 @@ def test_long_clips_are_kept_and_remade_as_their_number_says(tmp_path):
     again = Perfect()
     assert _evaluate(again, long=2, **options) == first and not again.requests
     more = _evaluate(again, long=3, **options)
-    assert len(again.requests) == 3 and more["long"]["samples"] == 3
+    assert len(again.requests) == 6 and more["long"]["v2v_long"]["samples"] == 3
+    prompts = [bool(request["prompt"]) for request in again.requests]
+    assert sorted(prompts) == [False] * 3 + [True] * 3
+    assert all(" moving " not in request["prompt"] for request in again.requests)
     assert [bar["samples"] for bar in more["bars"] if bar["part"] == "v2v_long"] == [3] * 6
 
 

@@ -1,9 +1,11 @@
 """V2V far beyond the trained length: does a long clip stay what it was?
 
-From two frames and no prompt 100 frames are predicted and read in windows of ten, one after the
-other: class, colour, and whether the sprite still moves, along the axis on which it started. The
-first window holds the two given frames. The last windows must keep up with the first ones, and with
-the last ones of real clips after a round trip through the image tokenizer.
+From two frames 100 frames are predicted and read in windows of ten, one after the other: class,
+colour, and whether the sprite still moves, along the axis on which it started. The first window
+holds the two given frames. The last windows must keep up with the first ones, and with the last
+ones of real clips after a round trip through the image tokenizer. Once without a prompt, so that
+all that tells what the sprite was are frames that the model made itself; and once with the caption
+of an image of it, which says what it is and not how it moves.
 
 Shapes: F frames, S = 64, N clips, W windows.
 """
@@ -24,7 +26,8 @@ from .prediction import GIVEN
 from .question import Question, right_factors
 from .scoring import MODEL, REAL, RECONSTRUCTED, Tally, estimate
 
-PART = "v2v_long"  # in the report
+PART, CAPTIONED = "v2v_long", "v2v_long_captioned"  # in the report
+PARTS = (PART, CAPTIONED)
 FRAMES, WINDOW = 100, 10
 ENDS = 3  # windows at the start and at the end that are compared
 KEPT = 0.95  # of the first windows' score, and of the ceiling's last, that the last ones must have
@@ -36,6 +39,7 @@ Reconstruct = Callable[[np.ndarray], np.ndarray]
 
 
 def long_clips(
+    part: str,
     ask: Ask,
     judge: Judge,
     world: SpriteWorld,
@@ -45,7 +49,7 @@ def long_clips(
     reconstruct: Reconstruct | None,
     progress: Callable[[int], None],
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[tuple[np.ndarray, np.ndarray]]]:
-    """The report, its bars, and (generated, real) clips u8[100,S,S,3] of the first chunk.
+    """One of PARTS: its report, bars, and (generated, real) clips u8[100,S,S,3] of the first chunk.
 
     In the report each score is a series over the windows, for the model with its 95 % interval,
     for real and for reconstructed clips; `change` is the last three windows less the first
@@ -57,7 +61,7 @@ def long_clips(
     shown: list[tuple[np.ndarray, np.ndarray]] = []
     for first in range(0, samples, CHUNK):
         indices = range(first, min(first + CHUNK, samples))
-        questions = [_question(world, index) for index in indices]
+        questions = [_question(world, index, part) for index in indices]
         made = ask("v2v", questions, [seed + index for index in indices])
         kinds = {MODEL: made, REAL: [q.real for q in questions]}
         if reconstruct is not None:
@@ -71,7 +75,7 @@ def long_clips(
     right_NSW = {kind: np.stack(each) for kind, each in right.items()}
     ends = {kind: _ends(each) for kind, each in right_NSW.items()}
     bars = [bar for name in SCORES for bar in _bars(name)]
-    return _report(right_NSW, ends), judge_bars(PART, bars, ends), shown
+    return _report(part, right_NSW, ends), judge_bars(part, bars, ends), shown
 
 
 def keeps_axis(verdict: Verdict, motion: str) -> bool:
@@ -85,9 +89,10 @@ def keeps_axis(verdict: Verdict, motion: str) -> bool:
     return bool(speed >= SLOWEST and variance_2[axis] >= LEAST_FIT * variance_2.sum())
 
 
-def _question(world: SpriteWorld, index: int) -> Question:
-    real = world.long_clip(index, range(FRAMES))[0]
-    return Question(real, world.factors(index), frames=real[:GIVEN])
+def _question(world: SpriteWorld, index: int, part: str) -> Question:
+    real, factors = world.long_clip(index, range(FRAMES))[0], world.factors(index)
+    prompt = factors.image_caption if part == CAPTIONED else ""
+    return Question(real, factors, prompt, frames=real[:GIVEN])
 
 
 def _in_windows(clip: np.ndarray, reconstruct: Reconstruct) -> np.ndarray:
@@ -122,7 +127,7 @@ def _bars(name: str) -> tuple[Bar, Bar]:
     return Bar(f"{name}_last", KEPT, "score", f"{name}_first"), Bar(f"{name}_last", KEPT)
 
 
-def _report(right_NSW: dict[str, np.ndarray], ends: dict[str, Tally]) -> dict[str, Any]:
+def _report(part: str, right_NSW: dict[str, np.ndarray], ends: dict[str, Tally]) -> dict[str, Any]:
     scores: dict[str, Any] = {}
     for s, name in enumerate(SCORES):
         windows = [estimate(list(column_N)).interval for column_N in right_NSW[MODEL][:, s].T]
@@ -140,7 +145,7 @@ def _report(right_NSW: dict[str, np.ndarray], ends: dict[str, Tally]) -> dict[st
         }
     return {
         "asks": f"{FRAMES} frames from the first {GIVEN}, which are part of the first window, "
-        "without a prompt",
+        + ("and the caption of an image" if part == CAPTIONED else "without a prompt"),
         "samples": len(right_NSW[MODEL]),
         "frames": FRAMES,
         "given": GIVEN,
