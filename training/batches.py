@@ -111,7 +111,7 @@ class Batches:
         predicted[: text.start] = False
         anywhere = predicted & (draw.random(total) < rows.anywhere)
         steady = predicted & ~anywhere & (draw.random(total) < rows.steady)
-        for row in np.flatnonzero(steady):
+        for row in np.flatnonzero(steady).tolist():
             while not self.clips.source.steady(int(index[row])):
                 index[row] = draw.integers(self.clips.count)
         frame = draw.integers(frames, size=total)
@@ -130,7 +130,7 @@ class Batches:
             fed[row] = np.where(known, codes, target[row])
             weight[row] = ~known
             visual.append(np.where(known, codes, self.config.hidden + edges))
-        for row in np.flatnonzero(anywhere):
+        for row in np.flatnonzero(anywhere).tolist():
             fed[row] = target[row] = self._window(draw, int(index[row]))
             weight[row, 0] = 0.0
             time[row] = draw.integers(self.config.decoder.grid.frames)

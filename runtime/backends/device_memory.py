@@ -6,6 +6,7 @@ HostMemory is the same on the CPU: tests run there what otherwise runs on a GPU.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import threading
 from collections.abc import Callable
 from functools import cached_property
@@ -51,7 +52,9 @@ class DeviceMemory(Protocol):
     kind: str
     index: int
     stream: int
-    target: str
+
+    @property
+    def target(self) -> str: ...
 
     def allocate(self, size: int) -> int:
         """The address of `size` bytes; MemoryError if there are no more."""
@@ -137,12 +140,12 @@ class CudaMemory:
 
     def __init__(self, index: int = 0) -> None:
         try:
-            from cuda.bindings import runtime
+            runtime: Any = importlib.import_module("cuda.bindings.runtime")
         except ImportError:
             raise UnavailableError(
                 "decoding on a GPU needs cuda-python: pip install 'nuwa-runtime[gpu]'"
             ) from None
-        self._cuda: Any = runtime
+        self._cuda = runtime
         self.index = index
         self._local = threading.local()
         self.stream = 0
@@ -249,4 +252,4 @@ class _CudaGraph:
 
 
 def _bytes_at(address: int, size: int) -> npt.NDArray[np.uint8]:
-    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
