@@ -1,10 +1,11 @@
 """Images and clips a second by how many are decoded side by side, and what steps wait for.
 
-The floor comes first: the bytes that all steps of a generation must move, at the speed at which the
-device copies memory. Sampling is included, text and pixels are not. The share of the host is what
-lies outside the backend's step; on TensorRT the time of recorded steps alone, launched one after
-the other, tells how much of a step the device is busy. With --reference the same sizes are decoded
-by PyTorch, one token at a time (torch_reference.py), before and after. The last line is JSON.
+The floor comes first: the bytes that all steps of a generation must move (weights once a step, what
+a sequence sees of its cache and text once, what it writes), at the speed at which the device copies
+memory. Sampling is included, text and pixels are not. The share of the host is what lies outside
+the backend's step. With --reference the same sizes are decoded by PyTorch, one token at a time
+(torch_reference.py), before and after. For TensorRT engines are built first. Each batch size runs
+in a process of its own. The last line is JSON.
 
     python benchmarks/batches.py BUNDLE
     python benchmarks/batches.py --random base --backend onnxruntime-cuda --reference
@@ -24,13 +25,15 @@ import time
 from pathlib import Path
 
 import numpy as np
-from ceiling import copy_bandwidth, step_bytes, timed
+from ceiling import copy_bandwidth, timed, weights_bytes
 from hardware import hardware
 
+from nuwa.export.engines import EngineOptions, build_engines
 from nuwa.runtime.backends.base import AUTO, BACKENDS
 from nuwa.runtime.backends.device_memory import CudaMemory
 from nuwa.runtime.core import GenerationRequest
 from nuwa.runtime.engine import Engine, load_engine
+from nuwa.spec import engines
 from nuwa.spec.config import PRESETS, ModelConfig, preset
 from nuwa.spec.grid import Grid
 from nuwa.spec.manifest import PRECISIONS
@@ -64,7 +67,10 @@ def main() -> int:
         parser.error("a BUNDLE or --random, one of the two")
     with tempfile.TemporaryDirectory() as folder:
         bundle = options.bundle or random_bundle(options, Path(folder))
-        report = measure(bundle, options)
+        if len(options.batches) > 1:
+            report = measure_apart(bundle, options)
+        else:
+            report = measure(bundle, options)
     text = json.dumps(report)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -89,8 +95,30 @@ def random_bundle(options: argparse.Namespace, folder: Path) -> Path:
     return bundle
 
 
+def measure_apart(bundle: Path, options: argparse.Namespace) -> dict:
+    """One report of all batch sizes: a process gives all its memory back at its end."""
+    report: dict = {}
+    for batch in options.batches:
+        command = [sys.executable, __file__, "--keep", str(bundle), "--batches", str(batch)]
+        if options.random:
+            command += ["--random", options.random, "--precision", options.precision]
+        else:
+            command += [str(bundle)]
+        for name in ("backend", "threads", "repeats"):
+            command += [f"--{name}", str(getattr(options, name))]
+        command += ["--frames", *map(str, options.frames)]
+        command += ["--reference"] * options.reference
+        said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        *lines, last = said.splitlines()
+        print("\n".join(lines), flush=True)
+        made = json.loads(last)
+        made["batches"] = report.get("batches", []) + made["batches"]
+        report = made
+    return report
+
+
 def measure(bundle: Path, options: argparse.Namespace) -> dict:
-    """The report; prints a line a size."""
+    """The report of one batch size; prints a line a length."""
     bandwidth, gpu = device_bandwidth(options)
     report: dict = {
         "hardware": hardware(options.threads),
@@ -99,26 +127,25 @@ def measure(bundle: Path, options: argparse.Namespace) -> dict:
         "batches": [],
     }
     print(f"copying: {bandwidth / 1e9:.0f} GB/s")
-    for batch in options.batches:
-        engine = load_engine(bundle, slots=batch, threads=options.threads, backend=options.backend)
-        report |= {
-            "bundle": engine.info.name,
-            "precision": engine.info.precision,
-            "backend": engine.info.backend,
-        }
-        for frames in options.frames:
-            row = _measure(engine, batch, frames, bandwidth, options)
-            report["batches"].append(row)
-            print(
-                f"{frames:3} frames x {batch:3}: {row['median_seconds']:8.4f} s, "
-                f"{row['per_second']:8.2f} a second, floor {row['floor_seconds']:8.4f} s "
-                f"({row['fraction_of_floor']:.0%}), {row['steps']} steps of "
-                f"{1e3 * row['step_seconds']:.3f} ms, host {row['host_share']:.1%}",
-                flush=True,
-            )
-            if row.get("device_step_seconds"):
-                print(f"    recorded steps alone: {1e3 * row['device_step_seconds']:.3f} ms each")
-        del engine
+    (batch,) = options.batches
+    if options.backend in engines.RUNTIMES:
+        build_engines(bundle, EngineOptions(runtime=options.backend, slots=batch))
+    engine = load_engine(bundle, slots=batch, threads=options.threads, backend=options.backend)
+    report |= {
+        "bundle": engine.info.name,
+        "precision": engine.info.precision,
+        "backend": engine.info.backend,
+    }
+    for frames in options.frames:
+        row = _measure(engine, batch, frames, bandwidth, options)
+        report["batches"].append(row)
+        print(
+            f"{frames:3} frames x {batch:3}: {row['median_seconds']:8.4f} s, "
+            f"{row['per_second']:8.2f} a second, floor {row['floor_seconds']:8.4f} s "
+            f"({row['fraction_of_floor']:.0%}), {row['steps']} steps of "
+            f"{1e3 * row['step_seconds']:.3f} ms, host {row['host_share']:.1%}",
+            flush=True,
+        )
     return report
 
 
@@ -142,10 +169,18 @@ def device_bandwidth(options: argparse.Namespace) -> tuple[float, str | None]:
 
 
 def floor_seconds(model: ModelConfig, grid: Grid, batch: int, precision: str, rate: float) -> float:
-    """What the bytes of all steps take at this rate; weights are read once a step."""
-    plan = decode_plan(model.decoder, grid)
-    width = WEIGHT_BYTES[precision]
-    return sum(step_bytes(model, batch * int(rows), width) / rate for rows in np.diff(plan.bounds))
+    """What the bytes of all steps take at this rate."""
+    plan, decoder = decode_plan(model.decoder, grid), model.decoder
+    number = WEIGHT_BYTES[precision] if precision != "int8" else 4  # of keys and values
+    text = len(PROMPT.split())
+    seconds = 0.0
+    for call in range(plan.steps):
+        part = plan.rows(call)
+        near = plan.neighbours[part]
+        entries = len(np.unique(near[near >= 0])) + text + (part.stop - part.start)
+        cache = batch * decoder.layers * 2 * entries * decoder.width * number
+        seconds += (weights_bytes(model, WEIGHT_BYTES[precision]) + cache) / rate
+    return seconds
 
 
 def _measure(
@@ -179,7 +214,6 @@ def _measure(
         "host_share": statistics.median(host),
         "floor_seconds": floor,
         "fraction_of_floor": floor / seconds,
-        "device_step_seconds": _recorded_alone(engine),
     }
     if reference:
         row["reference_seconds"] = reference
@@ -236,26 +270,6 @@ def _generate(engine: Engine, batch: int, frames: int, seed: int) -> float:
     for each in prepared:
         each.close()
     return seconds
-
-
-def _recorded_alone(engine: Engine, launches: int = 20) -> float | None:
-    """Mean seconds of the largest recorded step, launched over and over; None if there is none.
-
-    It does the work of the last call of its size again, whose tokens nobody waits for any more.
-    """
-    recorded = getattr(engine._backend, "_recorded", None)
-    found = [(call, each) for call, each in (recorded or {}).items() if each is not None]
-    if not found:
-        return None
-    _, largest = max(found, key=lambda each: each[0])
-    memory = engine._backend._memory
-    largest.launch()
-    memory.wait()
-    began = time.perf_counter()
-    for _ in range(launches):
-        largest.launch()
-    memory.wait()
-    return (time.perf_counter() - began) / launches
 
 
 def _reference(frames: int, batch: int, options: argparse.Namespace) -> float:

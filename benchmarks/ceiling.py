@@ -31,10 +31,15 @@ def step_flops(model: ModelConfig, rows: int) -> float:
     return 2.0 * rows * sum(inputs * outputs for inputs, outputs in products(model))
 
 
+def weights_bytes(model: ModelConfig, weight_bytes: int = 4) -> float:
+    """Bytes of the weights that a step multiplies with."""
+    return weight_bytes * sum(inputs * outputs for inputs, outputs in products(model))
+
+
 def step_bytes(model: ModelConfig, rows: int, weight_bytes: int = 4) -> float:
-    """Bytes that a step reads and writes at least: weights once; keys, values, text by row."""
+    """Bytes that a step reads and writes: weights once; keys, values, text by row, in fp32."""
     decoder = model.decoder
-    weights = weight_bytes * sum(inputs * outputs for inputs, outputs in products(model))
+    weights = weights_bytes(model, weight_bytes)
     seen = decoder.neighbour_count + 16  # entries of the cache, and of a short text
     return weights + rows * decoder.layers * 2 * (seen + 1) * decoder.width * 4
 

@@ -140,8 +140,8 @@ def build_engines(
 def size_ranges(graph: str, config: ModelConfig, slots: int, rows: Sequence[int]) -> list[dict]:
     """The profiles of a graph: for each, what its dynamic sizes may be, a Range by name.
 
-    decoder_step has one for each range of rows, and one more if a wave of a guided clip in every
-    slot is wider than the last; what its caches hold is fixed by the slots.
+    decoder_step has one for each range of rows, and more, each four times as wide, if a wave of a
+    guided clip in every slot is wider than the last; what its caches hold is fixed by the slots.
     """
     layout, grid = ConditionLayout.of(config), config.decoder.grid
     cells = grid.height * grid.width
@@ -157,7 +157,9 @@ def size_ranges(graph: str, config: ModelConfig, slots: int, rows: Sequence[int]
     fixed = {"S": (caches,) * 3, "C": (conditions,) * 3}
     columns = {"m": (1, min(32, entries), entries), "W": (1, 1, codes)}
     usual = caches * decode_plan(config.decoder, grid).widest
-    rows = [*rows, *([usual] if usual > rows[-1] else [])]
+    rows = list(rows)
+    while rows[-1] < usual:
+        rows.append(min(4 * rows[-1], usual))
     least = [1, *(most + 1 for most in rows[:-1])]
     return [
         fixed | columns | {"T": (low, most, most)} for low, most in zip(least, rows, strict=True)
@@ -178,6 +180,8 @@ def _build(
     ranges = size_ranges(graph, manifest.config, options.slots, options.rows)
     for profile in _profiles(builder, network, ranges):
         config.add_optimization_profile(profile)
+    if options.runtime == TENSORRT_RTX:  # memory that contexts bring: without, none can be recorded
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if hasattr(trt.BuilderFlag, "TF32"):  # would round products of fp32 to 10 bits
         config.clear_flag(trt.BuilderFlag.TF32)
     if options.version_compatible:

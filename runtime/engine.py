@@ -62,7 +62,7 @@ def load_engine(
     verify: bool = True,
     backend: str = AUTO,
 ) -> Engine:
-    """An engine on this machine's processor for the bundle folder `bundle`.
+    """An engine on this machine for the bundle folder `bundle`.
 
     slots: requests that decode side by side; threads: None means one a core; spinning: threads
     wait actively within a step; verify: hash the bundle's files; backend: one of BACKENDS. Raises
@@ -242,17 +242,19 @@ class Engine:
 
         Slots that decode a wave do all of it. Beside them, those with wider calls share
         PREFILL_SHARE times as many rows, and at least FEW_ROWS, the longest admitted first, so that
-        nobody's wave waits long for what others were given; without them, MOST_ROWS.
+        nobody's wave waits long for what others were given; without them, MOST_ROWS. Never more
+        than the backend takes, which has room for a wave in every slot.
         """
         waves = sum(s.width * len(s.stream.lanes) for s in active.values() if s.ordinary)
         room = max(FEW_ROWS, int(PREFILL_SHARE * waves)) if waves else MOST_ROWS
+        if self._backend.most_rows is not None:
+            room = min(room, self._backend.most_rows - waves)
         parts = {}
         for slot, sequence in active.items():
             if sequence.ordinary:
                 parts[slot] = sequence.part()
-            elif room > 0:
-                lanes = len(sequence.stream.lanes)
-                parts[slot] = sequence.part(max(1, room // lanes))
+            elif room >= (lanes := len(sequence.stream.lanes)):
+                parts[slot] = sequence.part(room // lanes)
                 room -= parts[slot].count * lanes
         return parts
 

@@ -68,6 +68,7 @@ class Scheduler:
         self._running: dict[int, Running] = {}
         self._changed = threading.Condition()
         self._on_death = on_death
+        self._death: Exception | None = None  # why nothing can be generated any more
         self._closing = False
         self._aborting = False
         self._threads: list[threading.Thread] = []
@@ -206,6 +207,7 @@ class Scheduler:
                 failure = ShuttingDownError(f"the server has to start again: {error}")
             with self._changed:
                 self._closing = self._aborting = True
+                self._death = self._death or failure
                 stranded = {
                     *(*self._queue, *self._painting, *self._submissions(self._running)),
                 }
@@ -296,7 +298,7 @@ class Scheduler:
 
     def _reason_to_stop(self, handle: Handle, now: float) -> Exception | None:
         if self._aborting:
-            return ShuttingDownError(SHUT_DOWN)
+            return self._death or ShuttingDownError(SHUT_DOWN)
         if handle.cancelled:
             return CancelledError("the request was cancelled")
         if handle.deadline is not None and now >= handle.deadline:

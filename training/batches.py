@@ -112,8 +112,7 @@ class Batches:
         anywhere = predicted & (draw.random(total) < rows.anywhere)
         steady = predicted & ~anywhere & (draw.random(total) < rows.steady)
         for row in np.flatnonzero(steady).tolist():
-            while not self.clips.source.steady(int(index[row])):
-                index[row] = draw.integers(self.clips.count)
+            index[row] = self._steady(draw)
         frame = draw.integers(frames, size=total)
         parts = [range(frames) if video else range(f, f + 1) for f in frame.tolist()]
         spans = list(zip(index.tolist(), parts, strict=True))
@@ -154,6 +153,17 @@ class Batches:
             torch.from_numpy(np.stack(visual).reshape(len(visual), -1)) if visual else None,
             torch.from_numpy(time) if time.any() else None,
             torch.from_numpy(own.reshape(total, -1)) if own.any() else None,
+        )
+
+    def _steady(self, draw: Draw) -> int:
+        """A clip that ends as it begins; ValueError if there hardly is one."""
+        for _ in range(1000):
+            index = int(draw.integers(self.clips.count))
+            if self.clips.source.steady(index):
+                return index
+        raise ValueError(
+            f"none of 1000 clips drawn from {self.clips.count} goes on as it begins; train with "
+            f"--steady-clips 0"
         )
 
     def _window(self, draw: Draw, index: int) -> np.ndarray:

@@ -110,6 +110,11 @@ class Backend(Protocol):
         """What ModelInfo.backend says."""
         ...
 
+    @property
+    def most_rows(self) -> int | None:
+        """Rows that a call may have, a guided stream's counted twice; None for any number."""
+        ...
+
     def encode_text(self, ids: Int, condition_slots: Sequence[int], first: int) -> None:
         """Puts the cross-attention keys and values of ids i32 [B, M] into B condition slots.
 

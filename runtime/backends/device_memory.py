@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 from ..errors import DeviceLostError, UnavailableError
 
+ALIGNMENT = 256  # of what is allocated, and of what TensorRT reads and writes
+
 # After these a process can do nothing more with the GPU: every later call fails the same way.
 _STICKY = (
     "cudaErrorIllegalAddress",
@@ -91,8 +93,8 @@ class HostMemory:
 
     def allocate(self, size: int) -> int:
         # Noise, so that what is read before it is written is noticed.
-        array = np.full(max(size, 1) + 64, 0x5A, np.uint8)
-        address = -(-array.ctypes.data // 64) * 64
+        array = np.full(max(size, 1) + ALIGNMENT, 0x5A, np.uint8)
+        address = -(-array.ctypes.data // ALIGNMENT) * ALIGNMENT
         self._arrays[address] = array
         return address
 

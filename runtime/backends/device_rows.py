@@ -11,6 +11,7 @@ attention, K staged rows, W candidates to sort.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_char_p, c_int32, c_void_p
 from dataclasses import dataclass, field
@@ -68,6 +69,11 @@ class Tensor:
     dtype: type[np.generic]
     shape: tuple[int, ...]
 
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
 
 @dataclass(eq=False)
 class _Held:
@@ -119,16 +125,21 @@ class DeviceRows:
     def open(self, stream: Stream) -> None:
         held = _Held(self._take(4 * stream.held))
         held.lanes = [_constants(stream, lane) for lane in stream.lanes]
-        self.memory.upload(np.zeros(stream.held, np.int32), held.tokens)
         self._streams[stream] = held
-        self.stage(stream)
+        try:
+            self.memory.upload(np.zeros(stream.held, np.int32), held.tokens)
+            self.stage(stream)
+        except Exception:
+            self.close(stream)
+            raise
 
     def stage(self, stream: Stream) -> None:
         held, records = self._streams[stream], _records(stream.rows)
         if records.nbytes > held.capacity:
-            if held.capacity:
-                self._give(held.records, held.capacity)
-            held.records, held.capacity = self._take(records.nbytes), _rounded(records.nbytes)
+            larger, before = self._take(records.nbytes), (held.records, held.capacity)
+            held.records, held.capacity = larger, _rounded(records.nbytes)
+            if before[1]:
+                self._give(*before)
         held.record = records.shape[1]
         self.memory.upload(records, held.records)
 
@@ -141,7 +152,8 @@ class DeviceRows:
         held = self._streams.pop(stream, None)
         if held is not None:
             self._give(held.tokens, _rounded(4 * stream.held))
-            self._give(held.records, held.capacity)
+            if held.capacity:
+                self._give(held.records, held.capacity)
 
     def begin(self, parts: Sequence[Part], rows: int | None = None) -> dict[str, Tensor]:
         """The inputs of decoder_step by name, and `next_tokens` for its output.
@@ -228,28 +240,39 @@ class DeviceRows:
 
     def _make_room(self, rows: int, lanes: int) -> None:
         """For calls of so many rows and lanes, at new addresses where there was less."""
-        call, memory = self._call, self.memory
-        memory.wait()  # the last call may still run where this one's room was
+        self.memory.wait()  # the last call may still run where this one's room was
         if rows > self._capacity:
             rows = max(rows, 2 * self._capacity)
             arrays = self._arrays(len(self._columns.place))
-            for name, size in [*((n, 4 * int(np.prod(w))) for n, _, w in arrays), ("drawn", 4)]:
-                if self._capacity:
-                    memory.free(getattr(call, name))
-                setattr(call, name, memory.allocate(rows * size))
+            sizes = {name: 4 * rows * int(np.prod(wide)) for name, _, wide in arrays}
+            self._move(sizes | {"drawn": 4 * rows})
             self._capacity = rows
         if lanes > self._lane_capacity:
             lanes = max(lanes, 2 * self._lane_capacity)
-            for name, size in (("lanes", _LANE.itemsize), ("finite", 4)):
-                if self._lane_capacity:
-                    memory.free(getattr(call, name))
-                setattr(call, name, memory.allocate(lanes * size))
-            self._lane_capacity = call.lane_count = call.part_count = lanes
+            self._move({"lanes": lanes * _LANE.itemsize, "finite": 4 * lanes})
+            self._lane_capacity = self._call.lane_count = self._call.part_count = lanes
+
+    def _move(self, sizes: dict[str, int]) -> None:
+        """Gives arrays of calls new memory, all of them or none."""
+        made: dict[str, int] = {}
+        try:
+            for name, size in sizes.items():
+                made[name] = self.memory.allocate(size)
+        except MemoryError:
+            for address in made.values():
+                self.memory.free(address)
+            raise
         self.generation += 1
+        for name, address in made.items():
+            before = getattr(self._call, name)
+            setattr(self._call, name, address)
+            if before:
+                self.memory.free(before)
 
     def _run(self, name: str) -> None:
         error = getattr(self._library, f"nuwa_rows_{name}")(byref(self._call), self.memory.stream)
         if error:
+            self.memory.wait()  # says so if the device is lost
             raise RuntimeError(f"the rows of a step: {name}: {error.decode()}")
 
     def _constant(self, array: Int) -> int:

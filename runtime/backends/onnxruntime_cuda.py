@@ -14,7 +14,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ class OnnxRuntimeCuda:
     """
 
     name = ONNXRUNTIME_CUDA
+    most_rows: int | None = None
 
     def __init__(
         self,
@@ -162,7 +164,8 @@ class OnnxRuntimeCuda:
         if isinstance(self._rows, DeviceRows):
             tensors = self._rows.begin(parts)
             self._rows.gather()
-            self._run_there(tensors)
+            with self._device_checked():
+                self._run_there(tensors)
             self._rows.commit()
             return self._rows.finish()
         batch = assemble(parts, self._rows.held, self._codebook_size, self._columns)
@@ -201,13 +204,16 @@ class OnnxRuntimeCuda:
             self._bind_cpu_output("logits", self.logits)
 
     def tokenize(self, pixels: Pixels, *, busy: bool = False) -> Int:
-        return self._tokenizer.run(["codes"], {"pixels": pixels})[0]
+        with self._device_checked():
+            return self._tokenizer.run(["codes"], {"pixels": pixels})[0]
 
     def tokenize_sketch(self, class_maps: npt.NDArray[np.uint8], *, busy: bool = False) -> Int:
-        return self._sketches.run(["codes"], {"class_maps": class_maps})[0]
+        with self._device_checked():
+            return self._sketches.run(["codes"], {"class_maps": class_maps})[0]
 
     def detokenize(self, codes: Int, *, busy: bool = False) -> Pixels:
-        return self._detokenizer.run(["pixels"], {"codes": codes})[0]
+        with self._device_checked():
+            return self._detokenizer.run(["pixels"], {"codes": codes})[0]
 
     @cached_property
     def _visual(self) -> ort.InferenceSession:
@@ -273,7 +279,21 @@ class OnnxRuntimeCuda:
             shape = (*rows, width)
             kind = self._storage.type
             binding.bind_output(name, self.device, self.device_id, kind, shape, address)
-        session.run_with_iobinding(binding)
+        with self._device_checked():
+            session.run_with_iobinding(binding)
+
+    @contextmanager
+    def _device_checked(self) -> Iterator[None]:
+        """Where ONNX Runtime fails because the GPU is lost, DeviceLostError instead.
+
+        Only with cuda-python; ONNX Runtime's own errors are all of one kind.
+        """
+        try:
+            yield
+        except Exception:
+            if isinstance(self._rows, DeviceRows):
+                self._rows.memory.wait()
+            raise
 
     def _bind_cpu_output(self, name: str, array: npt.NDArray) -> None:
         self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)

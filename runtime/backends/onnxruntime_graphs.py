@@ -74,6 +74,8 @@ class OnnxRuntimeGraphs:
         self._condition_names = condition_outputs(layers)
         self.conditions = allocate(self._condition_names, shape, storage)
 
+    most_rows: int | None = None  # ONNX Runtime and the native decoder make room as calls come
+
     def encode_text(self, ids: Int, condition_slots: Sequence[int], first: int) -> None:
         with self._cores.lend(self.threads):
             encoded = self._text.run(self._condition_names, {"tokens": ids})

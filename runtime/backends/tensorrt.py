@@ -15,6 +15,7 @@ import importlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,16 +44,13 @@ from ..bundle import Bundle
 from ..core import Pixels
 from ..errors import UnavailableError
 from .base import TENSORRT, TENSORRT_RTX, Float, Part, Stream
-from .device_memory import CudaMemory, DeviceMemory, Recording
+from .device_memory import ALIGNMENT, CudaMemory, DeviceMemory, Recording
 from .device_rows import DeviceRows, Tensor
 from .onnxruntime_graphs import cache_names
 
 log = logging.getLogger("nuwa.runtime")
 
 _STORAGE = {"fp32": np.float32, "fp16": np.float16}
-_ALIGNMENT = 256  # of what TensorRT reads and writes
-# What the rows of a step are rounded up to: at most half as many again, and few recordings.
-_ROUND = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _MOST_RECORDINGS = 256
 
 
@@ -102,6 +100,8 @@ class TensorRt:
         # Two cache slots a request, see Engine.
         self._folder, self._record = self._find(cache_slots // 2)
         self._runtime = self._trt.Runtime(_logger(self._trt))
+        # Engines that later versions can run bring code for the host, which is refused by default.
+        self._runtime.engine_host_code_allowed = self._record.version_compatible
         layers, width = config.decoder.layers, config.decoder.width
         self._layout, self._width = ConditionLayout.of(config), width
         self._storage = np.dtype(_STORAGE[manifest.precision])
@@ -118,15 +118,24 @@ class TensorRt:
         self._detokenizer = self._graph(IMAGE_DETOKENIZER, painting)
         self._preparing = preparing
         self._ranges = self._decoder.ranges("tokens")
-        _, most = self._ranges[-1]
-        self._rows = DeviceRows(self._memory, kernels, config, rows=most, lanes=cache_slots)
+        _, self.most_rows = self._ranges[-1]
+        self._rows = DeviceRows(
+            self._memory, kernels, config, rows=self.most_rows, lanes=cache_slots
+        )
         self._codebook_size = config.image.codebook_size
-        self._all_logits = self._memory.allocate(4 * most * self._codebook_size)
+        self._all_logits = self._memory.allocate(4 * self.most_rows * self._codebook_size)
         self.logits: Float | None = None
         self._keep_logits = logits
+        # Only plugins may write where they read: with standard operators an output that is an input
+        # too may be written before all of it is read. Then the caches are copied back.
+        self._copied: list[tuple[Tensor, Tensor]] = []
+        written = self.caches
+        if self._record.key.plugin_abi is None:
+            written = self._zeros(list(self.caches), (cache_slots, manifest.cache_entries, width))
+            self._copied = list(zip(written.values(), self.caches.values(), strict=True))
         self._kept = {
             **self.caches,
-            **{f"{name}_out": tensor for name, tensor in self.caches.items()},
+            **{f"{name}_out": tensor for name, tensor in written.items()},
             **self.conditions,
         }
         self._recording = recording
@@ -195,6 +204,8 @@ class TensorRt:
         """A step from its lanes to its tokens, in the stream."""
         self._rows.gather()
         self._decoder.enqueue({**tensors, **self._kept}, profile)
+        for made, cache in self._copied:
+            self._memory.copy(made.address, cache.address, made.size)
         self._rows.commit()
 
     def _record_step(self, tensors: Mapping[str, Tensor], profile: int) -> Recording | None:
@@ -204,8 +215,10 @@ class TensorRt:
             if oldest is not None:
                 oldest.free()
         try:
+            if not self._decoder.capturable(profile):
+                raise RuntimeError("TensorRT says that they cannot be")
             return self._memory.record(lambda: self._run(tensors, profile))
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             rows = tensors["tokens"].shape[0]
             log.warning("steps of %d rows are not recorded: %s", rows, error)
             return None
@@ -221,12 +234,14 @@ class TensorRt:
 
     def _rounded(self, rows: int) -> tuple[int, int]:
         """How many rows a call of so many gets, and the engine's profile for these."""
-        most = self._ranges[-1][1]
-        if rows > most:
+        if rows > self.most_rows:
             raise ValueError(
-                f"a call of {rows} rows is more than the {most} that its engine was built for"
+                f"a call of {rows} rows is more than the {self.most_rows} that its engine was "
+                f"built for"
             )
-        wanted = min((each for each in _ROUND if each >= rows), default=most)
+        # To a power of two or one and a half of one: at most half as many again, and few sizes.
+        power = 1 << (rows - 1).bit_length()
+        wanted = 3 * power // 4 if rows <= 3 * power // 4 else power
         for profile, (low, high) in enumerate(self._ranges):
             if rows <= high:
                 return max(min(wanted, high), low), profile
@@ -294,7 +309,7 @@ class TensorRt:
             slots, entries, _ = self.conditions[name].shape
             assert slot < slots and first + math.prod(rows) <= entries, "there is no such entry"
             address = place = self.conditions[name].address + (slot * entries + first) * row
-            if address % _ALIGNMENT:
+            if address % ALIGNMENT:
                 address = graph.scratch(name, size)
                 copies.append((address, place))
             tensors[name] = Tensor(address, self._storage.type, (*rows, self._width))
@@ -332,7 +347,7 @@ class _Graph:
 
     def __init__(self, trt: Any, runtime: Any, path: Path, memory: DeviceMemory) -> None:
         self.memory = memory
-        self._path = path
+        self._trt, self._path = trt, path
         self._engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
             raise UnavailableError(f"TensorRT does not take {path}; its log says why")
@@ -341,7 +356,7 @@ class _Graph:
         self._inputs = {
             name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
         }
-        self._contexts: dict[int, Any] = {}
+        self._contexts: dict[int, _Context] = {}
         self._room: dict[str, tuple[int, int]] = {}  # address and size
 
     def ranges(self, name: str) -> list[tuple[int, int]]:
@@ -366,45 +381,86 @@ class _Graph:
         """Memory for a tensor of the calls of this graph, one after the other."""
         address, room = self._room.get(name, (0, 0))
         if size > room:
+            larger = self.memory.allocate(size)
+            self._room[name] = larger, size
             if room:
                 self.memory.wait()
                 self.memory.free(address)
-            address = self.memory.allocate(size)
-            self._room[name] = address, size
+            return larger
         return address
 
     def shape_of(self, output: str, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
         """Of an output, for these inputs."""
         context = self._context(0)
         self._set_shapes(context, tensors)
-        return tuple(context.get_tensor_shape(output))
+        return tuple(context.made.get_tensor_shape(output))
 
     def enqueue(self, tensors: Mapping[str, Tensor], profile: int = 0) -> None:
         """Puts a call into the stream; `tensors` are all inputs and outputs."""
         context = self._context(profile)
         self._set_shapes(context, tensors)
         for name, tensor in tensors.items():
-            if not context.set_tensor_address(name, tensor.address):
+            if context.addresses.get(name) == tensor.address:
+                continue
+            if not context.made.set_tensor_address(name, tensor.address):
                 raise RuntimeError(f"{self._path.name} takes no {name} at {tensor.address:#x}")
-        if not context.execute_async_v3(self.memory.stream):
+            context.addresses[name] = tensor.address
+        if not context.made.execute_async_v3(self.memory.stream):
             raise RuntimeError(f"{self._path.name} did not run; TensorRT's log says why")
 
-    def _set_shapes(self, context: Any, tensors: Mapping[str, Tensor]) -> None:
+    def capturable(self, profile: int) -> bool:
+        """Whether a call, made once, can be recorded in the stream."""
+        asked = getattr(self._context(profile).made, "is_stream_capturable", None)
+        return asked is None or bool(asked(self.memory.stream))  # all of the full TensorRT's can be
+
+    def _set_shapes(self, context: _Context, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
-            if name in self._inputs and not context.set_input_shape(name, tensor.shape):
+            if name not in self._inputs or context.shapes.get(name) == tensor.shape:
+                continue
+            context.shapes.pop(name, None)
+            if not context.made.set_input_shape(name, tensor.shape):
                 shape = list(tensor.shape)
                 raise ValueError(f"{self._path.name} was not built for {name} of shape {shape}")
+            context.shapes[name] = tensor.shape
 
-    def _context(self, profile: int) -> Any:
+    def _context(self, profile: int) -> _Context:
         if profile not in self._contexts:
-            context = self._engine.create_execution_context()
-            if context is None:
+            made = self._created()
+            if made is None:
                 raise MemoryError(f"TensorRT has no memory to run {self._path.name}")
-            if not context.set_optimization_profile_async(profile, self.memory.stream):
+            size = self._shared_size()
+            made.set_device_memory(self.scratch("", size), size)
+            if not made.set_optimization_profile_async(profile, self.memory.stream):
                 raise RuntimeError(f"{self._path.name} has no profile {profile}")
             self.memory.wait()
-            self._contexts[profile] = context
+            self._contexts[profile] = _Context(made)
         return self._contexts[profile]
+
+    def _created(self) -> Any:
+        """A context without memory: all of a graph share one block, as their calls take turns."""
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        kinds = getattr(self._trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if kinds is None:
+            return self._engine.create_execution_context(strategy)
+        # TensorRT-RTX compiles for the shapes that it meets; later ones would not be in recordings.
+        config = self._engine.create_runtime_config()
+        config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER
+        config.set_execution_context_allocation_strategy(strategy)
+        return self._engine.create_execution_context(config)
+
+    def _shared_size(self) -> int:
+        """Bytes for a call of any profile."""
+        profiles = range(self._engine.num_optimization_profiles)
+        return max(self._engine.get_device_memory_size_for_profile_v2(each) for each in profiles)
+
+
+@dataclass(eq=False)
+class _Context:
+    """An execution context, and what it was told last."""
+
+    made: Any
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    addresses: dict[str, int] = field(default_factory=dict)
 
 
 def _imported(module: str, name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 
 import pytest
@@ -134,9 +135,12 @@ def test_profiles_are_for_what_the_runtime_asks(manifest):
     assert [each["T"] for each in ranges] == [(1, 1, 1), (2, 16, 16), (17, 64, 64)]
     assert {each["S"] for each in ranges} == {(cache_slots(3),) * 3}
     assert {each["C"] for each in ranges} == {(condition_slots(3),) * 3}
-    many = size_ranges("decoder_step", manifest.config, 100, (1, 16))
+    many = [each["T"] for each in size_ranges("decoder_step", manifest.config, 100, (1, 16))]
     usual = usual_rows(100, manifest.config.decoder)
-    assert many[-1]["T"] == (17, usual, usual) and usual > MOST_ROWS
+    assert usual > MOST_ROWS and many[:3] == [(1, 1, 1), (2, 16, 16), (17, 64, 64)]
+    assert many[-1][2] == usual
+    for (_, _, before), (least, best, most) in itertools.pairwise(many):
+        assert least == before + 1 and best == most <= max(4 * before, 16)
 
 
 def test_large_weights_count_as_their_graphs(manifest):

@@ -1,7 +1,7 @@
 """A TensorRT whose engines are ONNX files that ONNX Runtime runs on the CPU, where its memory is.
 
-As strict as TensorRT about shapes, profiles and addresses; a test compares its names with those of
-TensorRT-RTX.
+As strict as TensorRT about shapes, profiles, alignment, and outputs in the place of inputs, which
+only plugins may have; a test compares its names with those of TensorRT-RTX.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from nuwa.runtime.backends.device_memory import ALIGNMENT
 from nuwa.spec.engines import (
     ENGINES,
     RECORD,
@@ -31,6 +32,7 @@ TYPES = {
 }
 ROWS = (1, 8, 64, 300)  # the upper ends of decoder_step's profiles
 FRAMES = 3  # of a call
+MEMORY = 1000  # bytes that a context needs
 
 
 def with_engines(bundle: Path, runtime: str, *, slots: int, plugin_abi: int | None = None) -> Path:
@@ -53,6 +55,23 @@ class TensorIOMode:
     INPUT, OUTPUT = "input", "output"
 
 
+class ExecutionContextAllocationStrategy:
+    STATIC, USER_MANAGED = "static", "user managed"
+
+
+class DynamicShapesKernelSpecializationStrategy:
+    LAZY, EAGER = "lazy", "eager"
+
+
+class IRuntimeConfig:
+    def __init__(self) -> None:
+        self.dynamic_shapes_kernel_specialization_strategy = "lazy"
+        self.strategy = "static"
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
+
+
 class ILogger:
     INTERNAL_ERROR, ERROR, WARNING = range(3)
 
@@ -61,8 +80,13 @@ class ILogger:
 
 
 class Context:
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, config: IRuntimeConfig | str) -> None:
+        self.engine, self.lazy = engine, False
+        if isinstance(config, IRuntimeConfig):
+            self.lazy = config.dynamic_shapes_kernel_specialization_strategy == "lazy"
+            config = config.strategy
+        assert config == "user managed"
+        self.memory = 0
         self.profile: int | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
@@ -70,6 +94,13 @@ class Context:
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         self.profile = profile
         return 0 <= profile < self.engine.num_optimization_profiles
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert size >= MEMORY and not address % ALIGNMENT
+        self.memory = address
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return not self.lazy
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert self.profile is not None, "a profile comes first"
@@ -82,11 +113,7 @@ class Context:
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
-        return (
-            name in self.engine.names
-            and address > 0
-            and (name in self.engine.inputs or address % 64 == 0)
-        )
+        return name in self.engine.names and address > 0 and not address % ALIGNMENT
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         """Of outputs, which are written as large as they come out."""
@@ -96,6 +123,11 @@ class Context:
         engine = self.engine
         missing = engine.names - self.addresses.keys()
         assert not missing, f"no address for {missing}"
+        assert self.memory, "no memory to run in"
+        read, written = (
+            {self.addresses[name] for name in each} for each in (engine.inputs, engine.outputs)
+        )
+        assert not read & written, "only plugins may write where they read"
         given = {}
         for name, kind in engine.inputs.items():
             given[name] = _at(self.addresses[name], self.shapes[name], kind).copy()
@@ -139,8 +171,15 @@ class Engine:
         low, high = (tuple(each) for each in zip(*ranges, strict=True))
         return [low, high, high]
 
-    def create_execution_context(self) -> Context:
-        return Context(self)
+    def create_runtime_config(self) -> IRuntimeConfig:
+        return IRuntimeConfig()
+
+    def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
+        assert 0 <= profile < self.num_optimization_profiles
+        return MEMORY
+
+    def create_execution_context(self, config: IRuntimeConfig | str) -> Context:
+        return Context(self, config)
 
     def output_shape(self, name: str, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
         given = {each: np.zeros(shapes[each], kind) for each, kind in self.inputs.items()}
@@ -148,6 +187,8 @@ class Engine:
 
 
 class Runtime:
+    engine_host_code_allowed = True
+
     def __init__(self, logger: ILogger) -> None:
         self.logger = logger
 
@@ -161,6 +202,11 @@ class Runtime:
 class FakeTensorRt:
     __version__ = "10.20.0.1"
     ILogger, Runtime, TensorIOMode = ILogger, Runtime, TensorIOMode
+    ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
+
+
+class FakeTensorRtx(FakeTensorRt):
+    DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
 
 
 def _at(address: int, shape: tuple[int, ...], kind: type) -> np.ndarray:

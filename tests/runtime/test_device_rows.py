@@ -201,6 +201,31 @@ def test_memory_of_calls_stays_until_one_is_larger():
     assert generation < rows.generation, "there are more lanes than before"
 
 
+def test_without_memory_streams_keep_what_they_had(monkeypatch):
+    draw = np.random.default_rng(5)
+    first, large = stream(PLAIN, draw), stream(PLAIN, draw, rows=250)
+    rows, _, memory = both(PLAIN, [first])
+    spare = {size: list(each) for size, each in rows._spare.items()}
+
+    def full(_self, _size):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HostMemory, "allocate", full)
+        with pytest.raises(MemoryError):
+            rows.open(large)
+        with pytest.raises(MemoryError):
+            rows.begin([Part(first, 0, 3)], 10_000)
+        first.rows, kept = large.rows, first.rows
+        with pytest.raises(MemoryError):
+            rows.stage(first)
+        first.rows = kept
+    assert rows._spare == spare and list(rows._streams) == [first]
+    got = rows.begin([Part(first, 3, 5)])
+    rows.gather()
+    assert (read(memory, got["coordinates"]) == kept.coordinates[3:8]).all()
+
+
 def test_a_library_of_another_version_is_refused(monkeypatch, tmp_path):
     with pytest.raises(UnavailableError, match="nowhere.so cannot be loaded"):
         DeviceRows(HostMemory(), tmp_path / "nowhere.so", PLAIN)
@@ -332,7 +357,8 @@ def test_the_stand_in_has_the_names_of_cuda_python():
 def test_cuda_python_takes_such_arguments():
     """Where there is no GPU every call says so, but only after it has looked at its arguments."""
     runtime = pytest.importorskip("cuda.bindings.runtime")
-    if runtime.cudaGetDeviceCount()[0] == runtime.cudaError_t.cudaSuccess:
+    without, _ = runtime.cudaGetDeviceCount()
+    if without == runtime.cudaError_t.cudaSuccess:
         pytest.skip("there is a GPU, which would take these calls for real")
     kind = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
     mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
@@ -352,7 +378,7 @@ def test_cuda_python_takes_such_arguments():
     ]
     for name, *arguments in calls:
         status, *_ = getattr(runtime, name)(*arguments)
-        assert status.name == "cudaErrorInsufficientDriver", name
+        assert status == without, name
 
 
 @pytest.mark.parametrize(

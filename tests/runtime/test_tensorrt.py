@@ -21,7 +21,7 @@ from nuwa.spec.tasks import Task
 from ..plugins_trt.native_rows import rows_library
 from . import fake_tensorrt
 from .engine_run import PROMPT, alone
-from .fake_tensorrt import FakeTensorRt, with_engines
+from .fake_tensorrt import FakeTensorRt, FakeTensorRtx, with_engines
 
 SLOTS = 2
 
@@ -41,7 +41,7 @@ def made(bundle, kind=TensorRtRtx, **options):
         cache_slots=cache_slots(SLOTS),
         condition_slots=condition_slots(SLOTS),
         kernels=rows_library(),
-        module=FakeTensorRt,
+        module=FakeTensorRt if kind is TensorRt else FakeTensorRtx,
         memory=HostMemory,
         **options,
     )
@@ -55,27 +55,30 @@ def test_engines_give_the_tokens_of_the_cpu(bundle, kind, recording):
     engine = Engine(bundle, backend, slots=SLOTS)
     cpu = load_engine(bundle.path, slots=SLOTS, backend="onnxruntime-cpu", threads=1)
     for task in (Task.T2I, Task.T2V, Task.V2V):
-        for guidance in (1.0, 2.0):
+        for guidance, prompt, top_k in ((1.0, PROMPT, 5), (2.0, "red " * 40, 0), (2.0, "a", 9)):
             frames = np.zeros((2, 16, 16, 3), np.uint8) if task is Task.V2V else None
             request = GenerationRequest(
                 task,
-                PROMPT,
+                prompt,
                 frame_count=3 if task.is_video else 1,
                 seed=3,
-                sampling=Sampling(guidance_scale=guidance, top_k=5),
+                sampling=Sampling(guidance_scale=guidance, top_k=top_k),
                 frames=frames,
             )
             here, there = alone(engine, request), alone(cpu, request)
             assert (here.tokens == there.tokens).all()
     assert bool(backend._recorded) == recording
-    sizes = {rows for rows, *_ in backend._recorded}
-    assert sizes <= set(tensorrt._ROUND) | set(fake_tensorrt.ROWS)
+    rows, columns, candidates = (
+        map(set, zip(*backend._recorded, strict=True)) if recording else [()] * 3
+    )
+    assert not recording or (len(rows) > 3 and len(columns) > 1 and len(candidates) > 2)
 
 
 def test_calls_are_rounded_up_within_their_profile(bundle):
     backend = made(bundle)
     assert backend._ranges == [(1, 1), (2, 8), (9, 64), (65, 300)]
-    wanted = {1: (1, 0), 2: (2, 1), 7: (8, 1), 9: (12, 2), 60: (64, 2), 65: (96, 3), 257: (300, 3)}
+    wanted = {1: (1, 0), 2: (2, 1), 7: (8, 1), 9: (12, 2), 13: (16, 2), 60: (64, 2), 65: (96, 3)}
+    wanted |= {130: (192, 3), 200: (256, 3), 257: (300, 3)}
     assert {rows: backend._rounded(rows) for rows in wanted} == wanted
     with pytest.raises(ValueError, match="a call of 301 rows is more than the 300"):
         backend._rounded(301)
@@ -163,6 +166,11 @@ def test_the_stand_in_has_the_names_of_tensorrt():
         fake_tensorrt.Runtime: trt.Runtime,
         fake_tensorrt.TensorIOMode: trt.TensorIOMode,
         fake_tensorrt.ILogger: trt.ILogger,
+        fake_tensorrt.IRuntimeConfig: trt.IRuntimeConfig,
+        fake_tensorrt.ExecutionContextAllocationStrategy: trt.ExecutionContextAllocationStrategy,
+        fake_tensorrt.DynamicShapesKernelSpecializationStrategy: (
+            trt.DynamicShapesKernelSpecializationStrategy
+        ),
     }
     own = {"output_shape"}
     for fake, wanted in real.items():
@@ -170,6 +178,43 @@ def test_the_stand_in_has_the_names_of_tensorrt():
         assert names, fake
         assert names <= set(dir(wanted)), fake
     assert trt.ILogger.ERROR != trt.ILogger.WARNING
-    assert set(vars(FakeTensorRt)) - {"__module__", "__dict__", "__weakref__", "__doc__"} <= set(
-        dir(trt)
+    kinds = {*vars(FakeTensorRt), *vars(FakeTensorRtx)}
+    assert {name for name in kinds if not name.startswith("__")} <= set(dir(trt))
+
+
+def test_prefill_takes_no_more_rows_than_there_are(bundle):
+    """What is given to one request waits, rather than that a call is too large."""
+    backend = made(bundle)
+    backend.most_rows = 20
+    engine = Engine(bundle, backend, slots=SLOTS)
+    calls, step = [], backend.step
+
+    def counted(parts):
+        calls.append(sum(part.count * len(part.stream.lanes) for part in parts))
+        return step(parts)
+
+    backend.step = counted
+    frames = np.zeros((3, 16, 16, 3), np.uint8)
+    sampling = Sampling(guidance_scale=2.0)
+    request = GenerationRequest(
+        Task.V2V, "a red cat", frame_count=4, frames=frames, sampling=sampling
     )
+    alone(engine, request)
+    assert 16 < max(calls) <= 20
+
+
+def test_memory_that_cannot_be_had_leaves_what_there_was(bundle, monkeypatch):
+    backend = made(bundle)
+    codes = np.random.default_rng(0).integers(0, 64, (1, 4, 4), np.int32)
+    before = backend.detokenize(codes)
+    room = dict(backend._detokenizer._room)
+
+    def full(_self, _size):
+        raise MemoryError("GPU 0 has no more memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HostMemory, "allocate", full)
+        with pytest.raises(MemoryError):
+            backend.detokenize(codes.repeat(3, axis=0))
+    assert backend._detokenizer._room == room
+    assert (backend.detokenize(codes) == before).all()
