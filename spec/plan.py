@@ -65,6 +65,11 @@ class Plan(Protocol):
         ...
 
     @property
+    def entries(self) -> int:
+        """Cache entries that it writes to and reads."""
+        ...
+
+    @property
     def widest(self) -> int:
         """Positions of the widest wave; a call that merges several may have more."""
         ...
@@ -125,6 +130,11 @@ class DecodePlan:
     def rows(self, step: int) -> slice:
         """Rows of one call."""
         return slice(int(self.bounds[step]), int(self.bounds[step + 1]))
+
+    @property
+    def entries(self) -> int:
+        """Cache entries that it writes to and reads."""
+        return self.schedule.entries
 
     @property
     def widest(self) -> int:
@@ -204,6 +214,11 @@ class RollingPlan:
     def steps(self) -> int:
         """Number of calls."""
         return len(self._merged) - 1 + self._schedule.steps(self.grid.frames) - self._merged[-1]
+
+    @property
+    def entries(self) -> int:
+        """Cache entries that it writes to and reads."""
+        return self._schedule.entries
 
     def call(self, step: int) -> Call:
         """The rows of a call, made anew each time."""

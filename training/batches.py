@@ -7,8 +7,9 @@ then rows with text alone. A row's task follows from its conditions:
     hidden part           I2I, TI2I, TV2V   known tokens are given, hidden ones predicted
     caption               T2I, T2V     every token is predicted
     "none", a clip        V2V          at any time of a longer clip; all but its first frame; some
-                                       tokens may be fed as the model itself draws them, and the
-                                       prompt may say what is seen, though not how it moves
+                                       tokens may be fed as the model itself draws them, or all as
+                                       it drew them in a rollout, and the prompt may say what is
+                                       seen, though not how it moves
 
 Legend: B rows, V rows with a visual condition, N positions, F frames, h, w tokens.
 """
@@ -28,6 +29,7 @@ from nuwa.spec.known import blank_hidden, hidden_edges, known_cells
 from nuwa.spec.tasks import UNCONDITIONAL_PROMPT
 
 from .clips import Clips, encode_frames
+from .rollouts import Rollouts
 from .vqgan import VQGAN
 
 Draw = np.random.Generator
@@ -64,7 +66,8 @@ class Rows:
     caption tells what to draw; none: share of the text rows whose prompt is "none". Of these, where
     they are clips: anywhere: share that is cut from anywhere in a longer clip; steady: share of the
     others that is chosen from steady clips; own: the most of a row's tokens that the model draws;
-    named: share of those from anywhere whose prompt is the caption of an image of them instead.
+    named: share of those from anywhere whose prompt is the caption of an image of them instead;
+    rolled: share of those from anywhere that are windows of rollouts.
     """
 
     text: int
@@ -78,13 +81,20 @@ class Rows:
     steady: float = 0.0
     own: float = 0.0
     named: float = 0.0
+    rolled: float = 0.0
 
 
 class Batches:
     """Batches of `clips` for a model with this config; vqgan tokenizes what is partly hidden."""
 
-    def __init__(self, config: ModelConfig, clips: Clips, vqgan: VQGAN) -> None:
-        self.config, self.clips, self.vqgan = config, clips, vqgan
+    def __init__(
+        self,
+        config: ModelConfig,
+        clips: Clips,
+        vqgan: VQGAN,
+        rollouts: Rollouts | None = None,
+    ) -> None:
+        self.config, self.clips, self.vqgan, self.rollouts = config, clips, vqgan, rollouts
 
     def images(self, draw: Draw, rows: Rows) -> Batch:
         """Single frames."""
@@ -111,8 +121,9 @@ class Batches:
         predicted[: text.start] = False
         anywhere = predicted & (draw.random(total) < rows.anywhere)
         steady = predicted & ~anywhere & (draw.random(total) < rows.steady)
-        for row in np.flatnonzero(steady).tolist():
-            index[row] = self._steady(draw)
+        rolled = anywhere & (draw.random(total) < rows.rolled)
+        for row in np.flatnonzero(predicted & ~anywhere).tolist():
+            index[row] = self._predictable(draw, steady=bool(steady[row]))
         frame = draw.integers(frames, size=total)
         parts = [range(frames) if video else range(f, f + 1) for f in frame.tolist()]
         spans = list(zip(index.tolist(), parts, strict=True))
@@ -130,7 +141,10 @@ class Batches:
             weight[row] = ~known
             visual.append(np.where(known, codes, self.config.hidden + edges))
         for row in np.flatnonzero(anywhere).tolist():
-            fed[row] = target[row] = self._window(draw, int(index[row]))
+            if rolled[row]:
+                index[row], fed[row], target[row] = self._rolled(draw)
+            else:
+                fed[row] = target[row] = self._window(draw, int(index[row]))
             weight[row, 0] = 0.0
             time[row] = draw.integers(self.config.decoder.grid.frames)
         most = predicted * draw.random(total) * rows.own
@@ -155,16 +169,15 @@ class Batches:
             torch.from_numpy(own.reshape(total, -1)) if own.any() else None,
         )
 
-    def _steady(self, draw: Draw) -> int:
-        """A clip that ends as it begins; ValueError if there hardly is one."""
+    def _predictable(self, draw: Draw, *, steady: bool) -> int:
+        """A clip to predict from its start; ValueError if there hardly is one."""
+        source = self.clips.source
         for _ in range(1000):
             index = int(draw.integers(self.clips.count))
-            if self.clips.source.steady(index):
+            if source.may_show(index, 0) and (source.steady(index) or not steady):
                 return index
-        raise ValueError(
-            f"none of 1000 clips drawn from {self.clips.count} goes on as it begins; train with "
-            f"--steady-clips 0"
-        )
+        what = "goes on as it begins; train with --steady-clips 0" if steady else "may be predicted"
+        raise ValueError(f"none of 1000 clips drawn from {self.clips.count} {what}")
 
     def _window(self, draw: Draw, index: int) -> np.ndarray:
         """Tokens [F, C] of frames from anywhere in a clip that goes on for ever."""
@@ -172,6 +185,20 @@ class Batches:
         start = int(draw.integers(4 * source.frames))
         while not source.may_show(index, start):
             start = int(draw.integers(4 * source.frames))
+        return self._encoded(index, start)
+
+    def _rolled(self, draw: Draw) -> tuple[int, np.ndarray, np.ndarray]:
+        """(clip, tokens [F, C] as the model went on with it, the true ones) of a rollout."""
+        assert self.rollouts is not None, "without rollouts none is drawn"
+        windows_W2 = self.rollouts.windows_W2
+        rollout, start = windows_W2[draw.integers(len(windows_W2))].tolist()
+        index = int(self.rollouts.clip_R[rollout])
+        made = self.rollouts.tokens_RFC[rollout, start : start + self.clips.source.frames]
+        return index, made.astype(np.int64), self._encoded(index, start)
+
+    def _encoded(self, index: int, start: int) -> np.ndarray:
+        """Tokens [F, C] of the window of a clip that begins at `start`."""
+        source = self.clips.source
         pixels, _ = source.clip(index, range(start, start + source.frames))
         return encode_frames(self.vqgan, pixels).astype(np.int64)
 

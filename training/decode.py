@@ -17,7 +17,7 @@ from nuwa.spec.conditions import ConditionLayout, visual_columns, visual_neighbo
 from nuwa.spec.config import ModelConfig
 from nuwa.spec.grid import MASKED, Grid
 from nuwa.spec.philox import uniforms
-from nuwa.spec.plan import DecodePlan, decode_plan
+from nuwa.spec.plan import Call, Plan, RollingPlan, decode_plan
 
 from .nuwa import NUWA
 from .sampling import guide, sample, sort_width
@@ -159,17 +159,22 @@ def generate(
 
     text_BM: condition ids; seeds: one per volume; guidance other than 1 needs `unconditional_1M`,
     the ids of the prompt "none"; known_BN bool and known_tokens_BN: tokens that are given;
-    visual_BN: the visual encoder's ids.
+    visual_BN: the visual encoder's ids. A grid of more frames than the config has goes on as the
+    runtime does it.
     """
-    plan = decode_plan(nuwa.config.decoder, grid, kind)
+    decoder = nuwa.config.decoder
+    plan: Plan = (
+        RollingPlan(decoder, grid.frames, kind=kind)
+        if grid.frames > decoder.grid.frames
+        else decode_plan(decoder, grid, kind)
+    )
     batch, guided = text_BM.shape[0], guidance != 1.0
     assert not guided or unconditional_1M is not None, "guidance needs an unconditional prompt"
     none_1M = unconditional_1M if guided else None
     conditions = _Conditions(nuwa, grid, text_BM, none_1M, visual_BN)
     slots = 2 * batch if guided else batch
-    width, layers = nuwa.config.decoder.width, nuwa.config.decoder.layers
-    shape = (slots, plan.schedule.entries, width)
-    caches = [[torch.zeros(shape) for _ in range(layers)] for _ in range(2)]
+    shape = (slots, plan.entries, decoder.width)
+    caches = [[torch.zeros(shape) for _ in range(decoder.layers)] for _ in range(2)]
     grid_tokens = np.full((batch, grid.size + 1), nuwa.config.bos, np.int64)
     given = np.zeros((batch, grid.size), bool) if known_BN is None else known_BN.numpy()
     if known_tokens_BN is not None:
@@ -177,16 +182,15 @@ def generate(
     draws = np.stack([uniforms(seed, 0, np.arange(grid.size)) for seed in seeds])
     step = DecoderStep(nuwa)
     ranks = torch.arange(sort_width([top_k], [top_p], nuwa.config.image.codebook_size))
-    for call in range(plan.steps):
-        part = plan.rows(call)
+    for number in range(plan.steps):
+        call = plan.call(number)
         tokens, *caches = _call(
-            step, plan, part, slots, batch, grid_tokens, draws, caches, conditions,
+            step, call, slots, batch, grid_tokens, draws, caches, conditions,
             (temperature, top_k, top_p, guidance), ranks,
         )  # fmt: skip
-        position = plan.position[part]
         drawn = tokens.numpy().reshape(slots, -1)[:batch]
-        free = ~given[:, position]
-        grid_tokens[:, position] = np.where(free, drawn, grid_tokens[:, position])
+        free = ~given[:, call.position]
+        grid_tokens[:, call.position] = np.where(free, drawn, grid_tokens[:, call.position])
     return torch.from_numpy(grid_tokens[:, :-1])
 
 
@@ -256,8 +260,7 @@ def _used(config: ModelConfig, pad: int, ids_BM: Tensor, start: int) -> Tensor:
 
 def _call(
     step: DecoderStep,
-    plan: DecodePlan,
-    part: slice,
+    call: Call,
     slots: int,
     batch: int,
     grid_tokens: np.ndarray,
@@ -269,29 +272,29 @@ def _call(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """One wave of every slot: rows are slot-major; guided slots follow the `batch` plain ones."""
     temperature, top_k, top_p, guidance = options
-    width = part.stop - part.start
+    width = len(call.position)
     lane = np.arange(slots).repeat(width)
     owner = np.arange(slots) % batch
 
     def tile(table: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.tile(table[part], (slots,) + (1,) * (table.ndim - 1)))
+        return torch.from_numpy(np.tile(table, (slots,) + (1,) * (table.ndim - 1)))
 
     rows = torch.arange(slots * width)
     # In a guided call row r of slot s < batch is guided by the same row of slot s + batch.
     partner = torch.where(rows < batch * width, rows + (slots - batch) * width, rows)
-    fed = grid_tokens[owner[:, None], plan.fed[part][None, :]].reshape(-1)
+    fed = grid_tokens[owner[:, None], call.fed[None, :]].reshape(-1)
     tokens, _, keys, values = step(
         torch.from_numpy(fed),
-        tile(plan.coordinates),
+        tile(call.coordinates),
         torch.from_numpy(lane.astype(np.int32)),
-        tile(plan.write_index),
-        tile(plan.neighbours),
+        tile(call.write_index),
+        tile(call.neighbours),
         torch.from_numpy((lane % batch).astype(np.int32)),
-        conditions.neighbours(lane, np.tile(plan.position[part], slots)),
+        conditions.neighbours(lane, np.tile(call.position, slots)),
         torch.full((len(rows),), temperature),
         torch.full((len(rows),), top_k, dtype=torch.int32),
         torch.full((len(rows),), top_p),
-        torch.from_numpy(draws[owner][:, plan.position[part]].reshape(-1)),
+        torch.from_numpy(draws[owner][:, call.position].reshape(-1)),
         torch.full((len(rows),), guidance),
         partner,
         ranks,

@@ -59,7 +59,7 @@ class Source(Protocol):
         """(u8 [F, H, W, 3], u8 [F, H, W]): these frames of a clip and their class maps."""
 
     def may_show(self, index: int, start: int) -> bool:
-        """Whether a window of the clip that begins at frame `start` is one to train on."""
+        """Whether prediction may be trained on the window of the clip that begins at `start`."""
 
     def steady(self, index: int) -> bool:
         """Whether the clip goes on to its end as it begins."""
@@ -96,9 +96,16 @@ class Sprites:
         return self.world.long_clip(index, frames)
 
     def may_show(self, index: int, start: int) -> bool:
-        """Not where a clip that goes on comes to move as its class only does in split `novel`."""
+        """Not where a clip that goes on comes to move as its class only does in split `novel`.
+
+        Nor where it turns and the same class going straight on is kept for that split: of these a
+        model would learn that such a class always turns.
+        """
         plan = self.world.plan(index)
-        return (plan.factors.class_index, plan.shown_motion(start)) not in novel_pairs()
+        shown = plan.shown_motion(start)
+        begins = None if shown is None else shown.split()[0]
+        kept = {(plan.factors.class_index, motion) for motion in (shown, begins)}
+        return not kept & novel_pairs()
 
     def steady(self, index: int) -> bool:
         return self.world.factors(index).motion in DIRECTIONS

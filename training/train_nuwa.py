@@ -31,6 +31,7 @@ from .initialise import initialise, load_start
 from .nuwa import NUWA, Volume
 from .parallel import Team
 from .pictures import contact_sheet, save_png
+from .rollouts import Rollouts
 from .vqgan import VQGAN, to_bytes
 
 OWN_TEMPERATURE = 0.5  # between the 0.1 at which clips are predicted and the model's true spread
@@ -51,7 +52,9 @@ class NUWAOptions:
     own_tokens: up to which share of a clip's tokens is fed as the model draws them where all before
     is true, so that it learns to go on from what it made itself (scheduled sampling in two passes,
     Mihaylova and Martins, 2019); named_clips: of those from anywhere, the share whose prompt is the
-    caption of an image of them after all, which says what stays for ever, and not how it moves.
+    caption of an image of them after all, which says what stays for ever, and not how it moves;
+    rolled_clips: of those from anywhere, the share that is fed what a model made in rollouts
+    (rollouts.py).
     """
 
     images: int = 96
@@ -71,6 +74,7 @@ class NUWAOptions:
     steady_clips: float = 0.0
     own_tokens: float = 0.0
     named_clips: float = 0.0
+    rolled_clips: float = 0.0
     average: float = 0.998
     layer_scale: float | None = 0.5
     bf16: bool = True
@@ -85,6 +89,7 @@ class NUWAOptions:
             "steady_clips",
             "own_tokens",
             "named_clips",
+            "rolled_clips",
         ):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} {getattr(self, name)} is not in [0, 1]")
@@ -103,13 +108,15 @@ class NUWARecipe:
         *,
         sketch_vqgan: VQGAN | None = None,
         start: Checkpoint | None = None,
+        rollouts: Rollouts | None = None,
         provenance: dict | None = None,
         team: Team | None = None,
         seed: int = 0,
     ) -> None:
         """team: whose device the model is on, and with whom it is trained; the CPU alone if None.
 
-        start: weights to begin at; provenance: what the checkpoint says of its training.
+        start: weights to begin at; rollouts: where rolled_clips come from; provenance: what the
+        checkpoint says of its training. ValueError if rollouts and rolled_clips do not go together.
         """
         torch.manual_seed(seed)
         self.config, self.options, self.seed = config, options, seed
@@ -119,8 +126,9 @@ class NUWARecipe:
         self.provenance = provenance
         self.device = torch.device(self.team.device)
         _check_shares(options, self.team)
+        _check_rollouts(options, rollouts)
         self.model = NUWA(config).to(self.device)
-        self.batches = Batches(config, clips, copy.deepcopy(vqgan).to(self.device))
+        self.batches = Batches(config, clips, copy.deepcopy(vqgan).to(self.device), rollouts)
         initialise(self.model, vqgan, sketch_vqgan, options.layer_scale)
         if start is not None:
             load_start(self.model, vqgan, sketch_vqgan, start, clips.source)
@@ -179,6 +187,7 @@ class NUWARecipe:
             steady=options.steady_clips,
             own=options.own_tokens,
             named=options.named_clips,
+            rolled=options.rolled_clips,
         )
 
     def _backward(self, batch: Batch, rows: Rows, kind: str) -> dict[str, Tensor]:
@@ -301,6 +310,13 @@ def _check_shares(options: NUWAOptions, team: Team) -> None:
             raise ValueError(
                 f"{name} {count} is not at least one for each of {team.size} processes"
             )
+
+
+def _check_rollouts(options: NUWAOptions, rollouts: Rollouts | None) -> None:
+    if (options.rolled_clips > 0) != (rollouts is not None):
+        raise ValueError("rolled_clips (above 0) and rollouts go together")
+    if rollouts is not None and not len(rollouts.windows_W2):
+        raise ValueError("there is no window to train on in these rollouts; make more of them")
 
 
 def _optimizers(model: NUWA, options: NUWAOptions) -> list[torch.optim.Optimizer]:

@@ -10,7 +10,7 @@ from nuwa.spec.config import ModelConfig, VisualConfig, preset
 from nuwa.spec.known import blank_hidden, known_cells
 from nuwa.spec.tasks import UNCONDITIONAL_PROMPT
 from nuwa.training.batches import Batches, Rows, draw_mask
-from nuwa.training.clips import encode_frames, store_clips
+from nuwa.training.clips import FreshClips, encode_frames, store_clips
 from nuwa.training.readers import locate, read_motion
 from nuwa.training.sources import Sprites
 from nuwa.training.sprites.world import novel_pairs
@@ -139,7 +139,7 @@ def test_no_window_of_a_long_clip_shows_what_is_kept_for_the_novel_split():
     source, novel, barred = Sprites("digits"), novel_pairs(), 0
     for index in range(40):
         plan = source.world.plan(index)
-        assert plan.shown_motion(0) == plan.factors.motion and source.may_show(index, 0)
+        assert plan.shown_motion(0) == plan.factors.motion
         for start in range(0, 40, 3):
             frames, _ = source.clip(index, range(start, start + 10))
             shown = read_motion(locate(frames).track_F2)
@@ -147,6 +147,32 @@ def test_no_window_of_a_long_clip_shows_what_is_kept_for_the_novel_split():
                 assert not source.may_show(index, start)
                 barred += 1
     assert barred > 10
+
+
+def test_no_window_turns_where_its_class_going_on_is_kept_for_the_novel_split():
+    source, novel, barred = Sprites("digits"), novel_pairs(), 0
+    for index in range(200):
+        factors = source.world.factors(index)
+        first = factors.motion.split()[0]
+        misleading = first != factors.motion and (factors.class_index, first) in novel
+        assert source.may_show(index, 0) != misleading
+        barred += misleading
+    assert 4 < barred < 40
+
+
+def test_clips_that_may_mislead_are_not_predicted_but_still_told_of(batches):
+    source = batches.clips.source
+    clips = FreshClips(batches.vqgan, source)
+    draws = Batches(CONFIG, clips, batches.vqgan)
+    shown = {0.0: [], 1.0: []}
+    for none, found in shown.items():
+        asked = []
+        clips.codes = lambda spans, asked=asked: (  # noqa: E731
+            asked.extend(index for index, _ in spans) or np.zeros((len(spans), 10, 64), np.int64)
+        )
+        draws.videos(np.random.default_rng(9), Rows(text=150, none=none, anywhere=0.0))
+        found += [source.may_show(index, 0) for index in asked]
+    assert all(shown[1.0]) and not all(shown[0.0])
 
 
 def test_nothing_hidden_shows_in_the_known_tokens(batches):

@@ -29,6 +29,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="tokenize just so many beforehand (sprites: new ones at every step; --data: all)",
     )
+    parser.add_argument(
+        "--rollouts", type=Path, help="file of `nuwa train rollouts`, for --rolled-clips"
+    )
     arguments.add_data(parser)
     arguments.add_options(parser, NUWAOptions)
 
@@ -37,6 +40,7 @@ def train_model(args: argparse.Namespace) -> int:
     from ..checkpoint import load_checkpoint, load_tokenizer
     from ..clips import Clips, FreshClips, store_clips
     from ..parallel import join
+    from ..rollouts import load_rollouts
     from ..train_nuwa import NUWAOptions, NUWARecipe
     from ..trainer import train
 
@@ -57,11 +61,13 @@ def train_model(args: argparse.Namespace) -> int:
         tasks=tuple(t for t in config.tasks if sketch_vqgan is not None or not t.needs_sketch),
     )
     options = arguments.options(args, NUWAOptions)
+    rollouts = None if args.rollouts is None else load_rollouts(args.rollouts, source, vqgan)
     settings = {
         "options": dataclasses.asdict(options),
         "start": record.start(args),
         "config": record.plain(config),
         "data": record.data(args),
+        "rollouts": None if args.rollouts is None else str(args.rollouts),
         "processes": team.size,
     }
     clips: Clips
@@ -85,6 +91,7 @@ def train_model(args: argparse.Namespace) -> int:
         clips,
         sketch_vqgan=sketch_vqgan,
         start=start,
+        rollouts=rollouts,
         provenance=record.provenance(args, options, source),
         team=team,
         seed=args.seed,
