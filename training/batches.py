@@ -185,22 +185,14 @@ class Batches:
         start = int(draw.integers(4 * source.frames))
         while not source.may_show(index, start):
             start = int(draw.integers(4 * source.frames))
-        return self._encoded(index, start)
+        pixels, _ = source.clip(index, range(start, start + source.frames))
+        return encode_frames(self.vqgan, pixels).astype(np.int64)
 
     def _rolled(self, draw: Draw) -> tuple[int, np.ndarray, np.ndarray]:
         """(clip, tokens [F, C] as the model went on with it, the true ones) of a rollout."""
         assert self.rollouts is not None, "without rollouts none is drawn"
-        windows_W2 = self.rollouts.windows_W2
-        rollout, start = windows_W2[draw.integers(len(windows_W2))].tolist()
-        index = int(self.rollouts.clip_R[rollout])
-        made = self.rollouts.tokens_RFC[rollout, start : start + self.clips.source.frames]
-        return index, made.astype(np.int64), self._encoded(index, start)
-
-    def _encoded(self, index: int, start: int) -> np.ndarray:
-        """Tokens [F, C] of the window of a clip that begins at `start`."""
-        source = self.clips.source
-        pixels, _ = source.clip(index, range(start, start + source.frames))
-        return encode_frames(self.vqgan, pixels).astype(np.int64)
+        clip, made, pixels = self.rollouts.window(draw)
+        return clip, made, encode_frames(self.vqgan, pixels).astype(np.int64)
 
     def _hide(
         self, draw: Draw, index: int, span: range

@@ -96,16 +96,9 @@ class Sprites:
         return self.world.long_clip(index, frames)
 
     def may_show(self, index: int, start: int) -> bool:
-        """Not where a clip that goes on comes to move as its class only does in split `novel`.
-
-        Nor where it turns and the same class going straight on is kept for that split: of these a
-        model would learn that such a class always turns.
-        """
+        """See may_predict; also where a clip that goes on comes to move otherwise than at first."""
         plan = self.world.plan(index)
-        shown = plan.shown_motion(start)
-        begins = None if shown is None else shown.split()[0]
-        kept = {(plan.factors.class_index, motion) for motion in (shown, begins)}
-        return not kept & novel_pairs()
+        return may_predict(plan.factors.class_index, plan.shown_motion(start))
 
     def steady(self, index: int) -> bool:
         return self.world.factors(index).motion in DIRECTIONS
@@ -125,6 +118,16 @@ class Sprites:
         ]
         texts = [text for row in rows for text in (row.image_caption, row.video_caption)]
         return [*texts, UNCONDITIONAL_PROMPT]
+
+
+def may_predict(class_index: int, motion: str | None) -> bool:
+    """Not a class that moves as it only does in split `novel`, with motion as of shown_motion.
+
+    Nor one that turns where its going straight on is kept for that split: of these a model would
+    learn that such a class always turns.
+    """
+    begins = None if motion is None else motion.split()[0]
+    return not {(class_index, motion), (class_index, begins)} & novel_pairs()
 
 
 class Pictures:

@@ -15,7 +15,8 @@ from nuwa.training.checkpoint import load_checkpoint
 from nuwa.training.clips import FreshClips, encode_frames
 from nuwa.training.decode import generate
 from nuwa.training.rollouts import Rollouts, joined, load_rollouts, roll_out
-from nuwa.training.sources import Sprites
+from nuwa.training.sources import Sprites, may_predict
+from nuwa.training.sprites.world import novel_pairs, render_at
 from nuwa.training.train_nuwa import NUWAOptions, NUWARecipe
 
 from ..test_shipped import CHECKPOINT
@@ -66,23 +67,63 @@ def test_rollouts_go_on_from_true_frames(made, checkpoint, source):
     assert (again.tokens_RFC[0] == made.tokens_RFC[0]).mean() > 0.95, "whatever the batch"
 
 
-def test_windows_begin_where_the_sprite_is_in_its_place_throughout(source):
-    real, _ = source.clip(3, range(FRAMES))
-    assert list(rollouts._in_place(real, real, LENGTH)) == [0, 1, 2, 3, 4]
-    late = np.concatenate([real[:2], real[1:-1]])  # a frame behind from the third on
-    assert list(rollouts._in_place(real, late, LENGTH)) == []
-    wrong = real.copy()
-    wrong[1] = real[9]
-    assert list(rollouts._in_place(real, wrong, LENGTH)) == [2, 3, 4]
-    wrong[1] = 0  # no sprite at all
-    assert list(rollouts._in_place(real, wrong, LENGTH)) == [2, 3, 4]
+def one_way(source) -> int:
+    """A clip that leaves room for another frame, and that may be predicted."""
+    for index in range(1000):
+        plan = source.world.plan(index)
+        shown = [plan.shown_motion(start) for start in range(5)]
+        if plan.track.first == 10 and all(may_predict(plan.factors.class_index, s) for s in shown):
+            return index
+    raise AssertionError("there is no such clip")
+
+
+@pytest.mark.parametrize("level", ["digits", "full"])
+def test_places_and_windows_are_those_of_the_sprite_as_it_was_moved(level):
+    source = Sprites(level)
+    index = one_way(source) if level == "digits" else 4
+    plan = source.world.plan(index)
+    real, _ = source.clip(index, range(FRAMES))
+    places = np.array([plan.track.corner(frame) for frame in range(FRAMES)])
+    assert (rollouts._own_corners(plan, real) == places).all()
+
+    changed = dataclasses.replace(plan, glyph_TT=np.roll(plan.glyph_TT, 1, axis=0))
+    moved, _ = render_at(changed, [tuple(place) for place in places.tolist()])
+    assert (rollouts._own_corners(plan, moved) == places).all(), "another shape, a little aside"
+
+    still = real.copy()
+    still[5] = real[4]  # stops for a frame, which no sprite does
+    found = rollouts._own_corners(plan, still)
+    assert (np.delete(found, 5, 0) == np.delete(places, 5, 0)).all()
+    assert list(rollouts._windows(plan, found)) == []
+    still[5] = 0  # no sprite at all
+    assert (rollouts._own_corners(plan, still)[5] == -1).all()
+
+
+def test_windows_begin_where_the_sprite_moves_as_it_may(source):
+    plan = source.world.plan(one_way(source))
+    places = np.array([plan.track.corner(frame) for frame in range(FRAMES)], np.int16)
+    assert list(rollouts._windows(plan, places)) == [0, 1, 2, 3, 4]
+    early = np.concatenate([places[:5], places[3::-1], places[1:6]])  # its own turns, out and back
+    assert len(early) == FRAMES
+    assert list(rollouts._windows(plan, early)) == [0, 1, 2, 3, 4]
+    trembles = np.concatenate([places[:2]] * (FRAMES // 2))
+    assert list(rollouts._windows(plan, trembles)) == []
+    gone = places.copy()
+    gone[2] = -1
+    assert list(rollouts._windows(plan, gone)) == [3, 4]
+    class_index, _ = next(pair for pair in sorted(novel_pairs()) if pair[1] == "left")
+    kept = dataclasses.replace(plan.factors, class_index=class_index)
+    ways = np.array([(8, 40 - 4 * step) for step in range(10)], np.int16)
+    assert list(rollouts._windows(dataclasses.replace(plan, factors=kept), ways)) == []
+    assert list(rollouts._windows(plan, ways)) == [0]
 
 
 def test_a_file_of_rollouts_is_for_its_own_clips_and_tokenizer(made, checkpoint, source, tmp_path):
     path = tmp_path / "new" / "rollouts.npz"
     made.save(path)
     loaded = load_rollouts(path, source, checkpoint.vqgan)
-    for field in dataclasses.fields(Rollouts):
+    assert loaded.world is source.world
+    for field in dataclasses.fields(Rollouts)[1:]:
         assert np.array_equal(getattr(loaded, field.name), getattr(made, field.name))
     assert [each.name for each in path.parent.iterdir()] == ["rollouts.npz"]
     other = copy.deepcopy(checkpoint.vqgan)
@@ -123,7 +164,8 @@ def test_rolled_rows_are_fed_what_was_made_and_predict_what_is_true(made, checkp
         }
         rollout, start = windows[fed[row].astype(np.int16).tobytes()]
         index = int(made.clip_R[rollout])
-        true, _ = source.clip(index, range(start, start + LENGTH))
+        places = [tuple(place) for place in made.corners_RF2[rollout, start:][:LENGTH].tolist()]
+        true, _ = render_at(source.world.plan(index), places)
         assert (target[row] == encode_frames(checkpoint.vqgan, true)).all()
         named = batch.prompts[row] != UNCONDITIONAL_PROMPT
         assert not named or batch.prompts[row] == source.caption(index, video=False)

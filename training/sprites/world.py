@@ -13,7 +13,7 @@ import functools
 import hashlib
 import itertools
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,19 +97,8 @@ class Plan:
     track: Track
 
     def shown_motion(self, start: int) -> str | None:
-        """What the ten frames from `start` on do, as a caption says it; None if they turn twice.
-
-        A leg of less than SHORTEST_WAY frames at either end goes unnoticed.
-        """
-        corners = [self.track.corner(frame) for frame in range(start, start + FRAMES)]
-        ways = [
-            (np.sign(after[0] - before[0]), np.sign(after[1] - before[1]))
-            for before, after in itertools.pairwise(corners)
-        ]
-        names = {way: name for name, way in DIRECTIONS.items()}
-        legs = [(names[way], len(list(steps))) for way, steps in itertools.groupby(ways)]
-        motion = " then ".join(name for name, steps in legs if steps >= SHORTEST_WAY)
-        return motion if motion in MOTIONS else None
+        """`shown_motion` of the ten frames from `start` on."""
+        return shown_motion([self.track.corner(f) for f in range(start, start + FRAMES)])
 
 
 @dataclass(frozen=True)
@@ -233,6 +222,21 @@ def novel_pairs() -> frozenset[tuple[int, str]]:
     return frozenset(pairs)
 
 
+def shown_motion(corners: Sequence[tuple[int, int]]) -> str | None:
+    """What a tile does whose top left corners (row, column) these are, as a caption says it.
+
+    None if it turns twice. A leg of less than SHORTEST_WAY frames at either end goes unnoticed.
+    """
+    ways = [
+        (np.sign(after[0] - before[0]), np.sign(after[1] - before[1]))
+        for before, after in itertools.pairwise(corners)
+    ]
+    names = {way: name for name, way in DIRECTIONS.items()}
+    legs = [(names[way], len(list(steps))) for way, steps in itertools.groupby(ways)]
+    motion = " then ".join(name for name, steps in legs if steps >= SHORTEST_WAY)
+    return motion if motion in MOTIONS else None
+
+
 class _Draw:
     """A stream of integers (splitmix64) started by the SHA-256 of a name."""
 
@@ -257,6 +261,11 @@ class _Draw:
 
 def render(plan: Plan, frame_indices: Collection[int]) -> tuple[np.ndarray, np.ndarray]:
     """(u8[F,S,S,3], u8[F,S,S]): these frames of a clip and their class maps."""
+    return render_at(plan, [plan.track.corner(frame) for frame in frame_indices])
+
+
+def render_at(plan: Plan, corners: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """(u8[F,S,S,3], u8[F,S,S]): a clip's glyph with its tile at these corners, and class maps."""
     factors = plan.factors
     background = np.array(BACKGROUNDS[factors.background], np.int32)
     ink = np.array(COLOURS[factors.colour], np.int32)
@@ -265,11 +274,10 @@ def render(plan: Plan, frame_indices: Collection[int]) -> tuple[np.ndarray, np.n
     # A pixel belongs to the class when at least half of it is ink.
     class_TT = np.where(plan.glyph_TT >= 128, factors.class_index + 1, 0).astype(np.uint8)
 
-    frames = np.empty((len(frame_indices), SIDE, SIDE, 3), np.uint8)
+    frames = np.empty((len(corners), SIDE, SIDE, 3), np.uint8)
     frames[:] = background
-    segmentation = np.zeros((len(frame_indices), SIDE, SIDE), np.uint8)
-    for i, f in enumerate(frame_indices):
-        row, column = plan.track.corner(f)
+    segmentation = np.zeros((len(corners), SIDE, SIDE), np.uint8)
+    for i, (row, column) in enumerate(corners):
         frames[i, row : row + TILE, column : column + TILE] = tile_TT3
         segmentation[i, row : row + TILE, column : column + TILE] = class_TT
     return frames, segmentation
