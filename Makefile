@@ -37,7 +37,14 @@ $(TENSORRT_STAMP): $(STAMP)
 build/onnxruntime:
 	-plugins_trt/fetch_onnxruntime_headers.sh $@
 
-test: $(STAMP) $(TENSORRT_STAMP) build/onnxruntime
+# Clients that others wrote, which tests/interop has talk to a server. They want another protobuf than
+# the server, so they have an environment of their own.
+CLIENTS := tritonclient[grpc]==2.73.0 grpc-requests==0.1.21 buf-bin==1.75.0
+
+build/clients:
+	-$(PYTHON) -m venv $@ && $@/bin/python -m pip install --quiet $(CLIENTS)
+
+test: $(STAMP) $(TENSORRT_STAMP) build/onnxruntime build/clients
 	$(BIN)/python -m pytest -m "not gpu"
 
 # mypy cannot see through an editable install, so it checks a regular one.

@@ -19,6 +19,10 @@ class FieldError(ValueError):
         self.field = field
 
 
+class NotFoundError(ValueError):
+    """A name that the server does not have; the message says which it has."""
+
+
 class DeadlineExceededError(CancelledError):
     """The request's deadline passed before it was finished."""
 

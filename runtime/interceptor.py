@@ -21,11 +21,12 @@ from grpc_status import rpc_status
 from nuwa.spec.tasks import Task
 
 from .core import CancelledError, QueueFullError, UnsupportedTaskError
-from .errors import DeadlineExceededError, FieldError, ShuttingDownError
+from .errors import DeadlineExceededError, FieldError, NotFoundError, ShuttingDownError
 
 log = logging.getLogger("nuwa.runtime")
 
 DOMAIN = "nuwa.v1"
+GUARDED = ("/nuwa.v1.", "/inference.")
 RETRY_SECONDS = 1
 # A status travels in HTTP/2 headers, of which clients take 8 KiB: three copies, one of them with up
 # to three bytes a byte.
@@ -38,12 +39,13 @@ CODES: tuple[tuple[type[Exception], grpc.StatusCode, str], ...] = (
     (QueueFullError, grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     (ShuttingDownError, grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
     (UnsupportedTaskError, grpc.StatusCode.FAILED_PRECONDITION, "UNSUPPORTED_TASK"),
+    (NotFoundError, grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
     (ValueError, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
 )
 
 
 class ErrorInterceptor(grpc.ServerInterceptor):
-    """For the methods of nuwa.v1; health and reflection pass untouched.
+    """For the methods that generate; health and reflection pass untouched.
 
     tasks: those that the bundle can do, for the metadata of UNSUPPORTED_TASK.
     """
@@ -53,9 +55,12 @@ class ErrorInterceptor(grpc.ServerInterceptor):
 
     def intercept_service(self, continuation: Callable, details: Any) -> Any:
         handler = continuation(details)
-        if handler is None or not details.method.startswith(f"/{DOMAIN}."):
+        if handler is None or not details.method.startswith(GUARDED):
             return handler
         codecs = (_tolerant(handler.request_deserializer), handler.response_serializer)
+        if handler.request_streaming:
+            behaviour = self._guard_stream(handler.stream_stream, details.method)
+            return grpc.stream_stream_rpc_method_handler(behaviour, *codecs)
         if handler.response_streaming:
             behaviour = self._guard_stream(handler.unary_stream, details.method)
             return grpc.unary_stream_rpc_method_handler(behaviour, *codecs)
@@ -88,6 +93,13 @@ class ErrorInterceptor(grpc.ServerInterceptor):
             log.info("%s refused or stopped: %s", method, type(error).__name__)
         context.abort_with_status(rpc_status.to_status(status))
         raise AssertionError("abort_with_status raises")
+
+    def told(self, error: Exception) -> str:
+        """The message of `error` for a client, which in full is in the log."""
+        status = self.status(error)
+        if status.code == grpc.StatusCode.INTERNAL.value[0]:
+            log.error("a request of a stream failed: %s", status.message, exc_info=error)
+        return status.message
 
     def status(self, error: Exception) -> status_pb2.Status:
         """What the client is told about `error`."""
@@ -131,7 +143,8 @@ def _tolerant(deserialize: Callable[[bytes], Message]) -> Callable[[bytes], Mess
     return tolerant
 
 
-def _decoded(request: Message | _Undecodable) -> Message:
+def _decoded(request: Any) -> Any:
+    """A request, or the iterator of them, whose reader looks at each."""
     if isinstance(request, _Undecodable):
         raise ValueError("the request is not a valid message (text must be UTF-8)")
     return request

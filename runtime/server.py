@@ -17,17 +17,22 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from nuwa.inference import grpc_service_pb2, grpc_service_pb2_grpc
 from nuwa.v1 import generation_pb2, generation_pb2_grpc
 
 from .engine_protocol import Engine
+from .intake import Intake
 from .interceptor import ErrorInterceptor
+from .kserve.service import MAX_STREAMS, InferenceService
 from .media import DEFAULT_LIMITS, Limits
+from .reflected import Pools
 from .scheduler import DEFAULT_QUEUE_SIZE, Scheduler
 from .service import GenerationService
 
 log = logging.getLogger("nuwa.runtime")
 
 SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+KSERVE = grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 MAX_RECEIVE_BYTES = 16 * 2**20
 DEFAULT_GRACE = 30.0
 SLOW_READERS = 16  # calls that may still be sending when their decoding is done
@@ -54,9 +59,10 @@ class Server:
         self.asked_to_end = threading.Event()  # by a signal, or because nothing can be generated
         self.died = False
         max_calls = queue_size + engine.slots + SLOW_READERS
+        errors = ErrorInterceptor(engine.info.tasks)
         self._server = grpc.server(
-            futures.ThreadPoolExecutor(max_calls + SPARE_THREADS, "nuwa-rpc"),
-            interceptors=[ErrorInterceptor(engine.info.tasks)],
+            futures.ThreadPoolExecutor(max_calls + MAX_STREAMS + SPARE_THREADS, "nuwa-rpc"),
+            interceptors=[errors],
             options=[
                 ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
                 ("grpc.max_send_message_length", -1),
@@ -67,8 +73,12 @@ class Server:
                 ("grpc.keepalive_permit_without_calls", 1),
             ],
         )
+        intake = Intake(self.scheduler, max_calls=max_calls, limits=limits)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationService(self.scheduler, max_calls=max_calls, limits=limits), self._server
+            GenerationService(intake), self._server
+        )
+        grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
+            InferenceService(intake, ready=self.is_ready, told=errors.told), self._server
         )
         # Watch holds no thread this way, however many balancers watch.
         self._health = health.HealthServicer(
@@ -76,10 +86,11 @@ class Server:
             experimental_thread_pool=futures.ThreadPoolExecutor(2, "nuwa-health"),
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        names = (SERVICE, KSERVE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server, Pools())
         self.address = _listen(self._server, host, port)
         self._stopped = False
+        self._ready = False
 
     def __enter__(self) -> Server:
         self.start()
@@ -92,20 +103,27 @@ class Server:
         """Takes requests from now on, and tells health checks so."""
         self.scheduler.start()
         self._server.start()
-        for name in ("", SERVICE):
+        for name in ("", SERVICE, KSERVE):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._ready = True
+
+    def is_ready(self) -> bool:
+        """Whether requests are taken, as health checks are told."""
+        return self._ready
 
     def stop(self, grace: float = 0.0) -> None:
         """NOT_SERVING, no new calls, `grace` seconds for those at hand, then the end of all."""
         if self._stopped:
             return
         self._stopped = True
+        self._ready = False
         self._health.enter_graceful_shutdown()
         self._server.stop(grace).wait()
         self.scheduler.close()
 
     def _on_death(self) -> None:
         self.died = True
+        self._ready = False
         self._health.enter_graceful_shutdown()  # NOT_SERVING
         self.asked_to_end.set()
 

@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "spec": set(),
     "training": {"spec"},
     "export": {"spec", "training", "plugins_trt"},
-    "runtime": {"spec", "v1", "plugins_trt"},
+    "runtime": {"spec", "v1", "inference", "plugins_trt"},
     "plugins_trt": set(),
 }
 

@@ -1,4 +1,4 @@
-"""`nuwa train`: tokenizers (VQ-GAN), model (NÜWA), rollouts, ranker, judge; commands/ runs each.
+"""`nuwa train`: tokenizers (VQ-GAN), model (NÜWA), ranker and judge; commands/ runs each kind.
 
 On the captioned moving sprites, or on the picture folder (openmoji/folder.py) that --data names.
 """
@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .commands import judge, model, ranker, rollouts, tokenizers
+from .commands import judge, model, ranker, tokenizers
 
 EPILOG = """\
 examples:
@@ -19,9 +19,9 @@ examples:
   nuwa train sketch-tokenizer --steps 800 --emphasis 2 --run runs/sketch-tokenizer
   nuwa train prune --tokenizer runs/tokenizer/checkpoint --out runs/pruned
   nuwa train model --tokenizer runs/pruned --run runs/model
-  nuwa train rollouts --checkpoint runs/model/checkpoint --out runs/rollouts.npz
+  nuwa evaluate my-bundle --evaluator rollouts --split train --samples 256 --out runs/rollouts
   nuwa train model --tokenizer runs/pruned --start runs/model/checkpoint --run runs/model-2 \\
-      --rollouts runs/rollouts.npz --rolled-clips 0.5
+      --rollouts runs/rollouts/rollouts.npz --rolled-clips 0.5
   nuwa train ranker --tokenizer runs/pruned --text runs/model/tokenizer.json --run runs/ranker
   nuwa train judge --out checkpoints/judge-digits
 
@@ -49,11 +49,6 @@ KINDS = {
     ),
     "prune": Kind("drop a VQ-GAN's background synonyms", tokenizers.add_prune, tokenizers.prune),
     "model": Kind("train NÜWA on a VQ-GAN's tokens", model.add_model, model.train_model),
-    "rollouts": Kind(
-        "make clips a model went on with, to train it on",
-        rollouts.add_rollouts,
-        rollouts.make_rollouts,
-    ),
     "ranker": Kind("train the scorer that picks best of N", ranker.add_ranker, ranker.train_ranker),
     "judge": Kind("train the judge that scores pictures", judge.add_judge, judge.train_judge),
 }

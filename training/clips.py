@@ -145,7 +145,7 @@ def store_clips(
 def _cached(
     vqgan: VQGAN, source: Source, count: int, cache: Path, batch: int, *, sketch: bool
 ) -> Codes:
-    identity = {"vqgan": fingerprint(vqgan), **source.identity, "count": count}
+    identity = {"vqgan": _fingerprint(vqgan), **source.identity, "count": count}
     label = cache.with_suffix(".json")
     if cache.exists() and label.exists() and json.loads(label.read_text()) == identity:
         return np.load(cache, mmap_mode="r")
@@ -166,10 +166,9 @@ def _cached(
     return tokens
 
 
-def fingerprint(vqgan: VQGAN) -> str:
-    """Of the weights as a checkpoint stores them, so that it knows its own training run's again."""
+def _fingerprint(vqgan: VQGAN) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(vqgan.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().half().cpu().numpy().tobytes())
+        digest.update(value.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()

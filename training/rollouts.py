@@ -12,33 +12,30 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from nuwa.spec.grid import Grid
 from nuwa.spec.plan import MAX_PREDICTED_FRAMES
-from nuwa.spec.tasks import UNCONDITIONAL_PROMPT
 
-from .checkpoint import Checkpoint
-from .clips import ENDLESS, encode_frames, fingerprint
-from .decode import generate
+from .clips import ENDLESS
 from .readers import locate
 from .sources import Source, Sprites, may_predict
 from .sprites.world import FRAMES, REACH, Plan, SpriteWorld, render_at, shown_motion
-from .vqgan import VQGAN, to_bytes
 
 U8 = npt.NDArray[np.uint8]
 
+FILE = "rollouts.npz"
 GIVEN = 2  # true frames at the start
 SLACK = 0.9  # steps by which a sprite's ink may be beside its place; the next is two steps away
 MOST_TURNS = 2  # in a window; a sprite of the world never turns more often
-BATCH = 32  # clips at a time
+CHUNK = 32  # clips between two states of the file
+ALIKE = 0.95  # share of the true frames' tokens on which two copies of a VQ-GAN agree
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Rollouts:
 
     corners_RF2: int16 (row, column), where the sprite's tile is by then, -1 where it is no place
     that it could have come to; windows_W2: int64 (rollout, first frame) of the windows to train on;
-    identity: says whose clips and tokens these are.
+    settings: how they were made.
     """
 
     world: SpriteWorld
@@ -55,7 +52,7 @@ class Rollouts:
     tokens_RFC: npt.NDArray[np.int16]
     corners_RF2: npt.NDArray[np.int16]
     windows_W2: npt.NDArray[np.int64]
-    identity: dict[str, Any]
+    settings: dict[str, Any]
 
     def window(self, draw: np.random.Generator) -> tuple[int, npt.NDArray[np.int64], U8]:
         """(clip, tokens [F, C] as they were made, u8 [F, S, S, 3] as they should have looked)."""
@@ -67,7 +64,7 @@ class Rollouts:
         return clip, self.tokens_RFC[rollout, frames].astype(np.int64), pixels
 
     def save(self, path: Path) -> None:
-        """As .npz; a file that is there is complete."""
+        """As .npz; a file that is there is whole."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         with partial.open("wb") as file:
@@ -77,77 +74,105 @@ class Rollouts:
                 tokens=self.tokens_RFC,
                 corners=self.corners_RF2,
                 windows=self.windows_W2,
-                identity=json.dumps(self.identity),
+                settings=json.dumps(self.settings),
             )
         partial.replace(path)
 
 
-def load_rollouts(path: Path, source: Source, vqgan: VQGAN) -> Rollouts:
-    """ValueError if the file is none of `save`, or of other clips or another VQ-GAN than these."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            identity = json.loads(str(file["identity"]))
-            arrays = [file[name] for name in ("clip", "tokens", "corners", "windows")]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read as rollouts: {error}") from None
-    wanted = _identity(source, vqgan)
-    differ = [name for name in wanted if identity.get(name) != wanted[name]]
-    if differ:
+def load_rollouts(
+    path: Path, source: Source, encode: Callable[[U8], npt.NDArray[np.int16]]
+) -> Rollouts:
+    """encode: u8 [F, S, S, 3] -> tokens [F, C] of the VQ-GAN that is trained with.
+
+    ValueError if the file is none of `save`, or has other clips or tokens than these.
+    """
+    found = _read(path)
+    if found.settings["source"] != source.identity:
         raise ValueError(
-            f"{path} has rollouts of another {' and '.join(differ)} than this run trains on; make "
-            "them anew with `nuwa train rollouts`"
+            f"{path} has rollouts of {found.settings['source']}; this run trains on "
+            f"{source.identity}"
         )
-    assert isinstance(source, Sprites), "its identity is that of sprites"
-    return Rollouts(source.world, *arrays, identity)
+    some = range(min(CHUNK, len(found.clip_R)))
+    true = [source.clip(int(found.clip_R[r]), range(GIVEN))[0] for r in some]
+    same = encode(np.concatenate(true)) == np.concatenate(
+        [found.tokens_RFC[r, :GIVEN] for r in some]
+    )
+    if same.mean() < ALIKE:
+        raise ValueError(
+            f"{path} has tokens of another VQ-GAN: of the true frames' tokens, {same.mean():.0%} "
+            "are those of this run's"
+        )
+    return found
 
 
-def _identity(source: Source, vqgan: VQGAN) -> dict[str, Any]:
-    return {"source": source.identity, "tokenizer": fingerprint(vqgan)}
-
-
-def roll_out(
-    checkpoint: Checkpoint,
-    source: Sprites,
+def collect(
+    generate: Callable[..., tuple[U8, npt.NDArray[np.int32]]],
     *,
-    clips: int,
-    frames: int,
-    captioned: float = 0.5,
-    temperature: float = 0.1,
-    seed: int = 0,
-) -> Iterator[Rollouts]:
-    """The model's rollouts of `clips` clips of `source`, BATCH at a time.
+    tasks: Sequence[str],
+    split: str,
+    samples: int,
+    seed: int,
+    out: Path | None,
+    progress: Callable[[int, int], None],
+    concurrency: int,
+    about: Mapping[str, Any],
+    reconstruct: Any = None,
+    ranking: Any = None,
+    level: str = "digits",
+    frames: str = "60",
+    captioned: str = "0.5",
+) -> dict[str, Any]:
+    """Rollouts of `samples` clips into out/rollouts.npz: `nuwa evaluate --evaluator rollouts`.
 
     frames: of each, the first GIVEN true; captioned: share with the caption of an image as their
-    prompt. ValueError for what is out of range.
+    prompt. Clip i is the same whatever `samples` is; the same call goes on with a file that holds
+    fewer. ValueError for what is out of range, and for a file of other settings.
     """
-    if not FRAMES < frames <= MAX_PREDICTED_FRAMES:
-        raise ValueError(f"frames {frames} are not in [{FRAMES + 1}, {MAX_PREDICTED_FRAMES}]")
-    for name, share in (("captioned", captioned), ("temperature", temperature)):
-        if not 0.0 <= share <= 1.0:
-            raise ValueError(f"{name} {share} is not in [0, 1]")
-    draw = np.random.default_rng(seed)
-    numbers = draw.integers(ENDLESS, size=clips)
-    named = draw.random(clips) < captioned
-    identity = _identity(source, checkpoint.vqgan)
-    for first in range(0, clips, BATCH):
-        part = slice(first, first + BATCH)
-        clip_R = numbers[part]
-        seeds = [seed + first + r for r in range(len(clip_R))]
-        tokens_RFC = _continued(checkpoint, source, clip_R, named[part], frames, temperature, seeds)
-        plans = [source.world.plan(index) for index in clip_R.tolist()]
-        corners_RF2 = np.stack(
-            [
-                _own_corners(plan, _decoded(checkpoint.vqgan, tokens_FC))
-                for plan, tokens_FC in zip(plans, tokens_RFC, strict=True)
-            ]
+    length, share = _number("frames", frames, int), _number("captioned", captioned, float)
+    if not FRAMES < length <= MAX_PREDICTED_FRAMES:
+        raise ValueError(f"frames {frames} is not in [{FRAMES + 1}, {MAX_PREDICTED_FRAMES}]")
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"captioned {captioned} is not in [0, 1]")
+    if split != "train":
+        raise ValueError(f"rollouts are to train on: give --split train, not {split!r}")
+    if "v2v" not in tasks or out is None or ranking:
+        raise ValueError("rollouts need task v2v, a folder (--out), and no ranking")
+    source = Sprites(level)
+    settings = {
+        "source": source.identity,
+        "frames": length,
+        "captioned": share,
+        "seed": seed,
+        "bundle": about["bundle_hash"],
+        "sampling": about["sampling"]["v2v"],
+    }
+    path = out / FILE
+    parts = [_read(path)] if path.exists() else []
+    if parts and parts[0].settings != settings:
+        raise ValueError(f"{path} has rollouts of other settings; give another folder")
+    done = len(parts[0].clip_R) if parts else 0
+
+    def one(number: int) -> tuple[int, U8, npt.NDArray[np.int32]]:
+        draw = np.random.default_rng((seed, number))
+        index, named = int(draw.integers(ENDLESS)), draw.random() < share
+        pixels, tokens = generate(
+            task="v2v",
+            prompt=source.caption(index, video=False) if named else "",
+            frame_count=length,
+            seed=seed + number,
+            frames=source.clip(index, range(GIVEN))[0],
+            tokens=True,
         )
-        windows = [
-            (r, start)
-            for r, (plan, corners_F2) in enumerate(zip(plans, corners_RF2, strict=True))
-            for start in _windows(plan, corners_F2)
-        ]
-        windows_W2 = np.array(windows, np.int64).reshape(-1, 2)
-        yield Rollouts(source.world, clip_R, tokens_RFC, corners_RF2, windows_W2, identity)
+        return index, pixels, tokens
+
+    with ThreadPoolExecutor(concurrency) as pool:
+        for first in range(done, samples, CHUNK):
+            made = list(pool.map(one, range(first, min(first + CHUNK, samples))))
+            parts = [joined([*parts, _rollouts(source.world, made, settings)])]
+            parts[0].save(path)
+            progress(first + len(made), samples)
+    scores = {"rollouts": len(parts[0].clip_R), "windows": len(parts[0].windows_W2)}
+    return {"tasks": {"v2v": {"scores": scores}}}
 
 
 def joined(parts: list[Rollouts]) -> Rollouts:
@@ -160,48 +185,47 @@ def joined(parts: list[Rollouts]) -> Rollouts:
         np.concatenate([part.tokens_RFC for part in parts]),
         np.concatenate([part.corners_RF2 for part in parts]),
         np.concatenate(windows),
-        parts[0].identity,
+        parts[0].settings,
     )
 
 
-def _continued(
-    checkpoint: Checkpoint,
-    source: Sprites,
-    clip_R: npt.NDArray[np.int64],
-    named_R: npt.NDArray[np.bool_],
-    frames: int,
-    temperature: float,
-    seeds: list[int],
-) -> npt.NDArray[np.int16]:
-    shape = checkpoint.config.decoder.grid
-    prompts = [
-        source.caption(int(index), video=False) if named else UNCONDITIONAL_PROMPT
-        for index, named in zip(clip_R, named_R, strict=True)
+def _read(path: Path) -> Rollouts:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            settings = json.loads(str(file["settings"]))
+            arrays = [file[name] for name in ("clip", "tokens", "corners", "windows")]
+        return Rollouts(Sprites(settings["source"]["level"]).world, *arrays, settings)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read as rollouts: {error}") from None
+
+
+def _number(name: str, text: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{name} {text!r} is not a number") from None
+
+
+def _rollouts(
+    world: SpriteWorld,
+    made: list[tuple[int, U8, npt.NDArray[np.int32]]],
+    settings: dict[str, Any],
+) -> Rollouts:
+    plans = [world.plan(index) for index, _, _ in made]
+    corners = [_own_corners(plan, pixels) for plan, (_, pixels, _) in zip(plans, made, strict=True)]
+    windows = [
+        (r, start)
+        for r, (plan, corners_F2) in enumerate(zip(plans, corners, strict=True))
+        for start in _windows(plan, corners_F2)
     ]
-    text = np.stack([checkpoint.text_tokenizer.encode(prompt) for prompt in prompts])
-    pixels = [source.clip(index, range(GIVEN))[0] for index in clip_R.tolist()]
-    given = encode_frames(checkpoint.vqgan, np.concatenate(pixels))
-    tokens_RFC = np.zeros((len(clip_R), frames, shape.height * shape.width), np.int64)
-    tokens_RFC[:, :GIVEN] = given.reshape(len(clip_R), GIVEN, -1)
-    known_RFC = np.zeros(tokens_RFC.shape, bool)
-    known_RFC[:, :GIVEN] = True
-    made = generate(
-        checkpoint.nuwa,
-        torch.from_numpy(text.astype(np.int64)),
-        Grid(frames, shape.height, shape.width),
-        seeds=seeds,
-        temperature=temperature,
-        known_BN=torch.from_numpy(known_RFC.reshape(len(clip_R), -1)),
-        known_tokens_BN=torch.from_numpy(tokens_RFC.reshape(len(clip_R), -1)),
+    return Rollouts(
+        world,
+        np.array([index for index, _, _ in made], np.int64),
+        np.stack([tokens.reshape(len(tokens), -1) for _, _, tokens in made]).astype(np.int16),
+        np.stack(corners),
+        np.array(windows, np.int64).reshape(-1, 2),
+        settings,
     )
-    return made.numpy().astype(np.int16).reshape(tokens_RFC.shape)
-
-
-@torch.no_grad()
-def _decoded(vqgan: VQGAN, tokens_FC: npt.NDArray[np.int16]) -> U8:
-    side = vqgan.config.grid_size
-    codes = torch.from_numpy(tokens_FC.astype(np.int64)).view(-1, side, side)
-    return to_bytes(vqgan.decode(codes)).numpy()
 
 
 def _own_corners(plan: Plan, made: U8) -> npt.NDArray[np.int16]:

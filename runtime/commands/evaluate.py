@@ -47,6 +47,7 @@ examples:
   nuwa evaluate demo/bundle --tasks v2v --long 128 --out report --strict
   nuwa evaluate demo/bundle --tasks t2v --samples-per-prompt 16 --rank-by clip
   nuwa evaluate demo/bundle --set level=full --set sketch_prompt=none --json > report.json
+  nuwa evaluate demo/bundle --evaluator rollouts --split train --samples 256 --out rollouts
   nuwa evaluate demo/bundle --inception-weights pt_inception-2015-12-05-6726825d.pth
 """
 
@@ -221,11 +222,12 @@ def load_evaluator(name: str) -> Callable[..., dict]:
 
 def generator(
     client: BaseClient, sampling: dict[str, Any], ranking: dict[str, Any]
-) -> Callable[..., Pixels]:
+) -> Callable[..., Any]:
     """What evaluators call, from as many threads as they like: u8 [F, H, W, 3] out.
 
-    In: a task, a prompt, and what the task takes of frames u8 [F, H, W, 3], mask bool [H, W] and
-    sketch u8 [F, H, W]. ranking: samples and rank_by, used wherever there is a prompt to rank by.
+    With tokens=True, which only clips have, out are these and i32 [F, h, w]. In: a task, a prompt,
+    and what the task takes of frames u8 [F, H, W, 3], mask bool [H, W] and sketch u8 [F, H, W].
+    ranking: samples and rank_by, used wherever there is a prompt to rank by.
     """
 
     def generate(
@@ -236,13 +238,14 @@ def generator(
         frames: Pixels | None = None,
         mask: Mask | None = None,
         sketch: npt.NDArray[np.uint8] | None = None,
-    ) -> Pixels:
+        tokens: bool = False,
+    ) -> Any:
         options = sampling | (ranking if prompt else {})
         options |= {"seed": seed, "mask": mask, "sketch": sketch}
         if parse_task(task).is_video:
-            return client.generate_video(
-                task, prompt, frame_count=frame_count, video=frames, **options
-            ).frames
+            options |= {"frame_count": frame_count, "video": frames, "include_tokens": tokens}
+            made = client.generate_video(task, prompt, **options)
+            return (made.frames, made.tokens) if tokens else made.frames
         return client.generate_image(task, prompt, image=frames, **options).pixels[None]
 
     return generate

@@ -1,4 +1,4 @@
-"""What runtime may import, and that the generated protocol modules are those of the .proto file."""
+"""What runtime may import, and that the generated protocol modules are those of the .proto files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import nuwa.runtime
 
 ROOT = Path(__file__).parents[2]
-GENERATED = ROOT / "proto" / "nuwa" / "v1"
+GENERATED = ROOT / "proto" / "nuwa"
 MODULES = sorted(
     module.name for module in pkgutil.walk_packages(nuwa.runtime.__path__, "nuwa.runtime.")
 )
@@ -67,7 +67,7 @@ def recorded(pattern: str, name: str) -> str:
 
 def test_generated_modules_are_those_of_the_proto_file(tmp_path):
     pytest.importorskip("grpc_tools")
-    made_by = recorded(r"GRPC_GENERATED_VERSION = '([\d.]+)'", "generation_pb2_grpc.py")
+    made_by = recorded(r"GRPC_GENERATED_VERSION = '([\d.]+)'", "v1/generation_pb2_grpc.py")
     installed = importlib.metadata.version("grpcio-tools")
     if made_by != installed:
         pytest.skip(f"made by grpcio-tools {made_by}; {installed} is installed")
@@ -76,17 +76,31 @@ def test_generated_modules_are_those_of_the_proto_file(tmp_path):
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     written = script.generate(tmp_path)
-    assert len(written) == 3
+    assert len(written) == 9
     for file in written:
-        committed = GENERATED / file.name
-        assert committed.read_bytes() == file.read_bytes(), f"run proto/generate.py: {file.name}"
+        name = file.relative_to(tmp_path / "nuwa")
+        same = (GENERATED / name).read_bytes() == file.read_bytes()
+        assert same, f"run proto/generate.py: {name}"
+
+
+def test_messages_of_inference_get_along_with_those_of_tritons_client():
+    """Another program's definitions of the same names, in the pool that all programs share."""
+    run_python(
+        "from google.protobuf import descriptor_pb2, descriptor_pool\n"
+        "theirs = descriptor_pb2.FileDescriptorProto(name='grpc_service.proto')\n"
+        "theirs.package = 'inference'\n"
+        "theirs.message_type.add(name='ModelInferRequest')\n"
+        "descriptor_pool.Default().AddSerializedFile(theirs.SerializeToString())\n"
+        "from nuwa.inference import grpc_service_pb2 as pb\n"
+        "assert pb.ModelInferRequest(model_name='x').model_name == 'x'\n"
+    )
 
 
 def test_generated_modules_run_on_the_declared_versions():
     """Generated code refuses older libraries, so the requirements must not allow them."""
     needed = {
-        "protobuf": recorded(r"Protobuf Python Version: ([\d.]+)", "generation_pb2.py"),
-        "grpcio": recorded(r"GRPC_GENERATED_VERSION = '([\d.]+)'", "generation_pb2_grpc.py"),
+        "protobuf": recorded(r"Protobuf Python Version: ([\d.]+)", "v1/generation_pb2.py"),
+        "grpcio": recorded(r"GRPC_GENERATED_VERSION = '([\d.]+)'", "v1/generation_pb2_grpc.py"),
     }
     project = (ROOT / "pyproject.toml").read_text()
     for name, version in needed.items():

@@ -1,7 +1,7 @@
 """Rollouts: clips that a model went on with, and training on windows of them."""
 
-import copy
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,9 +12,9 @@ from nuwa.spec.tasks import UNCONDITIONAL_PROMPT
 from nuwa.training import rollouts
 from nuwa.training.batches import Batches, Rows
 from nuwa.training.checkpoint import load_checkpoint
-from nuwa.training.clips import FreshClips, encode_frames
+from nuwa.training.clips import ENDLESS, FreshClips, encode_frames
 from nuwa.training.decode import generate
-from nuwa.training.rollouts import Rollouts, joined, load_rollouts, roll_out
+from nuwa.training.rollouts import Rollouts, load_rollouts
 from nuwa.training.sources import Sprites, may_predict
 from nuwa.training.sprites.world import novel_pairs, render_at
 from nuwa.training.train_nuwa import NUWAOptions, NUWARecipe
@@ -23,6 +23,7 @@ from ..test_shipped import CHECKPOINT
 from .test_nuwa import SMALL, model, text
 
 FRAMES, LENGTH = 14, 10
+ABOUT = {"bundle_hash": "0" * 64, "sampling": {"v2v": {"temperature": 0.1}}}
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +37,51 @@ def source():
 
 
 @pytest.fixture(scope="module")
-def made(checkpoint, source) -> Rollouts:
-    patch = pytest.MonkeyPatch()
-    patch.setattr(rollouts, "BATCH", 3)
-    parts = list(roll_out(checkpoint, source, clips=5, frames=FRAMES))
-    patch.undo()
-    assert [len(part.clip_R) for part in parts] == [3, 2]
-    return joined(parts)
+def encode(checkpoint):
+    return partial(encode_frames, checkpoint.vqgan)
+
+
+@pytest.fixture(scope="module")
+def generate_clips(source, encode):
+    """A model that is right but for a stripe, and that stands still for a frame in some clips."""
+    clips = {}  # by the two frames that are given
+    for number in range(8):
+        index = int(np.random.default_rng((5, number)).integers(ENDLESS))
+        clips[source.clip(index, range(2))[0].tobytes()] = source.clip(index, range(FRAMES))[0]
+
+    def generate(task, prompt, frame_count, seed, frames, tokens):
+        assert (task, frame_count, len(frames), tokens) == ("v2v", FRAMES, 2, True)
+        made = clips[frames.tobytes()].copy()
+        made[2:, 30] = 255 * (made[2:, 29] > 0)
+        if seed % 3 == 0:
+            made[6] = made[5]
+        return made, encode(made).astype(np.int32).reshape(-1, 8, 8)
+
+    return generate
+
+
+def collected(generate, out, **changes) -> dict:
+    options = {
+        "tasks": ["t2i", "v2v"],
+        "split": "train",
+        "samples": 5,
+        "seed": 5,
+        "out": out,
+        "progress": lambda done, total: None,
+        "concurrency": 2,
+        "about": ABOUT,
+        "frames": str(FRAMES),
+    }
+    return rollouts.collect(generate, **(options | changes))
+
+
+@pytest.fixture(scope="module")
+def made(generate_clips, source, encode, tmp_path_factory) -> Rollouts:
+    out = tmp_path_factory.mktemp("rollouts")
+    report = collected(generate_clips, out)
+    found = load_rollouts(out / rollouts.FILE, source, encode)
+    assert report["tasks"]["v2v"]["scores"] == {"rollouts": 5, "windows": len(found.windows_W2)}
+    return found
 
 
 def test_a_volume_longer_than_the_configs_goes_on_in_any_order():
@@ -55,16 +94,57 @@ def test_a_volume_longer_than_the_configs_goes_on_in_any_order():
     assert torch.equal(waves[:, :64], short)
 
 
-def test_rollouts_go_on_from_true_frames(made, checkpoint, source):
+def test_rollouts_are_what_was_made_and_where(made, generate_clips, source):
     assert made.tokens_RFC.shape == (5, FRAMES, 64)
     for r, index in enumerate(made.clip_R.tolist()):
-        true = encode_frames(checkpoint.vqgan, source.clip(index, range(FRAMES))[0])
-        assert (made.tokens_RFC[r, :2] == true[:2]).all()
-        assert 0.4 < (made.tokens_RFC[r, 2:] == true[2:]).mean() < 1.0
-    assert (made.windows_W2 >= 0).all() and (made.windows_W2 <= (4, FRAMES - LENGTH)).all()
-    assert len(np.unique(made.windows_W2, axis=0)) == len(made.windows_W2) > 4
-    again = next(iter(roll_out(checkpoint, source, clips=1, frames=FRAMES)))
-    assert (again.tokens_RFC[0] == made.tokens_RFC[0]).mean() > 0.95, "whatever the batch"
+        assert index == np.random.default_rng((5, r)).integers(ENDLESS)
+        given = source.clip(index, range(2))[0]
+        _, tokens = generate_clips("v2v", "", FRAMES, 5 + r, given, True)
+        assert (made.tokens_RFC[r] == tokens.reshape(FRAMES, 64)).all()
+        places = [source.world.plan(index).track.corner(frame) for frame in range(FRAMES)]
+        there = np.arange(FRAMES) != (6 if (5 + r) % 3 == 0 else -1)
+        assert (made.corners_RF2[r] == places)[there].all()
+        starts = made.windows_W2[made.windows_W2[:, 0] == r, 1].tolist()
+        right = [start for start in range(5) if there[start : start + LENGTH].all()]
+        assert starts == [start for start in right if source.may_show(index, start)]
+    assert len(made.windows_W2) > 4
+
+
+def test_more_rollouts_go_on_where_a_file_ends(made, generate_clips, tmp_path, monkeypatch):
+    monkeypatch.setattr(rollouts, "CHUNK", 2)
+    asked, told = [], []
+
+    def counted(**request):
+        asked.append(request["seed"])
+        return generate_clips(**request)
+
+    def progress(done, total):
+        told.append((done, total))
+        if done == 2 and total == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collected(counted, tmp_path, progress=progress)
+    collected(counted, tmp_path, samples=5, progress=lambda *both: told.append(both))
+    assert sorted(asked) == [5, 6, 7, 8, 9] and told == [(2, 5), (4, 5), (5, 5)]
+    found = rollouts._read(tmp_path / rollouts.FILE)
+    for field in dataclasses.fields(Rollouts)[1:]:
+        assert np.array_equal(getattr(found, field.name), getattr(made, field.name))
+    with pytest.raises(ValueError, match="rollouts of other settings; give another folder"):
+        collected(counted, tmp_path, captioned="0.1")
+
+
+def test_captions_are_those_of_images(generate_clips, source, tmp_path):
+    prompts = []
+
+    def generate(prompt, **request):
+        prompts.append(prompt)
+        return generate_clips(prompt=prompt, **request)
+
+    collected(generate, tmp_path / "all", captioned="1")
+    assert all(prompt.endswith("background .") for prompt in prompts)
+    collected(generate, tmp_path / "none", captioned="0")
+    assert prompts[5:] == [""] * 5
 
 
 def one_way(source) -> int:
@@ -118,36 +198,35 @@ def test_windows_begin_where_the_sprite_moves_as_it_may(source):
     assert list(rollouts._windows(plan, ways)) == [0]
 
 
-def test_a_file_of_rollouts_is_for_its_own_clips_and_tokenizer(made, checkpoint, source, tmp_path):
+def test_a_file_of_rollouts_is_for_its_own_clips_and_tokenizer(made, source, encode, tmp_path):
     path = tmp_path / "new" / "rollouts.npz"
     made.save(path)
-    loaded = load_rollouts(path, source, checkpoint.vqgan)
-    assert loaded.world is source.world
-    for field in dataclasses.fields(Rollouts)[1:]:
-        assert np.array_equal(getattr(loaded, field.name), getattr(made, field.name))
     assert [each.name for each in path.parent.iterdir()] == ["rollouts.npz"]
-    other = copy.deepcopy(checkpoint.vqgan)
-    for parameter in other.parameters():
-        parameter.data += 1e-6 * parameter.data  # as before it was stored in fp16
-    load_rollouts(path, source, other)
-    other.quantize.embedding.weight.data[0] += 1.0
-    with pytest.raises(ValueError, match="rollouts of another tokenizer than this run"):
-        load_rollouts(path, source, other)
-    with pytest.raises(ValueError, match="rollouts of another source than this run"):
-        load_rollouts(path, Sprites("full"), checkpoint.vqgan)
+    with pytest.raises(ValueError, match="this run trains on .*full"):
+        load_rollouts(path, Sprites("full"), encode)
+    with pytest.raises(
+        ValueError, match="tokens of another VQ-GAN: of the true frames' tokens, 0%"
+    ):
+        load_rollouts(path, source, lambda frames: encode(frames) + 1)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"rollouts\.npz cannot be read as rollouts"):
-        load_rollouts(path, source, checkpoint.vqgan)
+        load_rollouts(path, source, encode)
 
 
-def test_what_cannot_be_rolled_out_is_refused(checkpoint, source):
-    for wrong, message in (
-        ({"frames": 10}, r"frames 10 are not in \[11, 1000\]"),
-        ({"captioned": 1.5}, r"captioned 1.5 is not in \[0, 1\]"),
-        ({"temperature": -1.0}, r"temperature -1.0 is not in \[0, 1\]"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            list(roll_out(checkpoint, source, clips=1, **({"frames": 20} | wrong)))
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"frames": "10"}, r"frames 10 is not in \[11, 1000\]"),
+        ({"frames": "many"}, "frames 'many' is not a number"),
+        ({"captioned": "1.5"}, r"captioned 1.5 is not in \[0, 1\]"),
+        ({"split": "test"}, "give --split train, not 'test'"),
+        ({"tasks": ["t2i"]}, "need task v2v"),
+        ({"out": None}, "a folder"),
+    ],
+)
+def test_what_cannot_be_rolled_out_is_refused(generate_clips, tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        collected(generate_clips, **({"out": tmp_path} | wrong))
 
 
 def test_rolled_rows_are_fed_what_was_made_and_predict_what_is_true(made, checkpoint, source):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 from nuwa.spec.config import ModelConfig
@@ -30,7 +31,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="tokenize just so many beforehand (sprites: new ones at every step; --data: all)",
     )
     parser.add_argument(
-        "--rollouts", type=Path, help="file of `nuwa train rollouts`, for --rolled-clips"
+        "--rollouts",
+        type=Path,
+        help="rollouts.npz of `nuwa evaluate --evaluator rollouts`, for --rolled-clips",
     )
     arguments.add_data(parser)
     arguments.add_options(parser, NUWAOptions)
@@ -38,7 +41,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def train_model(args: argparse.Namespace) -> int:
     from ..checkpoint import load_checkpoint, load_tokenizer
-    from ..clips import Clips, FreshClips, store_clips
+    from ..clips import Clips, FreshClips, encode_frames, store_clips
     from ..parallel import join
     from ..rollouts import load_rollouts
     from ..train_nuwa import NUWAOptions, NUWARecipe
@@ -61,7 +64,9 @@ def train_model(args: argparse.Namespace) -> int:
         tasks=tuple(t for t in config.tasks if sketch_vqgan is not None or not t.needs_sketch),
     )
     options = arguments.options(args, NUWAOptions)
-    rollouts = None if args.rollouts is None else load_rollouts(args.rollouts, source, vqgan)
+    rollouts = None
+    if args.rollouts is not None:
+        rollouts = load_rollouts(args.rollouts, source, partial(encode_frames, vqgan))
     settings = {
         "options": dataclasses.asdict(options),
         "start": record.start(args),

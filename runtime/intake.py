@@ -1,0 +1,107 @@
+"""What every gRPC service does with a request: room for the call, a place in the queue, its events.
+
+Knows no wire format but what a Job says; service.py and kserve/ make Jobs of their messages.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import grpc
+
+from . import selection
+from .convert import Job
+from .core import Done, Event, ModelInfo, QueueFullError
+from .engine_protocol import Engine
+from .handle import Handle
+from .media import DEFAULT_LIMITS, Limits
+from .scheduler import Scheduler
+from .statistics import Statistics
+
+log = logging.getLogger("nuwa.runtime")
+
+YEAR_SECONDS = 365 * 24 * 3600.0
+
+
+class Intake:
+    """max_calls: generations at a time, waiting ones and slow readers included.
+
+    More are refused as QueueFullError, so that the server's threads never run out: with none left,
+    health checks would go unanswered and refusals would wait behind what they refuse.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, *, max_calls: int, limits: Limits = DEFAULT_LIMITS
+    ) -> None:
+        self.limits = limits
+        self.statistics = Statistics()
+        self._scheduler = scheduler
+        self._calls = threading.BoundedSemaphore(max_calls)
+
+    @property
+    def engine(self) -> Engine:
+        return self._scheduler.engine
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.engine.info
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Room for a call while it lasts; QueueFullError if there is none."""
+        if not self._calls.acquire(blocking=False):
+            raise QueueFullError("the server has as many calls as it can hold")
+        try:
+            yield
+        finally:
+            self._calls.release()
+
+    def events(
+        self, job: Job, context: grpc.ServicerContext, timeout: float | None = None
+    ) -> Iterator[Event]:
+        """Queues a job now; its events, as Handle.events gives and raises them.
+
+        It ends with its call, by the call's deadline, or after `timeout` seconds.
+        """
+        with self.statistics.failures_of(job.generation.task):
+            handle = self._submit(job, context, timeout)
+        return self._counted(job, selection.events_of(handle, job.samples, self.engine.rankers))
+
+    def _submit(self, job: Job, context: grpc.ServicerContext, timeout: float | None) -> Handle:
+        remaining = context.time_remaining()  # centuries when the client set no deadline
+        if remaining is not None and remaining < YEAR_SECONDS:
+            timeout = remaining if timeout is None else min(timeout, remaining)
+        handle = self._scheduler.submit(job.generation, samples=job.samples.count, timeout=timeout)
+        if not context.add_callback(handle.cancel):
+            handle.cancel()  # the client left before there was something to cancel
+        return handle
+
+    def _counted(self, job: Job, events: Iterator[Event]) -> Iterator[Event]:
+        task = job.generation.task
+        with self.statistics.failures_of(task):
+            for event in events:
+                if isinstance(event, Done):
+                    self.statistics.add(task, event.timings)
+                    _tell(job, event)
+                yield event
+
+
+def _tell(job: Job, event: Done) -> None:
+    times = event.timings
+    log.info(
+        "%s %s: %d frames, %d steps, %.3f s (queue %.3f, encode %.3f, decode %.3f, pixels %.3f, "
+        "ranking %.3f)",
+        job.request_id,
+        job.generation.task,
+        job.generation.frame_count * job.samples.count,
+        times.steps,
+        times.total,
+        times.queue,
+        times.encode,
+        times.decode,
+        times.pixels,
+        times.ranking,
+    )

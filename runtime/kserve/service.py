@@ -1,0 +1,347 @@
+"""inference.GRPCInferenceService: the Open Inference Protocol on the engine of nuwa.v1.
+
+Raises plain exceptions, which interceptor.py turns into statuses; but within a stream an error is
+an answer of its own, as in Triton, unless the client asks for statuses there too.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from typing import Any
+
+import grpc
+import numpy as np
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from nuwa.inference import grpc_service_pb2 as pb
+from nuwa.inference import grpc_service_pb2_grpc
+
+from .. import media
+from ..convert import Job
+from ..core import Done, Event, Frame, QueueFullError, Timings
+from ..errors import FieldError
+from ..intake import Intake
+from .models import VERSION, TaskModel, find, models_of
+from .requests import InferJob, read_request
+from .tensors import add_output, set_parameters
+
+log = logging.getLogger("nuwa.runtime")
+
+NAME = "nuwa"
+FINAL = "triton_final_response"
+WANTS_STATUS = "triton_grpc_error"  # metadata: end the stream with a status at the first error
+MAX_STREAMS = 32  # open at a time; each holds one of the server's threads, even while it is idle
+CALLS_PER_STREAM = 16  # generations of one stream at a time
+UNSENT_ANSWERS = 16  # of one stream, before its generations wait for the client to read
+
+
+class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
+    """ready: whether the server takes requests; told: the message for clients of an error."""
+
+    def __init__(
+        self, intake: Intake, *, ready: Callable[[], bool], told: Callable[[Exception], str]
+    ) -> None:
+        self._intake, self._ready, self._told = intake, ready, told
+        self._models = models_of(intake.info)
+        self._streams = threading.BoundedSemaphore(MAX_STREAMS)
+
+    def ServerLive(self, request: Any, context: grpc.ServicerContext) -> pb.ServerLiveResponse:
+        return pb.ServerLiveResponse(live=True)
+
+    def ServerReady(self, request: Any, context: grpc.ServicerContext) -> pb.ServerReadyResponse:
+        return pb.ServerReadyResponse(ready=self._ready())
+
+    def ModelReady(
+        self, request: pb.ModelReadyRequest, context: grpc.ServicerContext
+    ) -> pb.ModelReadyResponse:
+        there = request.name in self._models and request.version in ("", VERSION)
+        return pb.ModelReadyResponse(ready=there and self._ready())
+
+    def ServerMetadata(
+        self, request: Any, context: grpc.ServicerContext
+    ) -> pb.ServerMetadataResponse:
+        version = importlib.metadata.version("nuwa-runtime")
+        extensions = ["model_configuration", "statistics", "model_repository"]
+        return pb.ServerMetadataResponse(name=NAME, version=version, extensions=extensions)
+
+    def ModelMetadata(
+        self, request: pb.ModelMetadataRequest, context: grpc.ServicerContext
+    ) -> pb.ModelMetadataResponse:
+        return find(self._models, request.name, request.version).metadata
+
+    def ModelConfig(
+        self, request: pb.ModelConfigRequest, context: grpc.ServicerContext
+    ) -> pb.ModelConfigResponse:
+        return pb.ModelConfigResponse(
+            config=find(self._models, request.name, request.version).config
+        )
+
+    def ModelStatistics(
+        self, request: pb.ModelStatisticsRequest, context: grpc.ServicerContext
+    ) -> pb.ModelStatisticsResponse:
+        models = list(self._models.values())
+        if request.name:
+            models = [find(self._models, request.name, request.version)]
+        return pb.ModelStatisticsResponse(model_stats=[self._statistics(each) for each in models])
+
+    def RepositoryIndex(
+        self, request: pb.RepositoryIndexRequest, context: grpc.ServicerContext
+    ) -> pb.RepositoryIndexResponse:
+        ready = self._ready()
+        names = self._models if ready or not request.ready else ()
+        state = "READY" if ready else "UNAVAILABLE"
+        return pb.RepositoryIndexResponse(
+            models=[{"name": name, "version": VERSION, "state": state} for name in names]
+        )
+
+    def ModelInfer(
+        self, request: pb.ModelInferRequest, context: grpc.ServicerContext
+    ) -> pb.ModelInferResponse:
+        with self._intake.call():
+            model, job = self._read(request)
+            if model.task.is_video and job.job.samples.returned > 1:
+                raise FieldError(
+                    "parameters.return_count",
+                    f"one answer has room for one clip, not for {job.job.samples.returned}; set "
+                    "return_count to 1 (with rank_by), or use ModelStreamInfer",
+                )
+            frames, done = [], None
+            for event in self._events(job, context):
+                if isinstance(event, Frame):
+                    frames.append(event)
+                elif isinstance(event, Done):
+                    done = event
+            assert done is not None, "a request that does not fail is done"
+            return _whole(model, job, frames, done)
+
+    def ModelStreamInfer(
+        self, request_iterator: Iterator[Any], context: grpc.ServicerContext
+    ) -> Iterator[pb.ModelStreamInferResponse]:
+        strict = dict(context.invocation_metadata()).get(WANTS_STATUS) == "true"
+        if not self._streams.acquire(blocking=False):
+            raise QueueFullError(f"the server has {MAX_STREAMS} streams open, as many as it can")
+        stream = _Stream(self._answers, context)
+        try:
+            stream.start(request_iterator)
+            for answer in stream.answers():
+                if not isinstance(answer, _Failure):
+                    yield pb.ModelStreamInferResponse(infer_response=answer)
+                elif strict or not context.is_active():
+                    raise answer.error
+                else:
+                    failed = pb.ModelInferResponse(id=answer.request_id)
+                    set_parameters(failed.parameters, {FINAL: True})
+                    yield pb.ModelStreamInferResponse(
+                        error_message=self._told(answer.error), infer_response=failed
+                    )
+        finally:
+            stream.close()
+            self._streams.release()
+
+    def _answers(
+        self, request: pb.ModelInferRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.ModelInferResponse]:
+        """Those to one request of a stream."""
+        with self._intake.call():
+            model, job = self._read(request)
+            made: Callable = _by_frame if model.task.is_video else _by_image
+            yield from made(model, job, self._events(job, context))
+
+    def _read(self, request: pb.ModelInferRequest) -> tuple[TaskModel, InferJob]:
+        if unknown := UnknownFieldSet(request):
+            number = unknown[0].field_number
+            raise FieldError("", f"field number {number} of ModelInferRequest is not known here")
+        model = find(self._models, request.model_name, request.model_version)
+        return model, read_request(request, model, self._intake.info, self._intake.limits)
+
+    def _events(self, job: InferJob, context: grpc.ServicerContext) -> Iterator[Event]:
+        return self._intake.events(job.job, context, job.timeout)
+
+    def _statistics(self, model: TaskModel) -> pb.ModelStatistics:
+        found = self._intake.statistics[model.task]
+        message = pb.ModelStatistics(
+            name=model.name,
+            version=VERSION,
+            last_inference=round(found.last_time * 1e3),
+            inference_count=found.succeeded,
+            execution_count=found.seconds.steps,
+        )
+        stats = message.inference_stats
+        for duration, count, seconds in (
+            (stats.success, found.succeeded, found.seconds.total),
+            (stats.fail, found.failed, found.failed_seconds),
+            (stats.queue, found.succeeded, found.seconds.queue),
+            (stats.compute_input, found.succeeded, found.seconds.encode),
+            (stats.compute_infer, found.succeeded, found.seconds.decode),
+            (stats.compute_output, found.succeeded, found.seconds.pixels),
+        ):
+            duration.count, duration.ns = count, round(seconds * 1e9)
+        return message
+
+
+class _Failure:
+    def __init__(self, request_id: str, error: Exception) -> None:
+        self.request_id, self.error = request_id, error
+
+
+class _Stream:
+    """One bidirectional call: requests are answered side by side, each in a thread of its own.
+
+    Answers wait in a bounded queue until the client reads them; the engine never waits for that.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[pb.ModelInferRequest, grpc.ServicerContext], Iterator],
+        context: grpc.ServicerContext,
+    ) -> None:
+        self._answer, self._context = answer, context
+        self._pool = futures.ThreadPoolExecutor(CALLS_PER_STREAM + 1, "nuwa-stream")
+        self._queue: queue.Queue[Any] = queue.Queue(UNSENT_ANSWERS)
+        self._lock = threading.Lock()
+        self._open = 1  # the reader, and requests that are being answered
+        self._closed = threading.Event()
+
+    def start(self, requests: Iterator[Any]) -> None:
+        """Begins to read requests; answers() gives what becomes of them."""
+        self._pool.submit(self._read, requests)
+
+    def answers(self) -> Iterator[Any]:
+        """Until all requests are answered; _Failure for those that cannot be."""
+        while (answer := self._queue.get()) is not None:
+            yield answer
+
+    def close(self) -> None:
+        """Lets threads that still have answers throw them away.
+
+        Does not wait for them: the one that reads ends with the call, which is not over yet.
+        """
+        self._closed.set()
+        self._pool.shutdown(wait=False)
+
+    def _read(self, requests: Iterator[Any]) -> None:
+        """Takes requests until the client has sent its last one, or is gone."""
+        try:
+            for request in requests:
+                if self._closed.is_set():
+                    return
+                self._take(request)
+        except Exception:
+            log.debug("a stream ended", exc_info=True)  # how the iterator says that it is over
+        finally:
+            self._finish_one()
+
+    def _take(self, request: Any) -> None:
+        if not isinstance(request, pb.ModelInferRequest):
+            self._put(_Failure("", ValueError("the request is not a valid message")))
+            return
+        with self._lock:
+            busy = self._open > CALLS_PER_STREAM
+            self._open += not busy
+        if busy:
+            problem = f"a stream has at most {CALLS_PER_STREAM} requests at a time"
+            self._put(_Failure(request.id, QueueFullError(problem)))
+        else:
+            self._pool.submit(self._serve, request)
+
+    def _serve(self, request: pb.ModelInferRequest) -> None:
+        try:
+            for answer in self._answer(request, self._context):
+                self._put(answer)
+        except Exception as error:
+            self._put(_Failure(request.id, error))
+        finally:
+            self._finish_one()
+
+    def _finish_one(self) -> None:
+        with self._lock:
+            self._open -= 1
+            last = not self._open
+        if last:
+            self._put(None)
+
+    def _put(self, answer: Any) -> None:
+        while not self._closed.is_set():
+            try:
+                self._queue.put(answer, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+
+def _response(model: TaskModel, job: Job, **parameters: Any) -> pb.ModelInferResponse:
+    response = pb.ModelInferResponse(
+        model_name=model.name, model_version=VERSION, id=job.request_id
+    )
+    set_parameters(response.parameters, {"seed": job.generation.seed} | parameters)
+    return response
+
+
+def _whole(
+    model: TaskModel, job: InferJob, frames: list[Frame], done: Done
+) -> pb.ModelInferResponse:
+    """The answer with all images, or all frames of the clip; best first, or by their numbers."""
+    if not done.scores:
+        frames.sort(key=lambda frame: (frame.sample_index, frame.index))
+    indices = list(dict.fromkeys(frame.sample_index for frame in frames))
+    parameters: dict[str, Any] = {"sample_index": indices[0], **_times(done.timings)}
+    if done.scores:
+        parameters["score"] = done.scores[indices[0]]
+    response = _response(model, job.job, **parameters)
+    _add(response, model, job, frames)
+    return response
+
+
+def _by_image(
+    model: TaskModel, job: InferJob, events: Iterator[Event]
+) -> Iterator[pb.ModelInferResponse]:
+    frames: list[Frame] = []
+    for event in events:
+        if isinstance(event, Frame):
+            frames.append(event)
+        elif isinstance(event, Done):
+            response = _whole(model, job, frames, event)
+            set_parameters(response.parameters, {FINAL: not job.empty_final})
+            yield response
+            if job.empty_final:
+                yield _response(model, job.job, **{FINAL: True})
+
+
+def _by_frame(
+    model: TaskModel, job: InferJob, events: Iterator[Event]
+) -> Iterator[pb.ModelInferResponse]:
+    left = job.job.samples.returned * job.job.generation.frame_count
+    for event in events:
+        if isinstance(event, Frame):
+            left -= 1
+            response = _response(
+                model,
+                job.job,
+                sample_index=event.sample_index,
+                frame_index=event.index,
+                **{FINAL: left == 0 and not job.empty_final},
+            )
+            _add(response, model, job, [event])
+            yield response
+        elif isinstance(event, Done) and job.empty_final:
+            yield _response(model, job.job, **{FINAL: True}, **_times(event.timings))
+
+
+def _add(
+    response: pb.ModelInferResponse, model: TaskModel, job: InferJob, frames: list[Frame]
+) -> None:
+    made = "VIDEO" if model.task.is_video else "IMAGE"
+    pixels = np.stack([frame.pixels for frame in frames])
+    add_output(response, made, media.upscale(pixels, job.job.output.scale))
+    if job.tokens:
+        add_output(response, "TOKENS", np.stack([frame.tokens for frame in frames]))
+
+
+def _times(timings: Timings) -> dict[str, int]:
+    names = ("queue", "encode", "decode", "pixels", "total")
+    return {f"{name}_ns": round(getattr(timings, name) * 1e9) for name in names}

@@ -1,0 +1,69 @@
+"""How many generations of each task there were, how they ended and where their time went."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from nuwa.spec.tasks import Task
+
+from .core import Timings
+
+
+@dataclass(frozen=True)
+class TaskStatistics:
+    """Since the server started. seconds: summed over the successful ones; last_time: when the last
+    one ended, in seconds since the epoch, 0 if there was none.
+    """
+
+    succeeded: int = 0
+    failed: int = 0
+    seconds: Timings = Timings()
+    failed_seconds: float = 0.0
+    last_time: float = 0.0
+
+
+class Statistics:
+    """Safe to use from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tasks = {task: TaskStatistics() for task in Task}
+
+    def __getitem__(self, task: Task) -> TaskStatistics:
+        with self._lock:
+            return self._tasks[task]
+
+    def add(self, task: Task, timings: Timings) -> None:
+        """A generation that succeeded."""
+        with self._lock:
+            now = self._tasks[task]
+            sums = {
+                name: getattr(now.seconds, name) + value for name, value in vars(timings).items()
+            }
+            self._tasks[task] = replace(
+                now,
+                succeeded=now.succeeded + 1,
+                seconds=Timings(**sums),
+                last_time=time.time(),
+            )
+
+    @contextmanager
+    def failures_of(self, task: Task) -> Iterator[None]:
+        """Counts a generation as failed if an error is raised inside."""
+        started = time.perf_counter()
+        try:
+            yield
+        except Exception:
+            with self._lock:
+                now = self._tasks[task]
+                self._tasks[task] = replace(
+                    now,
+                    failed=now.failed + 1,
+                    failed_seconds=now.failed_seconds + time.perf_counter() - started,
+                    last_time=time.time(),
+                )
+            raise

@@ -1,0 +1,125 @@
+"""Clients that others wrote, unmodified: Triton's, one that reflects, and buf.
+
+They live in build/clients, an environment that `make test` makes where packages can be had.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from google.rpc import error_details_pb2
+
+from nuwa.runtime.server import Server
+
+from ..runtime.fake_engine import FakeEngine, expected_pixels, expected_tokens
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+PROGRAMS = ROOT / "build" / "clients" / "bin"
+SECONDS = 60
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Server(FakeEngine(slots=2)) as server:
+        yield server
+
+
+def program(name: str) -> str:
+    if not (PROGRAMS / name).exists():
+        pytest.skip(f"{PROGRAMS / name} is not installed; `make build/clients`")
+    return str(PROGRAMS / name)
+
+
+def ran(*command: str, code: int = 0) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == code, done.stderr + done.stdout
+    return done.stdout if code == 0 else done.stderr
+
+
+def clip(seed: int, frames: range) -> list:
+    return np.stack([expected_pixels(expected_tokens(seed, f)) for f in frames]).tolist()
+
+
+def test_tritons_client(server):
+    seen = json.loads(ran(program("python"), str(HERE / "triton_client.py"), server.address))
+    about = seen["metadata"]
+    assert about["live"] and about["ready"] and about["decoupled"] and not about["not_ready"]
+    assert about["server"] == "nuwa" and about["inputs"] == ["PROMPT"]
+    assert "fake_t2v" in about["models"] and len(about["models"]) == 7
+    unary = seen["unary"]
+    assert unary["id"] == "mine" and unary["executed"] == 1
+    assert unary["clip"] == clip(5, range(2))
+    assert unary["tokens"] == [expected_tokens(5, f).tolist() for f in range(2)]
+    image = np.array(unary["image"])
+    assert image.shape == (1, 8, 8, 3) and (image[:, 4:] == 9).all() and (image[:, :4] != 9).any()
+    for name, status, message in (
+        ("parameter", "INVALID_ARGUMENT", "no parameter 'sede'"),
+        ("deadline", "DEADLINE_EXCEEDED", ""),
+        ("timeout", "DEADLINE_EXCEEDED", "was not finished within 1e-06 s"),
+        ("model", "NOT_FOUND", "no model 'other'"),
+    ):
+        code, told = seen["errors"][name]
+        assert code == f"StatusCode.{status}" and message in told
+    frames = [[str(seed), f, clip(seed, range(f, f + 1))] for seed in (0, 1) for f in range(2)]
+    assert seen["stream"] == {"frames": frames, "error": "prompt 'refused' is refused"}
+    assert "ancel" in seen["cancelled"]
+
+
+def test_a_client_that_knows_the_methods_by_reflection(server):
+    seen = json.loads(ran(program("python"), str(HERE / "reflecting_client.py"), server.address))
+    assert {"nuwa.v1.GenerationService", "inference.GRPCInferenceService"} <= set(seen["services"])
+    assert seen["image"] == ["mine", "7", "IMAGE_FORMAT_PNG"]
+    assert seen["events"].count("frame") == 3 and seen["events"][-1] == "done"
+    assert seen["inputs"] == ["PROMPT"]
+
+
+def buf_curl(server: Server, method: str, data: dict, code: int = 0) -> list[dict]:
+    url = f"http://{server.address}"
+    options = ("--protocol", "grpc", "--http2-prior-knowledge", "--data", json.dumps(data))
+    output = ran(program("buf"), "curl", *options, f"{url}/{method}", code=code)
+    decoder, found = json.JSONDecoder(), []
+    while output.strip():
+        value, end = decoder.raw_decode(output.strip())
+        found.append(value)
+        output = output.strip()[end:]
+    return found
+
+
+def test_buf_curl(server):
+    service = "nuwa.v1.GenerationService"
+    asked = {"task": "TASK_T2V", "prompt": "a 3", "frameCount": 2}
+    events = buf_curl(server, f"{service}/GenerateVideo", asked)
+    assert [next(iter(event)) for event in events].count("frame") == 2
+    [health] = buf_curl(server, "grpc.health.v1.Health/Check", {"service": service})
+    assert health == {"status": "SERVING"}
+    [error] = buf_curl(server, f"{service}/GenerateImage", {"task": "TASK_T2I"}, code=24)
+    assert error["code"] == "invalid_argument" and "prompt is empty" in error["message"]
+    assert [detail["type"] for detail in error["details"]] == [
+        "google.rpc.ErrorInfo",
+        "google.rpc.BadRequest",
+    ]
+    bad = error_details_pb2.BadRequest.FromString(base64_decoded(error["details"][1]["value"]))
+    assert [each.field for each in bad.field_violations] == ["prompt"]
+
+
+def base64_decoded(text: str) -> bytes:
+    return base64.b64decode(text + "=" * (-len(text) % 4))
+
+
+def test_buf_lint():
+    assert ran(program("buf"), "lint", str(ROOT / "proto")) == ""
+
+
+@pytest.mark.parametrize("commit", ["HEAD", "HEAD~1"])
+def test_the_interface_breaks_no_client_of_an_earlier_commit(commit):
+    known = ["git", "-C", str(ROOT), "rev-parse", "--verify", "--quiet", commit]
+    if subprocess.run(known, capture_output=True).returncode:
+        pytest.skip(f"there is no commit {commit} here")
+    against = f"{ROOT / '.git'}#subdir=proto,ref={commit}"
+    assert ran(program("buf"), "breaking", str(ROOT / "proto"), "--against", against) == ""

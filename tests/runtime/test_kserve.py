@@ -1,0 +1,423 @@
+"""The Open Inference Protocol: models, tensors, parameters, streams, and what it refuses."""
+
+from __future__ import annotations
+
+import threading
+
+import grpc
+import numpy as np
+import pytest
+
+from nuwa.inference import grpc_service_pb2 as pb
+from nuwa.inference import grpc_service_pb2_grpc
+from nuwa.runtime import media
+from nuwa.runtime.kserve import service
+from nuwa.runtime.kserve.tensors import set_parameters
+from nuwa.spec.tasks import Task
+
+from .fake_engine import expected_pixels, expected_tokens
+from .messages import CLIP, PICTURE, details, wait_until
+
+MASK = np.zeros((8, 8), bool)
+MASK[:4] = True
+
+
+@pytest.fixture
+def stub(channel):
+    return grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+
+def text(prompt: str = "a 3") -> tuple[str, list[int], bytes]:
+    data = prompt.encode()
+    return "BYTES", [1], len(data).to_bytes(4, "little") + data
+
+
+def array(values: np.ndarray) -> tuple[str, list[int], bytes]:
+    return values.dtype.name.upper(), list(values.shape), values.tobytes()
+
+
+def ask(task: str, parameters: dict | None = None, **inputs) -> pb.ModelInferRequest:
+    """A request with raw contents; inputs by name: (datatype, shape, raw)."""
+    request = pb.ModelInferRequest(model_name=f"fake_{task}", id="mine")
+    set_parameters(request.parameters, parameters or {})
+    for name, (datatype, shape, raw) in inputs.items():
+        request.inputs.add(name=name, datatype=datatype, shape=shape)
+        request.raw_input_contents.append(raw)
+    return request
+
+
+def pixels(response: pb.ModelInferResponse) -> np.ndarray:
+    return np.frombuffer(response.raw_output_contents[0], np.uint8).reshape(
+        response.outputs[0].shape
+    )
+
+
+def value(response: pb.ModelInferResponse, name: str):
+    parameter = response.parameters[name]
+    return getattr(parameter, parameter.WhichOneof("parameter_choice"))
+
+
+def clip(seed: int, frames: int) -> np.ndarray:
+    return np.stack([expected_pixels(expected_tokens(seed, f)) for f in range(frames)])
+
+
+def refused(call, code=grpc.StatusCode.INVALID_ARGUMENT) -> tuple[str, dict[str, str]]:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    assert caught.value.code() is code
+    return caught.value.details(), details(caught.value)[1]
+
+
+def test_the_server_and_its_models_are_ready(stub, server):
+    assert stub.ServerLive(pb.ServerLiveRequest()).live
+    assert stub.ServerReady(pb.ServerReadyRequest()).ready
+    assert stub.ModelReady(pb.ModelReadyRequest(name="fake_t2i")).ready
+    assert stub.ModelReady(pb.ModelReadyRequest(name="fake_t2i", version="1")).ready
+    for name, version in (("fake_s2i", ""), ("other", ""), ("fake_t2i", "2")):
+        assert not stub.ModelReady(pb.ModelReadyRequest(name=name, version=version)).ready
+    about = stub.ServerMetadata(pb.ServerMetadataRequest())
+    assert about.name == "nuwa" and about.version
+    index = stub.RepositoryIndex(pb.RepositoryIndexRequest())
+    names = {each.name for each in index.models}
+    assert names == {f"fake_{task}" for task in Task if task is not Task.S2I}
+    assert {each.state for each in index.models} == {"READY"}
+    server._on_death()
+    assert not stub.ServerReady(pb.ServerReadyRequest()).ready
+    assert stub.ServerLive(pb.ServerLiveRequest()).live
+    assert {e.state for e in stub.RepositoryIndex(pb.RepositoryIndexRequest()).models} == {
+        "UNAVAILABLE"
+    }
+    assert not stub.RepositoryIndex(pb.RepositoryIndexRequest(ready=True)).models
+
+
+@pytest.mark.parametrize(
+    ("task", "inputs"),
+    [
+        ("t2i", {"PROMPT": ("BYTES", [1])}),
+        ("i2i", {"IMAGE": ("UINT8", [8, 8, 3]), "MASK": ("BOOL", [8, 8])}),
+        (
+            "tv2v",
+            {
+                "PROMPT": ("BYTES", [1]),
+                "VIDEO": ("UINT8", [-1, 8, 8, 3]),
+                "MASK": ("BOOL", [8, 8]),
+            },
+        ),
+        ("s2v", {"PROMPT": ("BYTES", [1]), "SKETCH": ("UINT8", [-1, 8, 8])}),
+    ],
+)
+def test_metadata_and_config_say_what_a_task_takes_and_gives(stub, task, inputs):
+    name = f"fake_{task}"
+    metadata = stub.ModelMetadata(pb.ModelMetadataRequest(name=name))
+    assert {e.name: (e.datatype, list(e.shape)) for e in metadata.inputs} == inputs
+    config = stub.ModelConfig(pb.ModelConfigRequest(name=name)).config
+    assert {e.name: list(e.dims) for e in config.input} == {n: s for n, (_, s) in inputs.items()}
+    assert {e.name for e in config.input if e.optional} == ({"PROMPT"} if task == "s2v" else set())
+    video = Task(task).is_video
+    assert config.model_transaction_policy.decoupled == video and config.max_batch_size == 0
+    made = [(e.name, e.datatype, list(e.shape)) for e in metadata.outputs]
+    assert made[0] == ("VIDEO" if video else "IMAGE", "UINT8", [-1, 8, 8, 3])
+    assert made[1] == ("TOKENS", "INT32", [-1, -1, -1])
+
+
+def test_an_image(stub):
+    request = ask("t2i", {"seed": 7, "temperature": 1}, PROMPT=text())
+    response = stub.ModelInfer(request)
+    assert (pixels(response) == clip(7, 1)).all()
+    assert (response.id, response.model_name, response.model_version) == ("mine", "fake_t2i", "1")
+    assert value(response, "seed") == 7 and value(response, "sample_index") == 0
+    assert 0 < value(response, "decode_ns") <= value(response, "total_ns")
+    assert [each.name for each in response.outputs] == ["IMAGE"]
+
+
+def test_typed_contents_are_as_good_as_raw_ones(stub):
+    request = pb.ModelInferRequest(model_name="fake_ti2i")
+    for name, datatype, shape, contents in (
+        ("PROMPT", "BYTES", [1], {"bytes_contents": [b"a 3"]}),
+        ("IMAGE", "UINT8", [8, 8, 3], {"uint_contents": PICTURE.flatten().tolist()}),
+        ("MASK", "BOOL", [8, 8], {"bool_contents": MASK.flatten().tolist()}),
+    ):
+        request.inputs.add(name=name, datatype=datatype, shape=shape, contents=contents)
+    set_parameters(request.parameters, {"seed": 3})
+    typed = stub.ModelInfer(request)
+    raw = ask("ti2i", {"seed": 3}, PROMPT=text(), IMAGE=array(PICTURE), MASK=array(MASK))
+    assert (pixels(typed) == pixels(stub.ModelInfer(raw))).all()
+
+
+def test_given_pictures_and_masks_arrive_as_they_were_sent(stub, engine):
+    file = media.encode_picture(PICTURE, "png")
+    as_file = "BYTES", [1], len(file).to_bytes(4, "little") + file
+    for given in (array(PICTURE), as_file):
+        stub.ModelInfer(ask("i2i", IMAGE=given, MASK=array(MASK)))
+        assert (engine.admitted[-1].frames == PICTURE[None]).all()
+        assert (engine.admitted[-1].mask == MASK).all()
+    sketch = np.arange(3 * 64, dtype=np.uint8).reshape(3, 8, 8) % 5
+    stub.ModelInfer(ask("s2v", SKETCH=array(sketch)))
+    assert (engine.admitted[-1].sketch == sketch).all() and engine.admitted[-1].prompt == ""
+    stub.ModelInfer(ask("v2v", {"frame_count": 5}, VIDEO=array(CLIP)))
+    assert (engine.admitted[-1].frames == CLIP).all() and engine.admitted[-1].frame_count == 5
+
+
+def test_a_clip_in_one_answer_and_frame_by_frame(stub):
+    request = ask("t2v", {"seed": 5, "frame_count": 3}, PROMPT=text())
+    assert (pixels(stub.ModelInfer(request)) == clip(5, 3)).all()
+    answers = [each.infer_response for each in stub.ModelStreamInfer(iter([request]))]
+    assert [value(each, "frame_index") for each in answers] == [0, 1, 2]
+    assert [value(each, "triton_final_response") for each in answers] == [False, False, True]
+    assert (np.concatenate([pixels(each) for each in answers]) == clip(5, 3)).all()
+    assert {each.id for each in answers} == {"mine"}
+    set_parameters(request.parameters, {"triton_enable_empty_final_response": True})
+    answers = [each.infer_response for each in stub.ModelStreamInfer(iter([request]))]
+    assert [value(each, "triton_final_response") for each in answers] == [False] * 3 + [True]
+    assert not answers[-1].outputs and value(answers[-1], "total_ns") > 0
+
+
+def test_several_samples_the_best_ones_first(stub):
+    options = {"seed": 1, "sample_count": 4, "rank_by": "first", "return_count": 2}
+    response = stub.ModelInfer(ask("t2i", options, PROMPT=text()))
+    assert (pixels(response) == np.concatenate([clip(4, 1), clip(3, 1)])).all()
+    assert value(response, "sample_index") == 3 and value(response, "score") == 4.0
+    all_of_them = ask("t2i", {"seed": 1, "sample_count": 3}, PROMPT=text())
+    expected = np.concatenate([clip(seed, 1) for seed in (1, 2, 3)])
+    assert (pixels(stub.ModelInfer(all_of_them)) == expected).all()
+    clips = ask("t2v", {"sample_count": 2}, PROMPT=text())
+    message, fields = refused(lambda: stub.ModelInfer(clips))
+    assert "parameters.return_count" in fields and "ModelStreamInfer" in message
+    answers = [each.infer_response for each in stub.ModelStreamInfer(iter([clips]))]
+    assert len(answers) == 20 and {value(each, "sample_index") for each in answers} == {0, 1}
+
+
+def test_tokens_where_they_are_asked_for(stub):
+    request = ask("t2v", {"seed": 2, "frame_count": 2}, PROMPT=text())
+    request.outputs.add(name="TOKENS")
+    response = stub.ModelInfer(request)
+    tokens = response.outputs[1]
+    assert (tokens.name, tokens.datatype, list(tokens.shape)) == ("TOKENS", "INT32", [2, 4, 4])
+    found = np.frombuffer(response.raw_output_contents[1], "<i4").reshape(2, 4, 4)
+    assert (found == np.stack([expected_tokens(2, f) for f in range(2)])).all()
+
+
+@pytest.mark.parametrize(
+    ("request_", "field", "message"),
+    [
+        (ask("t2i"), "inputs.PROMPT", "prompt is empty"),
+        (ask("t2i", PROMPT=text(), IMAGE=array(PICTURE)), "inputs.IMAGE", "it takes PROMPT"),
+        (ask("t2i", {"sede": 1}, PROMPT=text()), "parameters.sede", "no parameter 'sede'; it has"),
+        (ask("t2i", {"seed": "1"}, PROMPT=text()), "parameters.seed", "'1' is not of type int"),
+        (ask("t2i", {"seed": -1}, PROMPT=text()), "parameters.seed", "seed -1 is not in"),
+        (ask("t2i", {"top_k": 2**40}, PROMPT=text()), "parameters.top_k", "is too large"),
+        (ask("t2i", {"top_p": 2.0}, PROMPT=text()), "parameters.top_p", "top_p 2.0 is not in"),
+        (ask("t2i", {"frame_count": 2}, PROMPT=text()), "parameters.frame_count", "no parameter"),
+        (
+            ask("t2v", {"frame_count": 11}, PROMPT=text()),
+            "parameters.frame_count",
+            "not in [1, 10]",
+        ),
+        (ask("t2i", {"timeout": 0}, PROMPT=text()), "parameters.timeout", "is not above 0"),
+        (ask("t2i", {"schedule": "up"}, PROMPT=text()), "parameters.schedule", "wave, raster"),
+        (ask("t2i", {"rank_by": "x"}, PROMPT=text()), "parameters.rank_by", "'x'"),
+        (ask("t2i", PROMPT=("BYTES", [1], b"\x05\0\0\0abc")), "inputs.PROMPT", "within an element"),
+        (ask("t2i", PROMPT=("BYTES", [2], text()[2])), "inputs.PROMPT", "its shape [2] says 2"),
+        (ask("t2i", PROMPT=("BYTES", [1], b"\1\0\0\0\xff")), "inputs.PROMPT", "not valid UTF-8"),
+        (ask("t2i", PROMPT=("FP16", [1], b"ab")), "inputs.PROMPT", "UINT8, BOOL, BYTES"),
+        (ask("t2i", PROMPT=("UINT8", [2], b"ab")), "inputs.PROMPT", "one element of BYTES"),
+        (
+            ask("i2i", IMAGE=array(PICTURE[:4]), MASK=array(MASK)),
+            "inputs.IMAGE",
+            "image is 8 x 4 pixels; this model takes 8 x 8",
+        ),
+        (
+            ask("i2i", IMAGE=array(PICTURE[..., 0]), MASK=array(MASK)),
+            "inputs.IMAGE",
+            "its last size is 3",
+        ),
+        (
+            ask("i2i", IMAGE=array(PICTURE), MASK=array(~MASK & MASK)),
+            "inputs.MASK",
+            "dark everywhere",
+        ),
+        (
+            ask("i2i", IMAGE=("UINT8", [8, -1, 3], b""), MASK=array(MASK)),
+            "inputs.IMAGE",
+            "1 or more",
+        ),
+        (ask("v2v", VIDEO=array(PICTURE[0, 0])), "inputs.VIDEO", "see the model's metadata"),
+    ],
+)
+def test_what_is_wrong_is_named(stub, request_, field, message):
+    told, fields = refused(lambda: stub.ModelInfer(request_))
+    assert message in told and list(fields) == [field]
+    [answer] = stub.ModelStreamInfer(iter([request_]))
+    assert answer.error_message == told and answer.infer_response.id == "mine"
+    assert value(answer.infer_response, "triton_final_response") is True
+
+
+def test_contradictions_between_tensors_are_named(stub):
+    request = ask("t2i", PROMPT=text())
+    request.raw_input_contents.append(b"")
+    assert "raw_input_contents" in refused(lambda: stub.ModelInfer(request))[1]
+    request = ask("t2i", PROMPT=text())
+    request.inputs[0].contents.bytes_contents.append(b"a 3")
+    assert "both contents and raw" in refused(lambda: stub.ModelInfer(request))[0]
+    request = ask("t2i", PROMPT=text())
+    request.inputs.append(request.inputs[0])
+    request.raw_input_contents.append(request.raw_input_contents[0])
+    assert "given twice" in refused(lambda: stub.ModelInfer(request))[0]
+    request = ask("t2i", PROMPT=text())
+    set_parameters(request.inputs[0].parameters, {"shared_memory_region": "x"})
+    assert "take no parameters" in refused(lambda: stub.ModelInfer(request))[0]
+    request = ask("t2i", PROMPT=text())
+    request.outputs.add(name="LOGITS")
+    assert "it gives IMAGE, TOKENS" in refused(lambda: stub.ModelInfer(request))[0]
+    wrong = pb.ModelInferRequest(model_name="fake_t2i")
+    wrong.inputs.add(name="PROMPT", datatype="BYTES", shape=[1], contents={"int_contents": [1]})
+    told = refused(lambda: stub.ModelInfer(wrong))[0]
+    assert "contents of BYTES are bytes_contents, not int_contents" in told
+
+
+@pytest.mark.parametrize(
+    "method", ["ModelMetadata", "ModelConfig", "ModelStatistics", "ModelInfer"]
+)
+def test_unknown_models_and_versions_are_not_found(stub, method):
+    name = "model_name" if method == "ModelInfer" else "name"
+    version = "model_version" if method == "ModelInfer" else "version"
+    kind = getattr(pb, f"{method}Request")
+    for fields, told in (
+        ({name: "other"}, "no model 'other'; this server has fake_t2i, "),
+        ({name: "fake_t2i", version: "3"}, "no version '3'; it has 1"),
+    ):
+        message, _ = refused(
+            lambda fields=fields: getattr(stub, method)(kind(**fields)), grpc.StatusCode.NOT_FOUND
+        )
+        assert told in message
+
+
+def test_statistics_count_what_was_done(stub, engine):
+    def of(task: str) -> pb.ModelStatistics:
+        request = pb.ModelStatisticsRequest(name=f"fake_{task}")
+        return stub.ModelStatistics(request).model_stats[0]
+
+    assert of("t2i").inference_count == 0 and of("t2i").last_inference == 0
+    for _ in range(2):
+        stub.ModelInfer(ask("t2i", PROMPT=text()))
+    engine.step_error = RuntimeError("a fault")
+    with pytest.raises(grpc.RpcError):
+        stub.ModelInfer(ask("t2i", PROMPT=text()))
+    found = of("t2i")
+    assert (found.inference_count, found.execution_count) == (2, 8)
+    stats = found.inference_stats
+    assert (stats.success.count, stats.fail.count) == (2, 1)
+    assert stats.success.ns >= stats.compute_infer.ns > 0 and stats.compute_infer.count == 2
+    assert found.last_inference > 1.7e12
+    assert of("t2v").inference_count == 0
+    everything = stub.ModelStatistics(pb.ModelStatisticsRequest()).model_stats
+    assert len(everything) == 7
+
+
+def test_one_stream_answers_several_requests_side_by_side(stub, engine, server):
+    engine.slots = 2
+    engine.gate.clear()
+    several = [ask("t2v", {"seed": seed, "frame_count": 3}, PROMPT=text()) for seed in (1, 2)]
+    for number, request in enumerate(several):
+        request.id = str(number)
+    bad = ask("t2v", {"seed": -1}, PROMPT=text())
+    answers = stub.ModelStreamInfer(iter([*several, bad]))
+    first = next(answers)
+    assert "seed -1" in first.error_message and first.infer_response.id == "mine"
+    wait_until(lambda: server.scheduler.active + server.scheduler.queued == 2)
+    engine.gate.set()
+    ids = [each.infer_response.id for each in answers]
+    assert sorted(ids) == ["0"] * 3 + ["1"] * 3
+    assert ids not in (["0"] * 3 + ["1"] * 3, ["1"] * 3 + ["0"] * 3), "one after the other"
+
+
+def test_a_client_may_have_errors_end_its_stream(stub):
+    metadata = [("triton_grpc_error", "true")]
+    calls = [ask("t2i", {"seed": -1}, PROMPT=text())]
+    message, fields = refused(lambda: list(stub.ModelStreamInfer(iter(calls), metadata=metadata)))
+    assert "parameters.seed" in fields and "seed -1" in message
+
+
+def test_internal_faults_are_told_without_their_details(stub, engine):
+    engine.step_error = RuntimeError("secret")
+    [answer] = stub.ModelStreamInfer(iter([ask("t2i", PROMPT=text())]))
+    assert "internal error" in answer.error_message and "secret" not in answer.error_message
+
+
+def test_leaving_a_stream_cancels_what_it_asked_for(stub, engine, server):
+    engine.gate.clear()
+    hold = threading.Event()
+
+    def requests():
+        yield ask("t2v", PROMPT=text())
+        hold.wait(20)
+
+    answers = stub.ModelStreamInfer(requests())
+    wait_until(lambda: server.scheduler.active == 1)
+    answers.cancel()
+    engine.gate.set()
+    wait_until(lambda: server.scheduler.active == server.scheduler.queued == 0)
+    hold.set()
+    assert engine.steps < 40
+
+
+def test_a_timeout_stops_one_request_of_a_stream_and_no_other(stub, engine, server):
+    engine.gate.clear()
+    late = ask("t2v", {"timeout": 50_000}, PROMPT=text())
+    late.id = "late"
+    answers = stub.ModelStreamInfer(iter([late, ask("t2i", {"seed": 3}, PROMPT=text())]))
+    wait_until(lambda: server.scheduler.active == 1)
+    threading.Timer(0.2, engine.gate.set).start()
+    found = {each.infer_response.id: each for each in answers}
+    assert "was not finished within 0.05 s" in found["late"].error_message
+    assert (pixels(found["mine"].infer_response) == clip(3, 1)).all()
+
+
+def test_streams_and_their_requests_are_limited(stub, engine, monkeypatch):
+    monkeypatch.setattr(service, "CALLS_PER_STREAM", 1)
+    engine.gate.clear()
+    requests = [ask("t2v", {"frame_count": 1}, PROMPT=text()) for _ in range(2)]
+    requests[1].id = "second"
+    answers = stub.ModelStreamInfer(iter(requests))
+    refusal = next(answers)
+    assert refusal.infer_response.id == "second" and "at most 1 requests" in refusal.error_message
+    engine.gate.set()
+    assert [each.infer_response.id for each in answers] == ["mine"]
+
+
+def test_idle_streams_leave_room_for_others(stub):
+    hold = threading.Event()
+
+    def quiet():
+        hold.wait(20)
+        yield from ()
+
+    idle = [stub.ModelStreamInfer(quiet()) for _ in range(service.MAX_STREAMS)]
+    with pytest.raises(grpc.RpcError) as caught:
+        for _ in range(50):  # until the server has heard of all of them
+            list(stub.ModelStreamInfer(iter([ask("t2i", PROMPT=text())])))
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert len(stub.ModelInfer(ask("t2i", PROMPT=text())).outputs) == 1
+    hold.set()
+    for each in idle:
+        assert list(each) == []
+    assert len(list(stub.ModelStreamInfer(iter([ask("t2i", PROMPT=text())])))) == 1
+
+
+def test_reflection_and_health_know_it(channel):
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+    from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+        ProtoReflectionDescriptorDatabase,
+    )
+
+    database = ProtoReflectionDescriptorDatabase(channel)
+    assert {"inference.GRPCInferenceService", "nuwa.v1.GenerationService"} <= set(
+        database.get_services()
+    )
+    file = database.FindFileContainingSymbol("inference.GRPCInferenceService")
+    assert file.package == "inference" and "nuwa/inference/model_config.proto" in file.dependency
+    assert database.FindFileByName("nuwa/inference/model_config.proto").package == "inference"
+    assert database.FindFileContainingSymbol("nuwa.v1.GenerationService").package == "nuwa.v1"
+    health = health_pb2_grpc.HealthStub(channel)
+    answer = health.Check(health_pb2.HealthCheckRequest(service="inference.GRPCInferenceService"))
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
