@@ -8,6 +8,7 @@ Both go through the same messages and the same checks, so they give the same ans
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,44 @@ from .engine_protocol import Engine
 from .requests import ImageOptions, VideoOptions
 from .results import ClipDone, ClipEvent, ClipResult, ImageEvent, ImageResult
 from .scheduler import Scheduler
+
+MOST_ATTEMPTS = 5  # that gRPC makes
+
+
+def service_config(attempts: int) -> str:
+    """How gRPC retries calls of nuwa.v1, as JSON; other clients may use it too.
+
+    A server that is full says when to come back, which is kept to.
+    """
+    policy = {
+        "maxAttempts": attempts,
+        "initialBackoff": "0.1s",
+        "maxBackoff": "2s",
+        "backoffMultiplier": 2.0,
+        "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+    }
+    retried = {"retryPolicy": policy} if attempts > 1 else {}
+    return json.dumps(
+        {
+            "methodConfig": [{"name": [{"service": "nuwa.v1.GenerationService"}], **retried}],
+            # When most calls fail, retries would only make it worse.
+            "retryThrottling": {"maxTokens": 20, "tokenRatio": 0.5},
+        }
+    )
+
+
+def channel_options(address: str, attempts: int) -> list[tuple[str, int | str]]:
+    """gRPC's, for a connection to a server at "host:port". ValueError for attempts out of range."""
+    if not 1 <= attempts <= MOST_ATTEMPTS:
+        raise ValueError(f"attempts {attempts} is not in [1, {MOST_ATTEMPTS}]")
+    options: list[tuple[str, int | str]] = [
+        ("grpc.max_receive_message_length", -1),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.service_config", service_config(attempts)),
+    ]
+    if address.rpartition(":")[0] in ("localhost", "127.0.0.1", "[::1]"):
+        options.append(("grpc.enable_http_proxy", 0))
+    return options
 
 
 class ClientError(Exception):
@@ -169,25 +208,22 @@ class BaseClient(ABC):
 
 
 class Client(BaseClient):
-    """A connection to a server at "host:port". Raises ClientError if none answers in time."""
+    """A connection to a server at "host:port". Raises ClientError if none answers in time.
 
-    def __init__(self, address: str, *, ready_timeout: float = 10.0) -> None:
-        options: list[tuple[str, int]] = [
-            ("grpc.max_receive_message_length", -1),
-            ("grpc.max_send_message_length", -1),
-        ]
-        if address.rpartition(":")[0] in ("localhost", "127.0.0.1", "[::1]"):
-            options.append(("grpc.enable_http_proxy", 0))
+    Calls that a server could not take, because it is busy or going down, are made again, up to
+    `attempts` times in all; a stream only until its first event. Every request has a request_id, so
+    that a retry gets the same result.
+    """
+
+    def __init__(self, address: str, *, ready_timeout: float = 10.0, attempts: int = 4) -> None:
+        options = channel_options(address, attempts)
         self._channel = grpc.insecure_channel(address, options)
         self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
         try:
             grpc.channel_ready_future(self._channel).result(ready_timeout)
         except grpc.FutureTimeoutError:
             self._channel.close()
-            raise ClientError(
-                f"no server answered at {address} within {ready_timeout:g} s",
-                code=grpc.StatusCode.UNAVAILABLE,
-            ) from None
+            raise nobody_at(address, ready_timeout) from None
 
     def close(self) -> None:
         """Closes the connection; requests under way are cancelled."""
@@ -195,13 +231,13 @@ class Client(BaseClient):
 
     def get_model(self) -> ModelInfo:
         """What the server has loaded."""
-        with _server_errors():
+        with server_errors():
             return results.model_info(self._stub.GetModel(pb.GetModelRequest(), timeout=10).model)
 
     def _image(
         self, message: pb.GenerateImageRequest, deadline: float | None
     ) -> pb.GenerateImageResponse:
-        with _server_errors():
+        with server_errors():
             return self._stub.GenerateImage(message, timeout=deadline)
 
     def _image_stream(
@@ -255,17 +291,24 @@ class LocalClient(BaseClient):
         return selection.events_of(handle, job.samples, self._scheduler.engine.rankers)
 
 
+def nobody_at(address: str, seconds: float) -> ClientError:
+    return ClientError(
+        f"no server answered at {address} within {seconds:g} s", code=grpc.StatusCode.UNAVAILABLE
+    )
+
+
 def _streamed(call: Any) -> Iterator[Any]:
     """The messages of a call of the stub, which leaving early cancels."""
     try:
-        with _server_errors():
+        with server_errors():
             yield from call
     finally:
         call.cancel()
 
 
 @contextmanager
-def _server_errors() -> Iterator[None]:
+def server_errors() -> Iterator[None]:
+    """Turns errors of gRPC raised inside, also in its asyncio API, into ClientErrors."""
     try:
         yield
     except grpc.RpcError as error:

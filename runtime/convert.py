@@ -7,6 +7,7 @@ class ids of raw sketches.
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import uuid
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ from .samples import Samples
 PREVIEWS = "preview_count"  # a field of StreamImageRequest itself
 MAX_PROMPT_BYTES = 4096
 MAX_REQUEST_ID_LENGTH = 128
+SEED_BITS = 32  # of a seed that the server chooses
 MAX_FRAME_PIXELS = 2**24  # of a frame after scaling; 48 MiB uncompressed
 MAX_ANIMATION_PIXELS = 2**26  # of a clip in one file, or of all images of an answer
 
@@ -262,7 +264,7 @@ def _generation(
             task=task,
             prompt=prompt,
             frame_count=frame_count,
-            seed=sampling.seed if sampling.HasField("seed") else secrets.randbits(32),
+            seed=sampling.seed if sampling.HasField("seed") else _free_seed(message.request_id),
             sample_index=sampling.sample_index,
             sampling=knobs,
             frames=given.frames,
@@ -270,6 +272,14 @@ def _generation(
             sketch=given.sketch,
             schedule=SCHEDULES[message.schedule],
         )
+
+
+def _free_seed(request_id: str) -> int:
+    """Of a request without a seed. Sent again it has the same one, even to another server."""
+    if not request_id:
+        return secrets.randbits(SEED_BITS)
+    digest = hashlib.sha256(request_id.encode()).digest()
+    return int.from_bytes(digest[: SEED_BITS // 8], "little")
 
 
 def _sampling(message: pb.Sampling, default: Sampling) -> Sampling:

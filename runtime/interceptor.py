@@ -27,7 +27,8 @@ log = logging.getLogger("nuwa.runtime")
 
 DOMAIN = "nuwa.v1"
 GUARDED = ("/nuwa.v1.", "/inference.")
-RETRY_SECONDS = 1
+RETRY_MILLISECONDS = 1000
+PUSHBACK = "grpc-retry-pushback-ms"  # when gRPC's own retries come back
 # A status travels in HTTP/2 headers, of which clients take 8 KiB: three copies, one of them with up
 # to three bytes a byte.
 MAX_MESSAGE_BYTES = 600
@@ -91,7 +92,11 @@ class ErrorInterceptor(grpc.ServerInterceptor):
             log.error("%s failed: %s", method, status.message, exc_info=error)
         else:
             log.info("%s refused or stopped: %s", method, type(error).__name__)
-        context.abort_with_status(rpc_status.to_status(status))
+        told = rpc_status.to_status(status)
+        if isinstance(error, QueueFullError):
+            pushback = (PUSHBACK, str(RETRY_MILLISECONDS))
+            told = told._replace(trailing_metadata=(*told.trailing_metadata, pushback))
+        context.abort_with_status(told)
         raise AssertionError("abort_with_status raises")
 
     def told(self, error: Exception) -> str:
@@ -115,7 +120,8 @@ class ErrorInterceptor(grpc.ServerInterceptor):
         if isinstance(error, UnsupportedTaskError):
             info.metadata["tasks"] = self._tasks
         if isinstance(error, QueueFullError):
-            wait = Duration(seconds=RETRY_SECONDS)
+            wait = Duration()
+            wait.FromMilliseconds(RETRY_MILLISECONDS)
             details.append(error_details_pb2.RetryInfo(retry_delay=wait))
         if isinstance(error, FieldError):
             bad = error_details_pb2.BadRequest()

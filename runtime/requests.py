@@ -5,6 +5,7 @@ For the client and the command line. Judges nothing that the server judges (conv
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -129,6 +130,7 @@ def _fill(
     message.schedule = _choose("schedule", given.get("schedule", "wave"), SCHEDULES)
     message.output.format = _choose("output_format", given.get("output_format", "raw"), FORMATS)
     message.output.include_tokens = given.get("include_tokens", False)
+    message.request_id = str(uuid.uuid4())  # so that a retry is known to be one
     for name in ("request_id", "rank_by", "return_count"):
         _set(message, name, given)
     if "samples" in given:

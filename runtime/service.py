@@ -6,6 +6,7 @@ pictures and writing to sockets happen here, never in the decode thread.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 import grpc
@@ -14,20 +15,28 @@ from nuwa.v1 import generation_pb2 as pb
 from nuwa.v1 import generation_pb2_grpc
 
 from . import convert, replies
+from .answers import Answers
 from .intake import Intake
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     def __init__(self, intake: Intake) -> None:
         self._intake = intake
+        self._answers = Answers()
 
     def GenerateImage(
         self, request: pb.GenerateImageRequest, context: grpc.ServicerContext
     ) -> pb.GenerateImageResponse:
-        intake = self._intake
-        with intake.call():
+        def make() -> pb.GenerateImageResponse:
             job = convert.read_image_request(request, intake.info, intake.limits)
             return replies.image_response(job, intake.events(job, context))
+
+        intake = self._intake
+        with intake.call():
+            if not request.request_id:
+                return make()
+            key = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
+            return self._answers.once(key, make, context.is_active)
 
     def StreamImage(
         self, request: pb.StreamImageRequest, context: grpc.ServicerContext

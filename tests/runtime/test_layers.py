@@ -1,4 +1,4 @@
-"""What runtime may import, and that the generated protocol modules are those of the .proto files."""
+"""What runtime may import; the generated protocol modules are those of the .proto files."""
 
 from __future__ import annotations
 

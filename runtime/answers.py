@@ -1,0 +1,89 @@
+"""The latest answers, so that a request that is sent again is answered and not generated again.
+
+For calls that clients retry: the first try may have been carried out although its answer was lost.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from google.protobuf.message import Message
+
+from .core import CancelledError
+
+KEPT_SECONDS = 300.0
+KEPT_BYTES = 64 * 2**20
+POLL_SECONDS = 0.05
+
+
+@dataclass(eq=False)
+class _Answer:
+    ready: threading.Event = field(default_factory=threading.Event)
+    message: Message | None = None  # None when ready: it failed
+    size: int = 0
+    time: float = 0.0
+
+
+class Answers:
+    """Of the last `seconds`, the latest `most_bytes` of them. Safe to use from any thread."""
+
+    def __init__(
+        self,
+        *,
+        seconds: float = KEPT_SECONDS,
+        most_bytes: int = KEPT_BYTES,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._seconds, self._most, self._now = seconds, most_bytes, now
+        self._lock = threading.Lock()
+        self._answers: OrderedDict[bytes, _Answer] = OrderedDict()  # the oldest first
+        self._bytes = 0
+
+    def once(self, key: bytes, make: Callable[[], Message], wanted: Callable[[], bool]) -> Message:
+        """The answer kept under `key`, or that of make(), which is kept.
+
+        A call whose key is being made elsewhere waits for that one, and makes its own if it fails,
+        perhaps because its client is gone. wanted: whether to go on waiting; CancelledError if not.
+        What make() raises comes through and is not kept.
+        """
+        while True:
+            with self._lock:
+                self._forget()
+                found = self._answers.get(key)
+                if found is None:
+                    mine = self._answers[key] = _Answer()
+                    break
+            while not found.ready.wait(POLL_SECONDS):
+                if not wanted():
+                    raise CancelledError("the client left")
+            if found.message is not None:
+                return found.message
+        try:
+            message = make()
+        except BaseException:
+            with self._lock:
+                del self._answers[key]
+            mine.ready.set()
+            raise
+        with self._lock:
+            mine.message, mine.size, mine.time = message, message.ByteSize(), self._now()
+            self._bytes += mine.size
+            self._answers.move_to_end(key)
+            self._forget()
+        mine.ready.set()
+        return message
+
+    def _forget(self) -> None:
+        """Under the lock: what is too old, and what is too much."""
+        for key, answer in list(self._answers.items()):
+            if answer.message is None:
+                continue  # still being made
+            old = self._now() - answer.time > self._seconds
+            if not old and self._bytes <= self._most:
+                return
+            del self._answers[key]
+            self._bytes -= answer.size

@@ -1,0 +1,143 @@
+"""The client for asyncio: as client.Client, with `await` and `async for`.
+
+    async with AsyncClient("127.0.0.1:50051") as client:
+        clip = await client.generate_video("t2v", "a 3 moves left", seed=1)
+
+Cancelling a task, or leaving a stream early, cancels the request on the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+from typing import Self, Unpack
+
+import grpc.aio
+
+from nuwa.spec.tasks import Task
+from nuwa.v1 import generation_pb2 as pb
+from nuwa.v1 import generation_pb2_grpc
+
+from . import requests, results
+from .client import ClientError, channel_options, nobody_at, server_errors
+from .core import Frame, ModelInfo
+from .requests import ImageOptions, VideoOptions
+from .results import ClipDone, ClipEvent, ClipResult, ImageEvent, ImageResult
+
+
+class AsyncClient:
+    """A connection to a server at "host:port", made on entering; retries as client.Client.
+
+    Entering raises ClientError if no server answers within `ready_timeout` seconds. `deadline` is
+    in seconds from the call; None means no limit.
+    """
+
+    def __init__(self, address: str, *, ready_timeout: float = 10.0, attempts: int = 4) -> None:
+        self._address, self._ready_timeout = address, ready_timeout
+        self._options = channel_options(address, attempts)
+
+    async def __aenter__(self) -> Self:
+        self._channel = grpc.aio.insecure_channel(self._address, self._options)
+        self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        try:
+            async with asyncio.timeout(self._ready_timeout):
+                await self._channel.channel_ready()
+        except TimeoutError:
+            await self._channel.close()
+            raise nobody_at(self._address, self._ready_timeout) from None
+        return self
+
+    async def __aexit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        await self._channel.close()
+
+    async def get_model(self) -> ModelInfo:
+        """What the server has loaded."""
+        with server_errors():
+            answer = await self._stub.GetModel(pb.GetModelRequest(), timeout=10)
+        return results.model_info(answer.model)
+
+    async def generate_image(
+        self,
+        task: Task | str,
+        prompt: str = "",
+        *,
+        deadline: float | None = None,
+        **options: Unpack[ImageOptions],
+    ) -> ImageResult:
+        """One image, or several samples of it. Options: requests.ImageOptions."""
+        message = requests.image_request(task, prompt, options)
+        with server_errors():
+            answer = await self._stub.GenerateImage(message, timeout=deadline)
+        return results.image_result(answer, message.sampling.sample_index)
+
+    async def stream_image(
+        self,
+        task: Task | str,
+        prompt: str = "",
+        *,
+        previews: int = 0,
+        deadline: float | None = None,
+        **options: Unpack[ImageOptions],
+    ) -> AsyncIterator[ImageEvent]:
+        """The events of one image as they happen; see client.BaseClient.stream_image."""
+        image = requests.image_request(task, prompt, options)
+        message = pb.StreamImageRequest(image=image, preview_count=previews)
+        call = self._stub.StreamImage(message, timeout=deadline)
+        try:
+            with server_errors():
+                async for answer in call:
+                    for event in results.image_events(iter((answer,))):
+                        yield event
+        finally:
+            call.cancel()
+
+    async def stream_video(
+        self,
+        task: Task | str,
+        prompt: str = "",
+        *,
+        deadline: float | None = None,
+        **options: Unpack[VideoOptions],
+    ) -> AsyncIterator[ClipEvent]:
+        """The events of one clip as they happen; see client.BaseClient.stream_video."""
+        message = requests.video_request(task, prompt, options)
+        call = self._stub.GenerateVideo(message, timeout=deadline)
+        try:
+            with server_errors():
+                async for answer in call:
+                    for event in results.clip_events(iter((answer,))):
+                        yield event
+        finally:
+            call.cancel()
+
+    async def generate_video(
+        self,
+        task: Task | str,
+        prompt: str = "",
+        *,
+        deadline: float | None = None,
+        on_event: Callable[[ClipEvent], object] | None = None,
+        **options: Unpack[VideoOptions],
+    ) -> ClipResult:
+        """One clip, or several samples of it, all in memory. Options: requests.VideoOptions.
+
+        on_event hears of each event.
+        """
+        frames: list[Frame] = []
+        done: ClipDone | None = None
+        async for event in self.stream_video(task, prompt, deadline=deadline, **options):
+            if on_event is not None:
+                on_event(event)
+            if isinstance(event, Frame):
+                frames.append(event)
+            elif isinstance(event, ClipDone):
+                done = event
+        if done is None:
+            raise ClientError("the server ended the stream before it was done")
+        return results.clip_result(frames, done)

@@ -1,0 +1,197 @@
+"""A request that is sent again: kept answers, followers of one that is being made, retries."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import grpc
+import pytest
+
+from nuwa.runtime import interceptor
+from nuwa.runtime.answers import Answers
+from nuwa.runtime.client import Client, ClientError
+from nuwa.runtime.core import CancelledError
+from nuwa.runtime.server import Server
+from nuwa.v1 import generation_pb2 as pb
+from nuwa.v1 import generation_pb2_grpc
+
+from .fake_engine import FakeEngine
+from .messages import image, video, wait_until
+
+A, B, C = b"a", b"b", b"c"
+
+
+def always() -> bool:
+    return True
+
+
+class Maker:
+    """Makes numbered answers of 1000 bytes and more; fails where it is told to."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.error: Exception | None = None
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __call__(self) -> pb.GenerateImageResponse:
+        self.made += 1
+        number = self.made
+        assert self.gate.wait(20)
+        if self.error is not None:
+            raise self.error
+        frame = pb.Frame(data=bytes(1000))
+        return pb.GenerateImageResponse(seed=number, frame=frame)
+
+
+def test_an_answer_is_made_once_for_each_key_while_it_is_young():
+    clock, make = [0.0], Maker()
+    answers = Answers(seconds=10.0, now=lambda: clock[0])
+    assert [answers.once(key, make, always).seed for key in (A, A, B, A)] == [1, 1, 2, 1]
+    clock[0] = 10.5
+    assert [answers.once(key, make, always).seed for key in (A, B, A)] == [3, 4, 3]
+
+
+def test_the_oldest_answers_give_way_when_they_are_too_large():
+    make = Maker()
+    answers = Answers(most_bytes=2500)
+    assert [answers.once(key, make, always).seed for key in (A, B, C)] == [1, 2, 3]
+    assert [answers.once(key, make, always).seed for key in (C, B, A)] == [3, 2, 4]
+    assert answers._bytes <= 2500
+    tiny = Answers(most_bytes=10)
+    assert [tiny.once(A, make, always).seed for _ in range(2)] == [5, 6] and tiny._bytes == 0
+
+
+def test_failures_are_not_kept():
+    make, answers = Maker(), Answers()
+    make.error = ValueError("wrong")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="wrong"):
+            answers.once(A, make, always)
+    make.error = None
+    assert answers.once(A, make, always).seed == 3
+
+
+def test_who_comes_while_it_is_made_waits_for_it():
+    make, answers, found = Maker(), Answers(), []
+    make.gate.clear()
+    threads = [
+        threading.Thread(target=lambda: found.append(answers.once(A, make, always).seed))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: make.made == 1)
+    with pytest.raises(CancelledError):
+        answers.once(A, make, lambda: False)
+    make.gate.set()
+    for thread in threads:
+        thread.join(20)
+    assert found == [1] * 4 and make.made == 1
+
+
+def test_a_follower_makes_its_own_when_the_first_one_fails():
+    answers, first, second = Answers(), Maker(), Maker()
+    first.gate.clear()
+    first.error = CancelledError("its client left")
+    failed = []
+
+    def lead():
+        try:
+            answers.once(A, first, always)
+        except CancelledError as error:
+            failed.append(error)
+
+    leader = threading.Thread(target=lead)
+    leader.start()
+    wait_until(lambda: first.made == 1)
+    threading.Timer(0.1, first.gate.set).start()
+    assert answers.once(A, second, always).seed == 1 and second.made == 1
+    leader.join(20)
+    assert len(failed) == 1
+
+
+def test_a_request_that_is_sent_again_is_not_generated_again(stub, engine):
+    first = stub.GenerateImage(image(request_id="one"))
+    assert stub.GenerateImage(image(request_id="one")) == first
+    assert len(engine.admitted) == 1
+    stub.GenerateImage(image(request_id="two"))
+    stub.GenerateImage(image(request_id="one", output=pb.Output(scale_factor=2)))
+    assert len(engine.admitted) == 3
+    stub.GenerateImage(image())
+    stub.GenerateImage(image())
+    assert len(engine.admitted) == 5
+
+
+def test_a_retry_while_the_first_try_runs_gets_its_answer(stub, engine, server):
+    engine.gate.clear()
+    calls = [stub.GenerateImage.future(image(request_id="one")) for _ in range(3)]
+    wait_until(lambda: server.scheduler.active == 1)
+    calls[0].cancel()  # or a follower, whichever: the others get an answer all the same
+    engine.gate.set()
+    assert calls[1].result(20) == calls[2].result(20)
+    assert len(engine.admitted) <= 2
+    wait_until(lambda: server.scheduler.active == server.scheduler.queued == 0)
+
+
+def test_a_server_that_started_anew_gives_the_same_result():
+    found = []
+    for _ in range(2):
+        with (
+            Server(FakeEngine()) as server,
+            grpc.insecure_channel(server.address) as channel,
+        ):
+            stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            answer = stub.GenerateImage(image(request_id="one"))
+            clip = list(stub.GenerateVideo(video(request_id="one", frame_count=2)))
+            frames = [each.frame.frame.data for each in clip if each.HasField("frame")]
+            found.append((answer.seed, answer.frame, frames))
+            assert stub.GenerateImage(image(request_id="other")).seed != answer.seed
+    assert found[0] == found[1]
+
+
+def full(engine, server) -> list:
+    """Calls that fill the server: one running, two waiting."""
+    engine.gate.clear()
+    channel = grpc.insecure_channel(server.address)
+    stub = generation_pb2_grpc.GenerationServiceStub(channel)
+    first = stub.GenerateImage.future(image())
+    wait_until(lambda: server.scheduler.active == 1)
+    waiting = [stub.GenerateImage.future(image()) for _ in range(2)]
+    wait_until(lambda: server.scheduler.queued == 2)
+    return [channel, first, *waiting]
+
+
+def test_a_full_server_says_when_to_come_back(stub, engine, server):
+    calls = full(engine, server)
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.GenerateImage(image())
+    trailers = dict(caught.value.trailing_metadata())
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert trailers["grpc-retry-pushback-ms"] == "1000"
+    engine.gate.set()
+    for call in calls[1:]:
+        call.result(20)
+
+
+def test_the_client_comes_back_when_it_is_told_to(engine, server, monkeypatch):
+    monkeypatch.setattr(interceptor, "RETRY_MILLISECONDS", 300)
+    calls = full(engine, server)
+    with Client(server.address, attempts=1) as impatient, pytest.raises(ClientError) as caught:
+        impatient.generate_image("t2i", "a 3")
+    assert caught.value.reason == "QUEUE_FULL"
+    threading.Timer(0.1, engine.gate.set).start()
+    started = time.monotonic()
+    with Client(server.address) as client:
+        assert client.generate_image("t2i", "a 3", seed=1).seed == 1
+        assert time.monotonic() - started > 0.25
+        assert len(client.generate_video("t2v", "a 3", frame_count=2).frames) == 2
+    for call in calls[1:]:
+        call.result(20)
+
+
+@pytest.mark.parametrize("attempts", [0, 6])
+def test_attempts_are_as_many_as_grpc_makes(attempts):
+    with pytest.raises(ValueError, match=rf"attempts {attempts} is not in \[1, 5\]"):
+        Client("127.0.0.1:1", attempts=attempts)
