@@ -57,6 +57,7 @@ lint: $(STAMP)
 
 proto: $(STAMP)
 	$(BIN)/python proto/generate.py
+	$(BIN)/python proto/document.py
 
 clean:
 	rm -rf build demo

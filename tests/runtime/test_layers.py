@@ -61,6 +61,20 @@ def test_help_loads_no_framework():
     )
 
 
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "proto" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_the_interface_is_that_of_the_proto_file():
+    pytest.importorskip("grpc_tools")
+    page = (ROOT / "docs" / "api.md").read_text()
+    assert page == script("document").document(), "run proto/document.py"
+    assert "### GenerateVideoRequest" in page and "| `TASK_TV2V` | 8 |" in page
+
+
 def recorded(pattern: str, name: str) -> str:
     return re.search(pattern, (GENERATED / name).read_text())[1]
 
@@ -71,11 +85,7 @@ def test_generated_modules_are_those_of_the_proto_file(tmp_path):
     installed = importlib.metadata.version("grpcio-tools")
     if made_by != installed:
         pytest.skip(f"made by grpcio-tools {made_by}; {installed} is installed")
-    path = ROOT / "proto" / "generate.py"
-    spec = importlib.util.spec_from_file_location("generate_protos", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    written = script.generate(tmp_path)
+    written = script("generate").generate(tmp_path)
     assert len(written) == 9
     for file in written:
         name = file.relative_to(tmp_path / "nuwa")
