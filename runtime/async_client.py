@@ -89,10 +89,11 @@ class AsyncClient:
         image = requests.image_request(task, prompt, options)
         message = pb.StreamImageRequest(image=image, preview_count=previews)
         call = self._stub.StreamImage(message, timeout=deadline)
+        reader = results.ImageReader()
         try:
             with server_errors():
                 async for answer in call:
-                    for event in results.image_events(iter((answer,))):
+                    for event in reader.read(answer):
                         yield event
         finally:
             call.cancel()
@@ -108,10 +109,11 @@ class AsyncClient:
         """The events of one clip as they happen; see client.BaseClient.stream_video."""
         message = requests.video_request(task, prompt, options)
         call = self._stub.GenerateVideo(message, timeout=deadline)
+        reader = results.ClipReader()
         try:
             with server_errors():
                 async for answer in call:
-                    for event in results.clip_events(iter((answer,))):
+                    for event in reader.read(answer):
                         yield event
         finally:
             call.cancel()

@@ -32,6 +32,8 @@ from .core import (
 )
 from .samples import MAX_SAMPLES
 
+CHUNK_BYTES = 2**20  # of a frame or file, in one message of a stream
+
 FORMATS = {
     "png": pb.IMAGE_FORMAT_PNG,
     "webp": pb.IMAGE_FORMAT_WEBP,
@@ -71,11 +73,13 @@ def image_responses(job: Job, events: Iterator[Event]) -> Iterator[pb.StreamImag
             case Progress():
                 yield pb.StreamImageResponse(progress=_progress(event))
             case Preview():
-                yield pb.StreamImageResponse(preview=_preview(job, event))
+                for preview in _previews(job, event):
+                    yield pb.StreamImageResponse(preview=preview)
             case Frame(sample_index=index):
                 best = index if best is None else best
-                sample = pb.Sample(sample_index=index, frame=frame_message(event, job.output))
-                yield pb.StreamImageResponse(sample=sample)
+                for frame in frame_chunks(event, job.output):
+                    sample = pb.Sample(sample_index=index, frame=frame)
+                    yield pb.StreamImageResponse(sample=sample)
             case Done():
                 done = pb.ImageDoneEvent(
                     request_id=job.request_id,
@@ -87,13 +91,14 @@ def image_responses(job: Job, events: Iterator[Event]) -> Iterator[pb.StreamImag
                 yield pb.StreamImageResponse(done=done)
 
 
-def _preview(job: Job, event: Preview) -> pb.PreviewEvent:
+def _previews(job: Job, event: Preview) -> Iterator[pb.PreviewEvent]:
     frame = Frame(0, event.pixels, np.zeros((0, 0), np.int32), event.sample_index)
-    return pb.PreviewEvent(
-        frame=frame_message(frame, dataclasses.replace(job.output, include_tokens=False)),
-        decoded_position_count=event.positions_done,
-        sample_index=event.sample_index,
-    )
+    for chunk in frame_chunks(frame, dataclasses.replace(job.output, include_tokens=False)):
+        yield pb.PreviewEvent(
+            frame=chunk,
+            decoded_position_count=event.positions_done,
+            sample_index=event.sample_index,
+        )
 
 
 def _add_images(
@@ -126,12 +131,14 @@ def clip_responses(job: Job, events: Iterator[Event]) -> Iterator[pb.GenerateVid
                     shown = index  # the best one is the first to come
                 if job.output.animation and index == shown:
                     pictures.append(event.pixels)
-                frame = frame_message(event, job.output)
-                sent = pb.FrameEvent(frame=frame, sample_index=index)
-                yield pb.GenerateVideoResponse(frame=sent)
+                for frame in frame_chunks(event, job.output):
+                    sent = pb.FrameEvent(frame=frame, sample_index=index)
+                    yield pb.GenerateVideoResponse(frame=sent)
             case Done():
                 assert shown is not None, "a sample has frames"
-                yield pb.GenerateVideoResponse(done=_done(job, shown, pictures, event))
+                done = _done(job, shown, pictures, event)
+                yield from map(_animation_event, _take_chunks(done))
+                yield pb.GenerateVideoResponse(done=done)
 
 
 def _accepted(job: Job, event: Accepted) -> pb.AcceptedEvent:
@@ -171,6 +178,23 @@ def _done(job: Job, sample_index: int, pictures: list[Pixels], event: Done) -> p
     return done
 
 
+def _animation_event(chunk: pb.AnimationEvent) -> pb.GenerateVideoResponse:
+    return pb.GenerateVideoResponse(animation=chunk)
+
+
+def _take_chunks(done: pb.DoneEvent) -> Iterator[pb.AnimationEvent]:
+    """Takes a large animation out of the event, in pieces."""
+    chunks = _chunks(done.animation)
+    if len(chunks) > 1:
+        done.animation = b""
+        for index, data in enumerate(chunks):
+            yield pb.AnimationEvent(data=data, chunk_index=index, chunk_count=len(chunks))
+
+
+def _chunks(data: bytes) -> list[bytes]:
+    return [data[at : at + CHUNK_BYTES] for at in range(0, len(data), CHUNK_BYTES)]
+
+
 def _scores(event: Done) -> list[pb.SampleScore]:
     return [
         pb.SampleScore(sample_index=index, score=score) for index, score in event.scores.items()
@@ -191,6 +215,28 @@ def frame_message(frame: Frame, output: OutputOptions) -> pb.Frame:
     if output.include_tokens:
         message.token_grid.CopyFrom(_token_grid(frame.tokens))
     return message
+
+
+def frame_chunks(frame: Frame, output: OutputOptions) -> Iterator[pb.Frame]:
+    """As frame_message, in pieces where it is large."""
+    message = frame_message(frame, output)
+    chunks = _chunks(message.data)
+    if len(chunks) <= 1:
+        yield message
+        return
+    for index, data in enumerate(chunks):
+        piece = pb.Frame(
+            index=message.index,
+            data=data,
+            format=message.format,
+            height=message.height,
+            width=message.width,
+            chunk_index=index,
+            chunk_count=len(chunks),
+        )
+        if index == 0 and message.HasField("token_grid"):
+            piece.token_grid.CopyFrom(message.token_grid)
+        yield piece
 
 
 def timings_message(timings: Timings) -> pb.Timings:

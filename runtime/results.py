@@ -140,7 +140,19 @@ def _image_sample(message: pb.Sample) -> ImageSample:
 
 def image_events(messages: Iterator[pb.StreamImageResponse]) -> Iterator[ImageEvent]:
     """The stream of StreamImage. Events of a kind that this version does not know are skipped."""
+    reader = ImageReader()
     for message in messages:
+        yield from reader.read(message)
+
+
+class ImageReader:
+    """Reads one stream of StreamImage, message by message."""
+
+    def __init__(self) -> None:
+        self._samples, self._previews = _Pieces(), _Pieces()
+
+    def read(self, message: pb.StreamImageResponse) -> Iterator[ImageEvent]:
+        """The event of a message; none until a picture that comes in pieces is whole."""
         match message.WhichOneof("event"):
             case "accepted":
                 yield _accepted(message.accepted)
@@ -148,11 +160,12 @@ def image_events(messages: Iterator[pb.StreamImageResponse]) -> Iterator[ImageEv
                 yield _progress(message.progress)
             case "preview":
                 shown = message.preview
-                yield Preview(
-                    _pixels(shown.frame), shown.decoded_position_count, shown.sample_index
-                )
+                for frame in self._previews.add(shown.frame):
+                    yield Preview(_pixels(frame), shown.decoded_position_count, shown.sample_index)
             case "sample":
-                yield _image_sample(message.sample)
+                for frame in self._samples.add(message.sample.frame):
+                    message.sample.frame.CopyFrom(frame)
+                    yield _image_sample(message.sample)
             case "done":
                 done = message.done
                 yield ImageDone(
@@ -162,6 +175,27 @@ def image_events(messages: Iterator[pb.StreamImageResponse]) -> Iterator[ImageEv
                     sample_index=done.sample_index,
                     scores=_scores(done.scores),
                 )
+
+
+class _Pieces:
+    """Puts frames together that come in pieces, one after the other."""
+
+    def __init__(self) -> None:
+        self._first = pb.Frame()
+        self._data: list[bytes] = []
+
+    def add(self, frame: pb.Frame) -> Iterator[pb.Frame]:
+        """The whole frame, once it is."""
+        if frame.chunk_count <= 1:
+            yield frame
+            return
+        if frame.chunk_index == 0:
+            self._first, self._data = frame, []
+        self._data.append(frame.data)
+        if frame.chunk_index == frame.chunk_count - 1:
+            self._first.data = b"".join(self._data)
+            self._data = []
+            yield self._first
 
 
 def _accepted(event: pb.AcceptedEvent) -> Accepted:
@@ -179,32 +213,46 @@ def _progress(event: pb.ProgressEvent) -> Progress:
 
 
 def clip_events(messages: Iterator[pb.GenerateVideoResponse]) -> Iterator[ClipEvent]:
-    """The stream of GenerateVideo. Events of a kind that this version does not know are skipped.
-
-    Frame.tokens is an empty array where tokens were not asked for.
-    """
+    """The stream of GenerateVideo. Events of a kind that this version does not know are skipped."""
+    reader = ClipReader()
     for message in messages:
+        yield from reader.read(message)
+
+
+class ClipReader:
+    """Reads one stream of GenerateVideo, message by message."""
+
+    def __init__(self) -> None:
+        self._frames = _Pieces()
+        self._animation: list[bytes] = []
+
+    def read(self, message: pb.GenerateVideoResponse) -> Iterator[ClipEvent]:
+        """The event of a message; none until what comes in pieces is whole.
+
+        Frame.tokens is an empty array where tokens were not asked for.
+        """
         match message.WhichOneof("event"):
             case "accepted":
                 yield _accepted(message.accepted)
             case "progress":
                 yield _progress(message.progress)
             case "frame":
-                frame = message.frame.frame
-                tokens = _tokens(frame)
-                empty = np.zeros((0, 0), np.int32)
-                yield Frame(
-                    frame.index,
-                    _pixels(frame),
-                    empty if tokens is None else tokens,
-                    message.frame.sample_index,
-                )
+                for frame in self._frames.add(message.frame.frame):
+                    tokens = _tokens(frame)
+                    yield Frame(
+                        frame.index,
+                        _pixels(frame),
+                        np.zeros((0, 0), np.int32) if tokens is None else tokens,
+                        message.frame.sample_index,
+                    )
+            case "animation":
+                self._animation.append(message.animation.data)
             case "done":
                 done = message.done
                 yield ClipDone(
                     seed=done.seed,
                     timings=_timings(done.timings),
-                    animation=done.animation or None,
+                    animation=done.animation or b"".join(self._animation) or None,
                     request_id=done.request_id,
                     sample_index=done.sample_index,
                     scores=_scores(done.scores),

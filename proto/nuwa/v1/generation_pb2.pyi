@@ -145,20 +145,24 @@ class TokenGrid(_message.Message):
     def __init__(self, tokens: _Optional[_Iterable[int]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("index", "data", "format", "height", "width", "token_grid")
+    __slots__ = ("index", "data", "format", "height", "width", "token_grid", "chunk_index", "chunk_count")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     TOKEN_GRID_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_INDEX_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_COUNT_FIELD_NUMBER: _ClassVar[int]
     index: int
     data: bytes
     format: ImageFormat
     height: int
     width: int
     token_grid: TokenGrid
-    def __init__(self, index: _Optional[int] = ..., data: _Optional[bytes] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., token_grid: _Optional[_Union[TokenGrid, _Mapping]] = ...) -> None: ...
+    chunk_index: int
+    chunk_count: int
+    def __init__(self, index: _Optional[int] = ..., data: _Optional[bytes] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., token_grid: _Optional[_Union[TokenGrid, _Mapping]] = ..., chunk_index: _Optional[int] = ..., chunk_count: _Optional[int] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("queue_duration", "encode_duration", "decode_duration", "pixel_duration", "total_duration", "step_count", "ranking_duration")
@@ -321,16 +325,18 @@ class GenerateVideoRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., task: _Optional[_Union[Task, str]] = ..., prompt: _Optional[str] = ..., sketch: _Optional[_Union[Media, _Mapping]] = ..., video: _Optional[_Union[Media, _Mapping]] = ..., mask: _Optional[_Union[Mask, _Mapping]] = ..., frame_count: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., animation_format: _Optional[_Union[AnimationFormat, str]] = ..., frames_per_second: _Optional[int] = ..., sample_count: _Optional[int] = ..., rank_by: _Optional[str] = ..., return_count: _Optional[int] = ...) -> None: ...
 
 class GenerateVideoResponse(_message.Message):
-    __slots__ = ("accepted", "progress", "frame", "done")
+    __slots__ = ("accepted", "progress", "frame", "done", "animation")
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
+    ANIMATION_FIELD_NUMBER: _ClassVar[int]
     accepted: AcceptedEvent
     progress: ProgressEvent
     frame: FrameEvent
     done: DoneEvent
-    def __init__(self, accepted: _Optional[_Union[AcceptedEvent, _Mapping]] = ..., progress: _Optional[_Union[ProgressEvent, _Mapping]] = ..., frame: _Optional[_Union[FrameEvent, _Mapping]] = ..., done: _Optional[_Union[DoneEvent, _Mapping]] = ...) -> None: ...
+    animation: AnimationEvent
+    def __init__(self, accepted: _Optional[_Union[AcceptedEvent, _Mapping]] = ..., progress: _Optional[_Union[ProgressEvent, _Mapping]] = ..., frame: _Optional[_Union[FrameEvent, _Mapping]] = ..., done: _Optional[_Union[DoneEvent, _Mapping]] = ..., animation: _Optional[_Union[AnimationEvent, _Mapping]] = ...) -> None: ...
 
 class AcceptedEvent(_message.Message):
     __slots__ = ("request_id", "seed", "frame_count", "queue_duration", "sample_index")
@@ -367,6 +373,16 @@ class FrameEvent(_message.Message):
     frame: Frame
     sample_index: int
     def __init__(self, frame: _Optional[_Union[Frame, _Mapping]] = ..., sample_index: _Optional[int] = ...) -> None: ...
+
+class AnimationEvent(_message.Message):
+    __slots__ = ("data", "chunk_index", "chunk_count")
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_INDEX_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_COUNT_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    chunk_index: int
+    chunk_count: int
+    def __init__(self, data: _Optional[bytes] = ..., chunk_index: _Optional[int] = ..., chunk_count: _Optional[int] = ...) -> None: ...
 
 class DoneEvent(_message.Message):
     __slots__ = ("request_id", "seed", "timings", "animation", "animation_format", "sample_index", "scores")
