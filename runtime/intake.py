@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import grpc
 
@@ -26,6 +28,15 @@ log = logging.getLogger("nuwa.runtime")
 YEAR_SECONDS = 365 * 24 * 3600.0
 
 
+@dataclass(eq=False)
+class _Delivery:
+    """since: when the event was handed over that is being sent."""
+
+    context: grpc.ServicerContext
+    request_id: str
+    since: float | None = None
+
+
 class Intake:
     """max_calls: generations at a time, waiting ones and slow readers included.
 
@@ -40,6 +51,7 @@ class Intake:
         self.statistics = Statistics()
         self._scheduler = scheduler
         self._calls = threading.BoundedSemaphore(max_calls)
+        self._deliveries: set[_Delivery] = set()
 
     @property
     def engine(self) -> Engine:
@@ -48,6 +60,11 @@ class Intake:
     @property
     def info(self) -> ModelInfo:
         return self.engine.info
+
+    @property
+    def open_calls(self) -> int:
+        """Generations whose events are being read."""
+        return len(self._deliveries)
 
     @contextmanager
     def call(self) -> Iterator[None]:
@@ -68,7 +85,8 @@ class Intake:
         """
         with self.statistics.failures_of(job.generation.task):
             handle = self._submit(job, context, timeout)
-        return self._counted(job, selection.events_of(handle, job.samples, self.engine.rankers))
+        events = selection.events_of(handle, job.samples, self.engine.rankers)
+        return self._counted(job, events, context)
 
     def _submit(self, job: Job, context: grpc.ServicerContext, timeout: float | None) -> Handle:
         remaining = context.time_remaining()  # centuries when the client set no deadline
@@ -79,14 +97,31 @@ class Intake:
             handle.cancel()  # the client left before there was something to cancel
         return handle
 
-    def _counted(self, job: Job, events: Iterator[Event]) -> Iterator[Event]:
-        task = job.generation.task
-        with self.statistics.failures_of(task):
-            for event in events:
-                if isinstance(event, Done):
-                    self.statistics.add(task, event.timings)
-                    _tell(job, event)
-                yield event
+    def cut_slow(self, seconds: float) -> None:
+        """Cancels calls whose client has not taken an answer for so long."""
+        now = time.monotonic()
+        for delivery in list(self._deliveries):
+            if delivery.since is not None and now - delivery.since > seconds:
+                self._deliveries.discard(delivery)
+                log.warning("%s: the client reads too slowly; cancelled", delivery.request_id)
+                delivery.context.cancel()
+
+    def _counted(
+        self, job: Job, events: Iterator[Event], context: grpc.ServicerContext
+    ) -> Iterator[Event]:
+        task, delivery = job.generation.task, _Delivery(context, job.request_id)
+        self._deliveries.add(delivery)
+        try:
+            with self.statistics.failures_of(task):
+                for event in events:
+                    if isinstance(event, Done):
+                        self.statistics.add(task, event.timings)
+                        _tell(job, event)
+                    delivery.since = time.monotonic()
+                    yield event  # returns when it is sent: a client that does not read delays that
+                    delivery.since = None
+        finally:
+            self._deliveries.discard(delivery)
 
 
 def _tell(job: Job, event: Done) -> None:

@@ -21,6 +21,7 @@ from nuwa.spec.grid import Int
 from .core import Done, Frame, GenerationRequest, Pixels, Preview
 from .engine_protocol import Engine
 from .given import restore_given
+from .pulse import Pulse
 from .submission import Submission
 
 log = logging.getLogger("nuwa.runtime")
@@ -55,8 +56,10 @@ class Painter:
         engine: Engine,
         on_error: Callable[[Submission, Exception], None],
         guarded: Callable[[Callable[[], None]], None],
+        pulse: Pulse,
     ) -> None:
         self._engine, self._on_error, self._guarded = engine, on_error, guarded
+        self._pulse = pulse
         # Pictures, and requests that are done once all pictures before them are.
         self._jobs: deque[Picture | Submission] = deque()
         self._changed = threading.Condition()
@@ -123,7 +126,9 @@ class Painter:
             return
         started = time.perf_counter()
         try:
-            made = self._engine.pixels(np.stack([each.tokens for each in pictures]))
+            tokens = np.stack([each.tokens for each in pictures])
+            with self._pulse.at_work():
+                made = self._engine.pixels(tokens)
             events = [_event(each, pixels) for each, pixels in zip(pictures, made, strict=True)]
         except Exception as error:
             if len(pictures) == 1:

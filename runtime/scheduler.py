@@ -27,6 +27,7 @@ from .engine_protocol import Engine
 from .errors import DeadlineExceededError, DeviceLostError, EngineError, ShuttingDownError
 from .handle import Handle
 from .painter import Painter, Picture
+from .pulse import Pulse
 from .running import Running
 from .submission import Submission
 from .waiting import Waiting
@@ -72,7 +73,8 @@ class Scheduler:
         self._closing = False
         self._aborting = False
         self._threads: list[threading.Thread] = []
-        self._painter = Painter(engine, self._not_painted, self._guarded)
+        self.pulse = Pulse()
+        self._painter = Painter(engine, self._not_painted, self._guarded, self.pulse)
 
     def __enter__(self) -> Scheduler:
         self.start()
@@ -242,7 +244,8 @@ class Scheduler:
         started = time.perf_counter()
         prepared, failure = None, None
         try:
-            prepared = self.engine.prepare(submission.handle.request)
+            with self.pulse.at_work():
+                prepared = self.engine.prepare(submission.handle.request)
         except Exception as error:
             log.exception("the engine could not prepare a request")
             failure = _engine_error("preparing the request", error)
@@ -337,7 +340,8 @@ class Scheduler:
     def _step(self) -> None:
         started = time.perf_counter()
         try:
-            results = self.engine.step()
+            with self.pulse.at_work():
+                results = self.engine.step()
             elapsed = time.perf_counter() - started
             taken = [(self._running[result.slot], result) for result in results]
             for submission in self._submissions(self._running):

@@ -28,6 +28,7 @@ from .media import DEFAULT_LIMITS, Limits
 from .reflected import Pools
 from .scheduler import DEFAULT_QUEUE_SIZE, Scheduler
 from .service import GenerationService
+from .watch import Watch
 
 log = logging.getLogger("nuwa.runtime")
 
@@ -35,6 +36,8 @@ SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_n
 KSERVE = grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 MAX_RECEIVE_BYTES = 16 * 2**20
 DEFAULT_GRACE = 30.0
+DEFAULT_HANG_TIMEOUT = 30.0
+DEFAULT_SLOW_READER_TIMEOUT = 60.0
 SLOW_READERS = 16  # calls that may still be sending when their decoding is done
 SPARE_THREADS = 8  # for health, reflection and GetModel
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -43,7 +46,9 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 class Server:
     """Serves one engine. start(), then stop(); as a context manager it does both.
 
-    port 0 takes a free one; `address` says which. OSError if the port cannot be had.
+    port 0 takes a free one; `address` says which. OSError if the port cannot be had. hang_timeout:
+    seconds in one call of the engine after which health checks say NOT_SERVING, until it returns;
+    slow_reader_timeout: seconds for which a client may take no event before its call is cancelled.
     """
 
     def __init__(
@@ -54,6 +59,8 @@ class Server:
         port: int = 0,
         queue_size: int = DEFAULT_QUEUE_SIZE,
         limits: Limits = DEFAULT_LIMITS,
+        hang_timeout: float = DEFAULT_HANG_TIMEOUT,
+        slow_reader_timeout: float = DEFAULT_SLOW_READER_TIMEOUT,
     ) -> None:
         self.scheduler = Scheduler(engine, queue_size=queue_size, on_death=self._on_death)
         self.asked_to_end = threading.Event()  # by a signal, or because nothing can be generated
@@ -73,7 +80,7 @@ class Server:
                 ("grpc.keepalive_permit_without_calls", 1),
             ],
         )
-        intake = Intake(self.scheduler, max_calls=max_calls, limits=limits)
+        intake = self.intake = Intake(self.scheduler, max_calls=max_calls, limits=limits)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationService(intake), self._server
         )
@@ -89,6 +96,12 @@ class Server:
         names = (SERVICE, KSERVE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server, Pools())
         self.address = _listen(self._server, host, port)
+        self._watch = Watch(
+            self.scheduler.pulse.longest,
+            hang_timeout,
+            self._on_health,
+            lambda: intake.cut_slow(slow_reader_timeout),
+        )
         self._stopped = False
         self._ready = False
 
@@ -103,9 +116,8 @@ class Server:
         """Takes requests from now on, and tells health checks so."""
         self.scheduler.start()
         self._server.start()
-        for name in ("", SERVICE, KSERVE):
-            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        self._ready = True
+        self._on_health(True)
+        self._watch.start()
 
     def is_ready(self) -> bool:
         """Whether requests are taken, as health checks are told."""
@@ -119,7 +131,16 @@ class Server:
         self._ready = False
         self._health.enter_graceful_shutdown()
         self._server.stop(grace).wait()
+        self._watch.close()
         self.scheduler.close()
+
+    def _on_health(self, well: bool) -> None:
+        if self._stopped or self.died:
+            return
+        self._ready = well
+        status = health_pb2.HealthCheckResponse
+        for name in ("", SERVICE, KSERVE):
+            self._health.set(name, status.SERVING if well else status.NOT_SERVING)
 
     def _on_death(self) -> None:
         self.died = True
