@@ -31,7 +31,11 @@ class CancelledError(Exception):
 
 
 class QueueFullError(Exception):
-    """The scheduler's bounded queue has no room."""
+    """There is no room for the request; retry_seconds: when there may be."""
+
+    def __init__(self, message: str, retry_seconds: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_seconds = retry_seconds
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,10 @@ class DeadlineExceededError(CancelledError):
     """The request's deadline passed before it was finished."""
 
 
+class DeadlineTooShortError(Exception):
+    """The deadline would pass before the request could be finished; nothing was begun."""
+
+
 class ShuttingDownError(Exception):
     """The scheduler is closed, or closed before this request was finished."""
 

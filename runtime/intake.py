@@ -92,7 +92,12 @@ class Intake:
         remaining = context.time_remaining()  # centuries when the client set no deadline
         if remaining is not None and remaining < YEAR_SECONDS:
             timeout = remaining if timeout is None else min(timeout, remaining)
-        handle = self._scheduler.submit(job.generation, samples=job.samples.count, timeout=timeout)
+        handle = self._scheduler.submit(
+            job.generation,
+            samples=job.samples.count,
+            timeout=timeout,
+            client=_client(context.peer()),
+        )
         if not context.add_callback(handle.cancel):
             handle.cancel()  # the client left before there was something to cancel
         return handle
@@ -122,6 +127,11 @@ class Intake:
                     delivery.since = None
         finally:
             self._deliveries.discard(delivery)
+
+
+def _client(peer: str) -> str:
+    """Who calls: the address of gRPC's "ipv4:127.0.0.1:50312", whatever the port."""
+    return peer.rpartition(":")[0]
 
 
 def _tell(job: Job, event: Done) -> None:

@@ -21,14 +21,20 @@ from grpc_status import rpc_status
 from nuwa.spec.tasks import Task
 
 from .core import CancelledError, QueueFullError, UnsupportedTaskError
-from .errors import DeadlineExceededError, FieldError, NotFoundError, ShuttingDownError
+from .errors import (
+    DeadlineExceededError,
+    DeadlineTooShortError,
+    FieldError,
+    NotFoundError,
+    ShuttingDownError,
+)
 
 log = logging.getLogger("nuwa.runtime")
 
 DOMAIN = "nuwa.v1"
 GUARDED = ("/nuwa.v1.", "/inference.")
-RETRY_MILLISECONDS = 1000
 PUSHBACK = "grpc-retry-pushback-ms"  # when gRPC's own retries come back
+NO_RETRY = "-1"
 # A status travels in HTTP/2 headers, of which clients take 8 KiB: three copies, one of them with up
 # to three bytes a byte.
 MAX_MESSAGE_BYTES = 600
@@ -38,6 +44,7 @@ CODES: tuple[tuple[type[Exception], grpc.StatusCode, str], ...] = (
     (DeadlineExceededError, grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     (CancelledError, grpc.StatusCode.CANCELLED, "CANCELLED"),
     (QueueFullError, grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+    (DeadlineTooShortError, grpc.StatusCode.RESOURCE_EXHAUSTED, "DEADLINE_TOO_SHORT"),
     (ShuttingDownError, grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
     (UnsupportedTaskError, grpc.StatusCode.FAILED_PRECONDITION, "UNSUPPORTED_TASK"),
     (NotFoundError, grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
@@ -93,9 +100,10 @@ class ErrorInterceptor(grpc.ServerInterceptor):
         else:
             log.info("%s refused or stopped: %s", method, type(error).__name__)
         told = rpc_status.to_status(status)
-        if isinstance(error, QueueFullError):
-            pushback = (PUSHBACK, str(RETRY_MILLISECONDS))
-            told = told._replace(trailing_metadata=(*told.trailing_metadata, pushback))
+        if status.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]:
+            retry = isinstance(error, QueueFullError)
+            wait = str(round(1000 * error.retry_seconds)) if retry else NO_RETRY
+            told = told._replace(trailing_metadata=(*told.trailing_metadata, (PUSHBACK, wait)))
         context.abort_with_status(told)
         raise AssertionError("abort_with_status raises")
 
@@ -121,7 +129,7 @@ class ErrorInterceptor(grpc.ServerInterceptor):
             info.metadata["tasks"] = self._tasks
         if isinstance(error, QueueFullError):
             wait = Duration()
-            wait.FromMilliseconds(RETRY_MILLISECONDS)
+            wait.FromMilliseconds(round(1000 * error.retry_seconds))
             details.append(error_details_pb2.RetryInfo(retry_delay=wait))
         if isinstance(error, FieldError):
             bad = error_details_pb2.BadRequest()

@@ -11,17 +11,23 @@ from .submission import Submission
 
 @dataclass
 class Running:
-    """request: the sample's own; previews: how many of them have been due."""
+    """request: the sample's own; previews: how many of them have been due; positions: decoded."""
 
     submission: Submission
     request: GenerationRequest
     frames_done: int = 0
     percent: int = -1
     previews: int = 0
+    positions: int = 0
 
     @property
     def handle(self) -> Handle:
         return self.submission.handle
+
+    def advanced(self, result: SlotStep) -> float:
+        """How many frames' worth of positions a step decoded; asked once for each."""
+        done, self.positions = result.positions_done - self.positions, result.positions_done
+        return max(done, 0) * self.request.frame_count / max(result.positions_total, 1)
 
     def report(self, result: SlotStep) -> None:
         """Tells of progress, once a percent."""

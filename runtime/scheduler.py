@@ -2,10 +2,11 @@
 
 Holds no tensors of its own and knows no network: tokens and pixels only pass through. One thread
 prepares requests ahead of time, one decodes, one makes pixels (painter.py), so that none of the
-three waits for another's work. Requests are admitted first come, first served, whenever a slot is
-free at a step boundary; with more than one slot this is continuous batching. A request for several
-samples gets its slots one at a time and goes to the end of the queue after each, so that it never
-keeps others waiting for more than one of its samples. Times are those of `time.perf_counter`.
+three waits for another's work. Requests are admitted whenever a slot is free at a step boundary,
+first come, first served, but fairly among clients (waiting.py); with more than one slot this is
+continuous batching. A request for several samples gets its slots one at a time and queues anew
+after each, so that it never keeps others waiting for more than one of its samples. Times are those
+of `time.perf_counter`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,14 @@ from .core import (
     SlotStep,
 )
 from .engine_protocol import Engine
-from .errors import DeadlineExceededError, DeviceLostError, EngineError, ShuttingDownError
+from .errors import (
+    DeadlineExceededError,
+    DeadlineTooShortError,
+    DeviceLostError,
+    EngineError,
+    ShuttingDownError,
+)
+from .forecast import Forecast
 from .handle import Handle
 from .painter import Painter, Picture
 from .pulse import Pulse
@@ -35,6 +43,8 @@ from .waiting import Waiting
 log = logging.getLogger("nuwa.runtime")
 
 DEFAULT_QUEUE_SIZE = 64
+SHARE_FOR_OTHERS = 4  # a quarter of the queue cannot be filled by one client alone
+LEAST_RETRY, MOST_RETRY = 0.1, 10.0  # seconds after which a refused request may come again
 CLOSE_SECONDS = 30.0  # how long close() waits for a step that is under way
 SWEEP_SECONDS = 0.05  # how often deadlines are looked at while nothing is decoded
 SHUT_DOWN = "the server shut down before the request was finished"
@@ -73,6 +83,7 @@ class Scheduler:
         self._closing = False
         self._aborting = False
         self._threads: list[threading.Thread] = []
+        self._forecast = Forecast()
         self.pulse = Pulse()
         self._painter = Painter(engine, self._not_painted, self._guarded, self.pulse)
 
@@ -94,13 +105,20 @@ class Scheduler:
         return len(self._running)
 
     def submit(
-        self, request: GenerationRequest, *, samples: int = 1, timeout: float | None = None
+        self,
+        request: GenerationRequest,
+        *,
+        samples: int = 1,
+        timeout: float | None = None,
+        client: str = "",
     ) -> Handle:
         """Queues a request; after `timeout` seconds from now it ends with DeadlineExceededError.
 
         samples: how many, with sample indices from request.sample_index on; their events carry the
-        index and come mixed, and Done after all of them. Raises ValueError or UnsupportedTaskError
-        (the engine's check), QueueFullError, and ShuttingDownError after close().
+        index and come mixed, and Done after all of them. client: who asks; slots are shared fairly
+        among clients, and one that has a name cannot fill the queue alone. Raises ValueError or
+        UnsupportedTaskError (the engine's check), QueueFullError, DeadlineTooShortError, and
+        ShuttingDownError after close().
         """
         if samples < 1:
             raise ValueError(f"samples {samples} is not at least 1")
@@ -112,11 +130,36 @@ class Scheduler:
         with self._changed:
             if self._closing:
                 raise ShuttingDownError("the server is shutting down")
-            if len(self._queue) >= self.queue_size:
-                raise QueueFullError(f"the queue is full: {self.queue_size} requests are waiting")
-            self._queue.append(Submission(handle, samples))
+            self._check_room(client)
+            if timeout is not None:
+                self._check_time(request, samples, timeout, client)
+            self._queue.append(Submission(handle, samples, client))
             self._changed.notify_all()
         return handle
+
+    def _check_room(self, client: str) -> None:
+        """Under the lock."""
+        waiting, own = len(self._queue), self._queue.of(client)
+        if waiting >= self.queue_size:
+            problem = f"the queue is full: {self.queue_size} requests are waiting"
+        elif client and own >= self.queue_size - self.queue_size // SHARE_FOR_OTHERS:
+            problem = f"{own} requests of this client are waiting, as many as one may have"
+        else:
+            return
+        one = self._forecast.seconds(sum(each.frames_left for each in self._queue)) / waiting
+        raise QueueFullError(problem, min(max(one, LEAST_RETRY), MOST_RETRY))
+
+    def _check_time(
+        self, request: GenerationRequest, samples: int, timeout: float, client: str
+    ) -> None:
+        """Under the lock."""
+        frames = self._queue.frames_before(client) + samples * request.frame_count
+        needed = self._forecast.seconds(frames)
+        if needed > timeout:
+            raise DeadlineTooShortError(
+                f"the deadline is in {timeout:.3g} s, but at its present speed the server needs "
+                f"{needed:.3g} s or more, with what waits before this request"
+            )
 
     def start(self) -> None:
         """Starts the threads."""
@@ -318,7 +361,7 @@ class Scheduler:
                     submission = self._queue.ready()
                     if submission is None:
                         return
-                    self._queue.remove(submission)
+                    self._queue.take(submission)
                     request = submission.start_next()
                     if not submission.all_started:
                         self._queue.append(submission)
@@ -352,6 +395,8 @@ class Scheduler:
             for submission in self._submissions(self._running):
                 self._end(submission, _engine_error("decoding", error))
             return
+        with self._changed:
+            self._forecast.add(sum(running.advanced(result) for running, result in taken), elapsed)
         for running, result in taken:
             if self._running.get(result.slot) is not running:
                 continue  # its request has ended with another slot of it

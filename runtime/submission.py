@@ -14,7 +14,7 @@ from .handle import Handle
 
 @dataclass(eq=False)
 class Submission:
-    """`samples` sequences that share one handle.
+    """`samples` sequences that share one handle. client: who asks, for fairness among them.
 
     started: samples that got a slot; finished: samples that are decoded; prepared: the request as
     the engine has encoded it, None while it has not, or when no sample will need it. encode, decode
@@ -24,6 +24,7 @@ class Submission:
 
     handle: Handle
     samples: int
+    client: str = ""
     started: int = 0
     finished: int = 0
     prepared: Prepared | None = None
@@ -39,6 +40,11 @@ class Submission:
         index = request.sample_index + self.started
         self.started += 1
         return replace(request, sample_index=index)
+
+    @property
+    def frames_left(self) -> int:
+        """Of the samples that have no slot yet."""
+        return (self.samples - self.started) * self.handle.request.frame_count
 
     @property
     def running(self) -> int:

@@ -5,16 +5,24 @@ Knows no thread and has no lock; the scheduler changes and reads it under its ow
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 
 from .submission import Submission
 
 
 class Waiting:
-    """In the order in which they get a slot. preparing: the one that the engine encodes now."""
+    """In the order in which they get a slot. preparing: the one that the engine encodes now.
+
+    Fair among clients by start-time fair queueing (Goyal, Vin and Cheng, 1996): each has its turn
+    for as many frames as any other; requests of one client stay in the order they came in.
+    """
 
     def __init__(self) -> None:
-        self._order: dict[Submission, None] = {}  # a set that keeps the order
+        self._order: list[tuple[float, int, Submission]] = []  # by start tag
+        self._count = 0
+        self._now = 0.0  # start tag of the last one that was taken
+        self._finish: dict[str, float] = {}  # by client: finish tag of its last one
         self.preparing: Submission | None = None
 
     def __len__(self) -> int:
@@ -22,26 +30,50 @@ class Waiting:
 
     def __iter__(self) -> Iterator[Submission]:
         """Over those that wait now, so that they may be removed meanwhile."""
-        return iter(list(self._order))
+        return iter([submission for _, _, submission in self._order])
 
     def __contains__(self, submission: Submission) -> bool:
-        return submission in self._order
+        return any(each is submission for _, _, each in self._order)
 
     def append(self, submission: Submission) -> None:
-        """At the end."""
-        self._order[submission] = None
+        """For the next sample of it."""
+        start = self._start(submission.client)
+        self._count += 1
+        bisect.insort(self._order, (start, self._count, submission))
+        self._finish[submission.client] = start + submission.handle.request.frame_count
+
+    def take(self, submission: Submission) -> None:
+        """Removes one that gets a slot now."""
+        start = next((tag for tag, _, each in self._order if each is submission), self._now)
+        self._now = max(self._now, start)
+        self.remove(submission)
 
     def remove(self, submission: Submission) -> None:
         """Harmless if it does not wait."""
-        self._order.pop(submission, None)
+        self._order = [entry for entry in self._order if entry[2] is not submission]
+        if not self._order:  # nobody waits for anybody: all begin anew
+            self._now = max(self._now, *self._finish.values(), 0.0)
+            self._finish = {}
+
+    def of(self, client: str) -> int:
+        """How many of this client wait."""
+        return sum(submission.client == client for _, _, submission in self._order)
+
+    def frames_before(self, client: str) -> int:
+        """Of all samples that would get a slot before a new request of this client."""
+        start = self._start(client)
+        return sum(each.frames_left for tag, _, each in self._order if tag <= start)
+
+    def _start(self, client: str) -> float:
+        return max(self._now, self._finish.get(client, 0.0))
 
     def ready(self) -> Submission | None:
         """The first that is prepared."""
-        return next((each for each in self._order if each.prepared is not None), None)
+        return next((each for each in self if each.prepared is not None), None)
 
     def unprepared(self) -> Submission | None:
         """The first that is not prepared, nor being so."""
-        for each in self._order:
+        for each in self:
             if each.prepared is None and each is not self.preparing:
                 return each
         return None
@@ -53,7 +85,7 @@ class Waiting:
         """
         found, waiting = None, self.unprepared()
         behind = False
-        for each in self._order:
+        for each in self:
             behind = behind or each is waiting
             if behind and each.prepared is not None and not each.running:
                 found = each

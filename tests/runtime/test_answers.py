@@ -8,7 +8,7 @@ import time
 import grpc
 import pytest
 
-from nuwa.runtime import interceptor
+from nuwa.runtime import scheduler
 from nuwa.runtime.answers import Answers
 from nuwa.runtime.client import Client, ClientError
 from nuwa.runtime.core import CancelledError
@@ -169,14 +169,14 @@ def test_a_full_server_says_when_to_come_back(stub, engine, server):
         stub.GenerateImage(image())
     trailers = dict(caught.value.trailing_metadata())
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert trailers["grpc-retry-pushback-ms"] == "1000"
+    assert trailers["grpc-retry-pushback-ms"] == "100"
     engine.gate.set()
     for call in calls[1:]:
         call.result(20)
 
 
 def test_the_client_comes_back_when_it_is_told_to(engine, server, monkeypatch):
-    monkeypatch.setattr(interceptor, "RETRY_MILLISECONDS", 300)
+    monkeypatch.setattr(scheduler, "LEAST_RETRY", 0.3)
     calls = full(engine, server)
     with Client(server.address, attempts=1) as impatient, pytest.raises(ClientError) as caught:
         impatient.generate_image("t2i", "a 3")

@@ -91,7 +91,7 @@ def test_a_full_queue_says_when_to_come_back(stub, engine, server):
     assert info.reason == "QUEUE_FULL"
     retry = error_details_pb2.RetryInfo()
     assert any(detail.Unpack(retry) for detail in rpc_status.from_call(failure.value).details)
-    assert retry.retry_delay.seconds == 1
+    assert retry.retry_delay.ToMilliseconds() == 100
     engine.gate.set()
     assert all(call.result().frame.data for call in waiting)
 

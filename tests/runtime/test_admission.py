@@ -1,0 +1,174 @@
+"""Who gets the next slot, who is refused, and when a deadline is known to be too short."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+
+from nuwa.runtime.core import GenerationRequest, QueueFullError
+from nuwa.runtime.errors import DeadlineTooShortError
+from nuwa.runtime.forecast import Forecast
+from nuwa.runtime.handle import Handle
+from nuwa.runtime.scheduler import Scheduler
+from nuwa.runtime.submission import Submission
+from nuwa.runtime.waiting import Waiting
+from nuwa.spec.tasks import Task
+
+from .fake_engine import FakeEngine
+from .messages import details, image
+
+
+def request(frames: int = 1, seed: int = 0) -> GenerationRequest:
+    task = Task.T2V if frames > 1 else Task.T2I
+    return GenerationRequest(task, "a 3", frame_count=frames, seed=seed)
+
+
+def submission(client: str, frames: int = 1, samples: int = 1) -> Submission:
+    handle = Handle(request(frames), submitted=0.0, deadline=None, on_cancel=lambda handle: None)
+    return Submission(handle, samples, client)
+
+
+def served(waiting: Waiting) -> str:
+    """Clients in the order in which they get slots."""
+    order = ""
+    while waiting:
+        first = next(iter(waiting))
+        waiting.take(first)
+        first.started += 1
+        order += first.client
+        if not first.all_started:
+            waiting.append(first)
+    return order
+
+
+def filled(*submissions: Submission) -> Waiting:
+    waiting = Waiting()
+    for each in submissions:
+        waiting.append(each)
+    return waiting
+
+
+def test_one_client_is_served_first_come_first_served():
+    order = [submission("a", frames) for frames in (3, 1, 10, 1)]
+    assert list(filled(*order)) == order
+
+
+def test_clients_have_their_turns_for_as_many_frames():
+    eager = [submission("a") for _ in range(6)]
+    assert served(filled(*eager, submission("b"), submission("b"))) == "ababaaaa"
+    long = [submission("a", 10) for _ in range(2)]
+    short = [submission("b") for _ in range(5)]
+    assert served(filled(*long, *short)) == "abbbbba"
+
+
+def test_samples_of_one_request_have_turns_like_others():
+    many = submission("a", samples=4)
+    assert served(filled(many, submission("a"), submission("b"))) == "abaaaa"
+
+
+def test_what_was_served_long_ago_does_not_count():
+    waiting = filled(*[submission("a", 10) for _ in range(3)])
+    served(waiting)
+    for client in "ab":
+        waiting.append(submission(client))
+    assert served(waiting) == "ab"
+
+
+def test_cancelled_ones_wait_no_more():
+    first, second = submission("a"), submission("b")
+    waiting = filled(first, second)
+    waiting.remove(first)
+    waiting.remove(first)
+    assert list(waiting) == [second] and first not in waiting and len(waiting) == 1
+
+
+def test_frames_before_a_new_request():
+    waiting = filled(*[submission("a", 10) for _ in range(3)])
+    assert waiting.frames_before("a") == 30
+    assert waiting.frames_before("b") == 10
+
+
+def test_a_forecast_is_the_best_speed_of_the_last_minute():
+    clock = [0.0]
+    forecast = Forecast(now=lambda: clock[0])
+    assert forecast.seconds(100) == 0.0, "nothing is known"
+    forecast.add(5, 0.2)
+    assert forecast.seconds(100) == 0.0, "not long enough to tell"
+    forecast.add(5, 0.3)
+    assert forecast.seconds(100) == pytest.approx(5.0)
+    clock[0] = 30.0
+    forecast.add(1, 1.0)
+    assert forecast.seconds(100) == pytest.approx(5.0)
+    clock[0] = 70.0
+    assert forecast.seconds(100) == pytest.approx(100.0)
+
+
+class Slow(Forecast):
+    """One frame a second."""
+
+    def seconds(self, frames: float) -> float:
+        return frames
+
+
+@pytest.fixture
+def scheduler():
+    scheduler = Scheduler(FakeEngine(), queue_size=8)
+    scheduler._forecast = Slow()
+    yield scheduler
+    scheduler.close()
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_once(scheduler):
+    scheduler.submit(request(10), client="a", timeout=10.5)
+    with pytest.raises(DeadlineTooShortError, match="needs 15 s or more, with what waits before"):
+        scheduler.submit(request(5), client="a", timeout=14.0)
+    with pytest.raises(DeadlineTooShortError):
+        scheduler.submit(request(4), client="a", samples=2, timeout=17.0)
+    scheduler.submit(request(5), client="a", timeout=15.5)
+    scheduler.submit(request(5), client="a")
+    assert scheduler.queued == 3
+
+
+def test_one_client_cannot_fill_the_queue(scheduler):
+    for _ in range(6):
+        scheduler.submit(request(), client="a")
+    with pytest.raises(QueueFullError, match="6 requests of this client are waiting") as refused:
+        scheduler.submit(request(), client="a")
+    assert refused.value.retry_seconds == 1.0
+    for _ in range(2):
+        scheduler.submit(request(), client="b")
+    with pytest.raises(QueueFullError, match="the queue is full: 8 requests"):
+        scheduler.submit(request(), client="c")
+
+
+def test_the_time_to_come_back_follows_from_what_waits(scheduler):
+    for _ in range(6):
+        scheduler.submit(request(9), client="a")
+    with pytest.raises(QueueFullError) as refused:
+        scheduler.submit(request(), client="a")
+    assert refused.value.retry_seconds == pytest.approx(9.0)
+    scheduler._forecast.seconds = lambda frames: 1000.0 * frames
+    with pytest.raises(QueueFullError) as refused:
+        scheduler.submit(request(), client="a")
+    assert refused.value.retry_seconds == 10.0
+
+
+def test_speed_is_learnt_from_what_is_decoded():
+    found = []
+    scheduler = Scheduler(FakeEngine(slots=2))
+    scheduler._forecast.add = lambda frames, seconds: found.append(frames)
+    handles = [scheduler.submit(request(3, seed)) for seed in range(2)]
+    while not all(handle.ended for handle in handles):
+        scheduler.turn()
+    assert sum(found) == pytest.approx(6.0) and len(found) == 12
+    scheduler.close()
+
+
+def test_a_refused_deadline_tells_clients_not_to_retry(stub, server):
+    server.scheduler._forecast = Slow()
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.GenerateImage(image(), timeout=0.9)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert details(caught.value)[0].reason == "DEADLINE_TOO_SHORT"
+    assert dict(caught.value.trailing_metadata())["grpc-retry-pushback-ms"] == "-1"
+    assert stub.GenerateImage(image(), timeout=20).frame.data
