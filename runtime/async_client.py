@@ -20,7 +20,7 @@ from nuwa.v1 import generation_pb2 as pb
 from nuwa.v1 import generation_pb2_grpc
 
 from . import requests, results
-from .client import ClientError, channel_options, nobody_at, server_errors
+from .client import PLAIN, Access, ClientError, channel_options, nobody_at, server_errors
 from .core import Frame, ModelInfo
 from .requests import ImageOptions, VideoOptions
 from .results import ClipDone, ClipEvent, ClipResult, ImageEvent, ImageResult
@@ -33,12 +33,24 @@ class AsyncClient:
     in seconds from the call; None means no limit.
     """
 
-    def __init__(self, address: str, *, ready_timeout: float = 10.0, attempts: int = 4) -> None:
-        self._address, self._ready_timeout = address, ready_timeout
+    def __init__(
+        self,
+        address: str,
+        *,
+        ready_timeout: float = 10.0,
+        attempts: int = 4,
+        access: Access = PLAIN,
+    ) -> None:
+        self._address, self._ready_timeout, self._access = address, ready_timeout, access
+        self._metadata = access.metadata
         self._options = channel_options(address, attempts)
 
     async def __aenter__(self) -> Self:
-        self._channel = grpc.aio.insecure_channel(self._address, self._options)
+        credentials = self._access.credentials()
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(self._address, self._options)
+        else:
+            self._channel = grpc.aio.secure_channel(self._address, credentials, self._options)
         self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
         try:
             async with asyncio.timeout(self._ready_timeout):
@@ -59,7 +71,9 @@ class AsyncClient:
     async def get_model(self) -> ModelInfo:
         """What the server has loaded."""
         with server_errors():
-            answer = await self._stub.GetModel(pb.GetModelRequest(), timeout=10)
+            answer = await self._stub.GetModel(
+                pb.GetModelRequest(), timeout=10, metadata=self._metadata
+            )
         return results.model_info(answer.model)
 
     async def generate_image(
@@ -73,7 +87,9 @@ class AsyncClient:
         """One image, or several samples of it. Options: requests.ImageOptions."""
         message = requests.image_request(task, prompt, options)
         with server_errors():
-            answer = await self._stub.GenerateImage(message, timeout=deadline)
+            answer = await self._stub.GenerateImage(
+                message, timeout=deadline, metadata=self._metadata
+            )
         return results.image_result(answer, message.sampling.sample_index)
 
     async def stream_image(
@@ -88,7 +104,7 @@ class AsyncClient:
         """The events of one image as they happen; see client.BaseClient.stream_image."""
         image = requests.image_request(task, prompt, options)
         message = pb.StreamImageRequest(image=image, preview_count=previews)
-        call = self._stub.StreamImage(message, timeout=deadline)
+        call = self._stub.StreamImage(message, timeout=deadline, metadata=self._metadata)
         reader = results.ImageReader()
         try:
             with server_errors():
@@ -108,7 +124,7 @@ class AsyncClient:
     ) -> AsyncIterator[ClipEvent]:
         """The events of one clip as they happen; see client.BaseClient.stream_video."""
         message = requests.video_request(task, prompt, options)
-        call = self._stub.GenerateVideo(message, timeout=deadline)
+        call = self._stub.GenerateVideo(message, timeout=deadline, metadata=self._metadata)
         reader = results.ClipReader()
         try:
             with server_errors():

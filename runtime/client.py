@@ -12,6 +12,8 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -68,6 +70,42 @@ def channel_options(address: str, attempts: int) -> list[tuple[str, int | str]]:
     if address.rpartition(":")[0] in ("localhost", "127.0.0.1", "[::1]"):
         options.append(("grpc.enable_http_proxy", 0))
     return options
+
+
+@dataclass(frozen=True)
+class Access:
+    """How a client gets in. tls: over TLS; ca: whom it trusts to sign the server's certificate,
+    None for those the system trusts; certificate and key: its own, if the server asks for one, PEM.
+    token: for a server that wants one; without TLS everybody on the way can read it.
+    """
+
+    tls: bool = False
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    token: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("a client's certificate and key go together")
+        if not self.tls and (self.ca or self.certificate):
+            raise ValueError("certificates are for TLS; say tls too")
+        if self.token is not None and not (self.token.isascii() and self.token.isprintable()):
+            raise ValueError("the token is not printable ASCII")
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
+
+    def credentials(self) -> grpc.ChannelCredentials | None:
+        """None for no TLS."""
+        if not self.tls:
+            return None
+        files = [path and path.read_bytes() for path in (self.ca, self.key, self.certificate)]
+        return grpc.ssl_channel_credentials(*files)
+
+
+PLAIN = Access()
 
 
 class ClientError(Exception):
@@ -215,9 +253,20 @@ class Client(BaseClient):
     that a retry gets the same result.
     """
 
-    def __init__(self, address: str, *, ready_timeout: float = 10.0, attempts: int = 4) -> None:
-        options = channel_options(address, attempts)
-        self._channel = grpc.insecure_channel(address, options)
+    def __init__(
+        self,
+        address: str,
+        *,
+        ready_timeout: float = 10.0,
+        attempts: int = 4,
+        access: Access = PLAIN,
+    ) -> None:
+        options, credentials = channel_options(address, attempts), access.credentials()
+        self._metadata = access.metadata
+        if credentials is None:
+            self._channel = grpc.insecure_channel(address, options)
+        else:
+            self._channel = grpc.secure_channel(address, credentials, options)
         self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
         try:
             grpc.channel_ready_future(self._channel).result(ready_timeout)
@@ -232,23 +281,28 @@ class Client(BaseClient):
     def get_model(self) -> ModelInfo:
         """What the server has loaded."""
         with server_errors():
-            return results.model_info(self._stub.GetModel(pb.GetModelRequest(), timeout=10).model)
+            answer = self._stub.GetModel(pb.GetModelRequest(), timeout=10, metadata=self._metadata)
+        return results.model_info(answer.model)
 
     def _image(
         self, message: pb.GenerateImageRequest, deadline: float | None
     ) -> pb.GenerateImageResponse:
         with server_errors():
-            return self._stub.GenerateImage(message, timeout=deadline)
+            return self._stub.GenerateImage(message, timeout=deadline, metadata=self._metadata)
 
     def _image_stream(
         self, message: pb.StreamImageRequest, deadline: float | None
     ) -> Iterator[pb.StreamImageResponse]:
-        yield from _streamed(self._stub.StreamImage(message, timeout=deadline))
+        yield from _streamed(
+            self._stub.StreamImage(message, timeout=deadline, metadata=self._metadata)
+        )
 
     def _video(
         self, message: pb.GenerateVideoRequest, deadline: float | None
     ) -> Iterator[pb.GenerateVideoResponse]:
-        yield from _streamed(self._stub.GenerateVideo(message, timeout=deadline))
+        yield from _streamed(
+            self._stub.GenerateVideo(message, timeout=deadline, metadata=self._metadata)
+        )
 
 
 class LocalClient(BaseClient):

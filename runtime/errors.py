@@ -19,6 +19,14 @@ class FieldError(ValueError):
         self.field = field
 
 
+class UnauthenticatedError(Exception):
+    """The call does not say who makes it, or not so that it can be believed."""
+
+
+class ForbiddenError(Exception):
+    """Who makes the call may not do that."""
+
+
 class NotFoundError(ValueError):
     """A name that the server does not have; the message says which it has."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -38,16 +38,23 @@ class _Delivery:
 
 
 class Intake:
-    """max_calls: generations at a time, waiting ones and slow readers included.
+    """max_calls: generations at a time, waiting ones and slow readers included; identify: who makes
+    a call, for fairness, by default its address.
 
     More are refused as QueueFullError, so that the server's threads never run out: with none left,
     health checks would go unanswered and refusals would wait behind what they refuse.
     """
 
     def __init__(
-        self, scheduler: Scheduler, *, max_calls: int, limits: Limits = DEFAULT_LIMITS
+        self,
+        scheduler: Scheduler,
+        *,
+        max_calls: int,
+        limits: Limits = DEFAULT_LIMITS,
+        identify: Callable[[grpc.ServicerContext], str] | None = None,
     ) -> None:
         self.limits = limits
+        self._identify = identify or address_of
         self.statistics = Statistics()
         self._scheduler = scheduler
         self._calls = threading.BoundedSemaphore(max_calls)
@@ -96,7 +103,7 @@ class Intake:
             job.generation,
             samples=job.samples.count,
             timeout=timeout,
-            client=_client(context.peer()),
+            client=self._identify(context),
         )
         if not context.add_callback(handle.cancel):
             handle.cancel()  # the client left before there was something to cancel
@@ -129,9 +136,9 @@ class Intake:
             self._deliveries.discard(delivery)
 
 
-def _client(peer: str) -> str:
+def address_of(context: grpc.ServicerContext) -> str:
     """Who calls: the address of gRPC's "ipv4:127.0.0.1:50312", whatever the port."""
-    return peer.rpartition(":")[0]
+    return context.peer().rpartition(":")[0]
 
 
 def _tell(job: Job, event: Done) -> None:

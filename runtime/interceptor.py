@@ -25,8 +25,10 @@ from .errors import (
     DeadlineExceededError,
     DeadlineTooShortError,
     FieldError,
+    ForbiddenError,
     NotFoundError,
     ShuttingDownError,
+    UnauthenticatedError,
 )
 
 log = logging.getLogger("nuwa.runtime")
@@ -44,6 +46,8 @@ CODES: tuple[tuple[type[Exception], grpc.StatusCode, str], ...] = (
     (DeadlineExceededError, grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     (CancelledError, grpc.StatusCode.CANCELLED, "CANCELLED"),
     (QueueFullError, grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+    (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    (ForbiddenError, grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
     (DeadlineTooShortError, grpc.StatusCode.RESOURCE_EXHAUSTED, "DEADLINE_TOO_SHORT"),
     (ShuttingDownError, grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
     (UnsupportedTaskError, grpc.StatusCode.FAILED_PRECONDITION, "UNSUPPORTED_TASK"),
@@ -80,7 +84,7 @@ class ErrorInterceptor(grpc.ServerInterceptor):
             try:
                 return behaviour(_decoded(request), context)
             except Exception as error:
-                self._abort(error, method, context)
+                self.abort(error, method, context)
 
         return guarded
 
@@ -89,11 +93,12 @@ class ErrorInterceptor(grpc.ServerInterceptor):
             try:
                 yield from behaviour(_decoded(request), context)
             except Exception as error:
-                self._abort(error, method, context)
+                self.abort(error, method, context)
 
         return guarded
 
-    def _abort(self, error: Exception, method: str, context: grpc.ServicerContext) -> NoReturn:
+    def abort(self, error: Exception, method: str, context: grpc.ServicerContext) -> NoReturn:
+        """Ends a call with the status of `error`."""
         status = self.status(error)
         if status.code == grpc.StatusCode.INTERNAL.value[0]:
             log.error("%s failed: %s", method, status.message, exc_info=error)

@@ -1,7 +1,6 @@
 """The gRPC server around a scheduler: ports, health, reflection, limits and an orderly end.
 
-Plaintext, so it listens on the loopback interface unless told otherwise. Knows neither bundles nor
-how requests are converted.
+Knows neither bundles nor how requests are converted.
 """
 
 from __future__ import annotations
@@ -10,8 +9,10 @@ import logging
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent import futures
 from types import FrameType
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -20,67 +21,61 @@ from grpc_reflection.v1alpha import reflection
 from nuwa.inference import grpc_service_pb2, grpc_service_pb2_grpc
 from nuwa.v1 import generation_pb2, generation_pb2_grpc
 
+from .auth import AuthInterceptor
 from .engine_protocol import Engine
 from .intake import Intake
 from .interceptor import ErrorInterceptor
 from .kserve.service import MAX_STREAMS, InferenceService
-from .media import DEFAULT_LIMITS, Limits
+from .media import Limits
 from .reflected import Pools
-from .scheduler import DEFAULT_QUEUE_SIZE, Scheduler
+from .scheduler import Scheduler
 from .service import GenerationService
+from .settings import LOOPBACK, ServerSettings
+from .tls import Certificates
+from .tokens import Tokens
 from .watch import Watch
 
 log = logging.getLogger("nuwa.runtime")
 
 SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 KSERVE = grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
-MAX_RECEIVE_BYTES = 16 * 2**20
 DEFAULT_GRACE = 30.0
-DEFAULT_HANG_TIMEOUT = 30.0
-DEFAULT_SLOW_READER_TIMEOUT = 60.0
 SLOW_READERS = 16  # calls that may still be sending when their decoding is done
 SPARE_THREADS = 8  # for health, reflection and GetModel
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class Server:
     """Serves one engine. start(), then stop(); as a context manager it does both.
 
-    port 0 takes a free one; `address` says which. OSError if the port cannot be had. hang_timeout:
-    seconds in one call of the engine after which health checks say NOT_SERVING, until it returns;
-    slow_reader_timeout: seconds for which a client may take no event before its call is cancelled.
+    settings: those of `nuwa serve`, without the ones that say which engine; or single ones by name,
+    in place of the defaults. `address` says which port was taken. OSError if it cannot be had,
+    ValueError for certificates or tokens that cannot be used.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        *,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        queue_size: int = DEFAULT_QUEUE_SIZE,
-        limits: Limits = DEFAULT_LIMITS,
-        hang_timeout: float = DEFAULT_HANG_TIMEOUT,
-        slow_reader_timeout: float = DEFAULT_SLOW_READER_TIMEOUT,
+        self, engine: Engine, settings: ServerSettings | None = None, **fields: Any
     ) -> None:
-        self.scheduler = Scheduler(engine, queue_size=queue_size, on_death=self._on_death)
+        settings = settings or ServerSettings(**{"port": 0, **fields})
+        self.scheduler = Scheduler(engine, queue_size=settings.queue_size, on_death=self._on_death)
         self.asked_to_end = threading.Event()  # by a signal, or because nothing can be generated
+        self._cut = threading.Event()  # ends the lame-duck time
         self.died = False
-        max_calls = queue_size + engine.slots + SLOW_READERS
+        max_calls = settings.queue_size + engine.slots + SLOW_READERS
         errors = ErrorInterceptor(engine.info.tasks)
+        tokens = None if settings.tokens is None else Tokens(settings.tokens)
         self._server = grpc.server(
             futures.ThreadPoolExecutor(max_calls + MAX_STREAMS + SPARE_THREADS, "nuwa-rpc"),
-            interceptors=[errors],
-            options=[
-                ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
-                ("grpc.max_send_message_length", -1),
-                # Without this a second server on the port starts too, and gets half of the calls.
-                ("grpc.so_reuseport", 0),
-                # A waiting request is silent for long; clients may ask every 10 s if we live.
-                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-            ],
+            interceptors=_interceptors(errors, tokens),
+            options=_options(settings),
         )
-        intake = self.intake = Intake(self.scheduler, max_calls=max_calls, limits=limits)
+        intake = self.intake = Intake(
+            self.scheduler,
+            max_calls=max_calls,
+            limits=Limits(
+                settings.max_media_bytes, settings.max_media_pixels, settings.max_media_frames
+            ),
+            identify=None if tokens is None else _named_by(tokens),
+        )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationService(intake), self._server
         )
@@ -93,15 +88,17 @@ class Server:
             experimental_thread_pool=futures.ThreadPoolExecutor(2, "nuwa-health"),
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE, KSERVE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server, Pools())
-        self.address = _listen(self._server, host, port)
+        if settings.reflection:
+            names = (SERVICE, KSERVE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server, Pools())
+        self.address = _listen(self._server, settings)
         self._watch = Watch(
             self.scheduler.pulse.longest,
-            hang_timeout,
+            settings.hang_timeout,
             self._on_health,
-            lambda: intake.cut_slow(slow_reader_timeout),
+            lambda: intake.cut_slow(settings.slow_reader_timeout),
         )
+        self._lame_duck = settings.lame_duck
         self._stopped = False
         self._ready = False
 
@@ -124,12 +121,17 @@ class Server:
         return self._ready
 
     def stop(self, grace: float = 0.0) -> None:
-        """NOT_SERVING, no new calls, `grace` seconds for those at hand, then the end of all."""
+        """NOT_SERVING, after the lame-duck time no new calls, `grace` seconds for those at hand.
+
+        Then the end of all. Without grace it comes at once.
+        """
         if self._stopped:
             return
         self._stopped = True
         self._ready = False
         self._health.enter_graceful_shutdown()
+        if grace:
+            self._cut.wait(self._lame_duck)
         self._server.stop(grace).wait()
         self._watch.close()
         self.scheduler.close()
@@ -150,6 +152,7 @@ class Server:
 
     def hasten(self) -> None:
         """Cuts the grace of a stop() that another thread is in."""
+        self._cut.set()
         self._server.stop(0)
 
 
@@ -202,17 +205,58 @@ def resident_megabytes() -> float:
     return 0.0
 
 
-def _listen(server: grpc.Server, host: str, port: int) -> str:
+def _options(settings: ServerSettings) -> list[tuple[str, int]]:
+    options = [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", -1),
+        # Without this a second server on the port starts too, and gets half of the calls.
+        ("grpc.so_reuseport", 0),
+        # A waiting request is silent for long; clients may ask every 10 s if we live.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]
+    if settings.max_connection_age is not None:
+        grace = settings.grace or DEFAULT_GRACE
+        options += [
+            ("grpc.max_connection_age_ms", round(1000 * settings.max_connection_age)),
+            ("grpc.max_connection_age_grace_ms", round(1000 * grace)),
+        ]
+    return options
+
+
+def _interceptors(errors: ErrorInterceptor, tokens: Tokens | None) -> list[grpc.ServerInterceptor]:
+    """The outermost first."""
+    if tokens is None:
+        return [errors]
+
+    def refuse(error: Exception, context: grpc.ServicerContext) -> None:
+        errors.abort(error, "a call", context)
+
+    return [AuthInterceptor(tokens, refuse), errors]
+
+
+def _named_by(tokens: Tokens) -> Callable[[grpc.ServicerContext], str]:
+    def name(context: grpc.ServicerContext) -> str:
+        return tokens.check(context.invocation_metadata(), "infer").name
+
+    return name
+
+
+def _listen(server: grpc.Server, settings: ServerSettings) -> str:
     """Binds a port; the address that clients connect to."""
-    if not 0 <= port < 2**16:
-        raise ValueError(f"port {port} is not in [0, 65535]")
-    if host not in LOOPBACK:
-        log.warning("listening on %s without encryption or authentication", host)
+    host, port = settings.host, settings.port
+    if settings.insecure and settings.tls_certificate is None and host not in LOOPBACK:
+        log.warning("listening on %s without encryption", host)
     if ":" in host and not host.startswith("["):
         host = f"[{host}]"
     problem = f"cannot listen on {host}:{port}; is the port taken, or the host not of this machine?"
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        if settings.tls_certificate is None:
+            bound = server.add_insecure_port(f"{host}:{port}")
+        else:
+            assert settings.tls_key is not None, "they go together"
+            files = Certificates(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+            bound = server.add_secure_port(f"{host}:{port}", files.credentials())
     except RuntimeError as error:
         raise OSError(problem) from error
     if bound == 0:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nuwa.spec.sampling import SAMPLING_NAMES
 
 from ..backends.base import AUTO, BACKENDS
+
+if TYPE_CHECKING:
+    from ..client import Access
+
+TOKEN_VARIABLE = "NUWA_TOKEN"
 
 
 def positive(text: str) -> int:
@@ -46,6 +53,30 @@ def add_engine(parser: argparse.ArgumentParser, *, slots: bool) -> None:
 def engine(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of add_engine that load_engine takes, --slots aside."""
     return {"threads": arguments.threads, "backend": arguments.backend}
+
+
+def add_access(parser: argparse.ArgumentParser) -> None:
+    """--tls, --token-file and what belongs to them, for a server that wants them."""
+    group = parser.add_argument_group("access to a server")
+    group.add_argument("--tls", action="store_true", help="connect over TLS")
+    for name, help in (
+        ("tls-ca", "who signs the server's certificate, PEM (default: those the system trusts)"),
+        ("tls-certificate", "own certificate, PEM, where the server asks for one"),
+        ("tls-key", "its private key, PEM"),
+        ("token-file", f"file with the token (default: the variable {TOKEN_VARIABLE})"),
+    ):
+        group.add_argument(f"--{name}", type=Path, metavar="FILE", help=help)
+
+
+def access(arguments: argparse.Namespace) -> Access:
+    """That of add_access."""
+    from ..client import Access
+
+    token = os.environ.get(TOKEN_VARIABLE) or None
+    if arguments.token_file is not None:
+        token = arguments.token_file.read_text(encoding="utf-8").strip()
+    certificates = (arguments.tls_ca, arguments.tls_certificate, arguments.tls_key)
+    return Access(arguments.tls or any(certificates), *certificates, token)
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -63,6 +63,7 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.add_argument("bundle", type=Path, nargs="?", help="folder made by `nuwa export`")
     parser.add_argument("--server", metavar="HOST:PORT", help="a server to ask instead")
+    arguments.add_access(parser)
     parser.add_argument(
         "--task", required=True, metavar="TASK", help=f"one of {', '.join(Task)}; see below"
     )
@@ -227,7 +228,7 @@ def _video(args: argparse.Namespace) -> Path | Pixels | None:
 
 def _client(args: argparse.Namespace) -> BaseClient:
     if args.server is not None:
-        return Client(args.server)
+        return Client(args.server, access=arguments.access(args))
     from ..engine import load_engine
 
     slots = max(1, min(args.samples or 1, LOCAL_SLOTS))

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..scheduler import DEFAULT_QUEUE_SIZE
-from ..server import DEFAULT_GRACE, Server, serve_until_signal
-from . import arguments
-
 DESCRIPTION = """\
-Load a bundle and answer requests (package nuwa.v1) on a port until SIGTERM or Ctrl-C.
+Load a bundle and answer requests on a port, over gRPC (nuwa.v1, and the Open Inference Protocol),
+until SIGTERM or Ctrl-C.
 
 When ready it prints one line with the address. Health checks (grpc.health.v1) and reflection are
-on. The port is not encrypted, so by default only programs of this machine reach it."""
+on. Without certificates the port is not encrypted, so only programs of this machine reach it.
+
+Every setting can be given as a flag, as a variable of the environment (NUWA_QUEUE_SIZE=32) or in a
+TOML file (queue_size = 32); flags go first, then the environment, then the file. --print-config
+shows what they come to, as such a file."""
 
 EXAMPLES = """\
 examples:
   nuwa serve demo/bundle
   nuwa serve demo/bundle --port 0                  any free port; the ready line says which
   nuwa serve demo/bundle --slots 8 --queue-size 32 more samples at a time, less waiting
+  nuwa serve demo/bundle --slots 8 --print-config > server.toml
+  nuwa serve --config server.toml
+  nuwa serve demo/bundle --host 0.0.0.0 --tls-certificate chain.pem --tls-key key.pem \\
+      --tokens tokens.toml
 
 and then, in another terminal:
   nuwa generate --server 127.0.0.1:50051 --task t2v --prompt "a red 3 moves left" --out clip.webp
@@ -30,40 +36,49 @@ and then, in another terminal:
 
 
 def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    from ..settings import ServerSettings
+
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.add_argument("bundle", type=Path, help="folder made by `nuwa export`")
+    parser.add_argument("bundle", nargs="?", type=Path, help="folder made by `nuwa export`")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML")
     parser.add_argument(
-        "--host", default="127.0.0.1", help="interface to listen on (default: %(default)s)"
+        "--print-config", action="store_true", help="print the settings as TOML, and end"
     )
-    parser.add_argument(
-        "--port", type=int, default=50051, help="0 takes a free one (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--queue-size",
-        type=arguments.positive,
-        default=DEFAULT_QUEUE_SIZE,
-        metavar="N",
-        help="requests that may wait; more are refused (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--grace",
-        type=float,
-        default=DEFAULT_GRACE,
-        metavar="SECONDS",
-        help="how long running requests may go on after SIGTERM (default: %(default)g)",
-    )
-    arguments.add_engine(parser, slots=True)
+    group = parser.add_argument_group("settings")
+    for name, field in ServerSettings.model_fields.items():
+        if name == "bundle":
+            continue
+        default = "" if field.default is None else f" (default: {field.default})"
+        help = f"{field.description}{default}".replace("%", "%%")
+        flag = "--" + name.replace("_", "-")
+        if field.annotation is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help)
+        else:
+            group.add_argument(flag, metavar="VALUE", help=help)
     return run
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..settings import ServerSettings, read
+
+    flags = {name: getattr(args, name) for name in ServerSettings.model_fields}
+    settings = read(flags, args.config, os.environ)
+    if args.print_config:
+        print(settings.to_toml(), end="")
+        return 0
+    if settings.bundle is None:
+        raise ValueError("which bundle? name its folder, as an argument or as a setting")
     from ..engine import load_engine
+    from ..server import Server, serve_until_signal
 
     logging.getLogger("nuwa").setLevel(logging.INFO)
     started = time.perf_counter()
-    engine = load_engine(args.bundle, slots=args.slots, **arguments.engine(args))
-    server = Server(engine, host=args.host, port=args.port, queue_size=args.queue_size)
-    serve_until_signal(
-        server, load_seconds=time.perf_counter() - started, grace=max(0.0, args.grace)
+    engine = load_engine(
+        settings.bundle,
+        slots=settings.slots,
+        threads=settings.threads,
+        backend=settings.backend,
     )
+    server = Server(engine, settings)
+    serve_until_signal(server, load_seconds=time.perf_counter() - started, grace=settings.grace)
     return 1 if server.died else 0  # so that who supervises it starts it again

@@ -1,0 +1,146 @@
+"""Settings of `nuwa serve`: one schema for flags, environment (NUWA_...) and a TOML file.
+
+Flags go before the environment, that before the file, and that before the defaults.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .backends.base import AUTO, BACKENDS
+
+ENVIRONMENT = "NUWA_"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def _backend(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"choose one of {', '.join(BACKENDS)}")
+    return name
+
+
+class ServerSettings(BaseModel):
+    """What a server is started with. Durations are in seconds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bundle: Path | None = Field(None, description="folder made by `nuwa export`")
+    host: str = Field("127.0.0.1", description="interface to listen on")
+    port: int = Field(50051, ge=0, le=65535, description="0 takes a free one")
+    backend: Annotated[str, AfterValidator(_backend)] = Field(
+        AUTO, description="what decodes; auto: the fastest for this machine's processor"
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads; unset: one a core")
+    slots: int = Field(1, ge=1, description="samples that are decoded at a time; others wait")
+    queue_size: int = Field(64, ge=1, description="requests that may wait; more are refused")
+    max_message_bytes: int = Field(16 * 2**20, ge=1024, description="of one request")
+    max_media_bytes: int = Field(8 * 2**20, ge=1, description="of one picture or clip as sent")
+    max_media_pixels: int = Field(2**24, ge=1, description="of one picture or clip")
+    max_media_frames: int = Field(256, ge=1, description="of one clip that is given")
+    grace: float = Field(30.0, ge=0, description="how long running requests may go on at the end")
+    lame_duck: float = Field(
+        0.0, ge=0, description="how long requests are still taken after health says NOT_SERVING"
+    )
+    hang_timeout: float = Field(
+        30.0, gt=0, description="in one call of the engine, before health says NOT_SERVING"
+    )
+    slow_reader_timeout: float = Field(
+        60.0, gt=0, description="in which a client takes no event, before its call is cancelled"
+    )
+    max_connection_age: float | None = Field(
+        None, gt=0, description="after which clients are to connect anew; unset: never"
+    )
+    tls_certificate: Path | None = Field(None, description="chain of the server, PEM")
+    tls_key: Path | None = Field(None, description="its private key, PEM")
+    tls_client_ca: Path | None = Field(
+        None, description="who signs certificates that clients must show, PEM; unset: none must"
+    )
+    insecure: bool = Field(False, description="listen without TLS beyond this machine")
+    tokens: Path | None = Field(
+        None, description="TOML file of the tokens that clients must send; unset: none must"
+    )
+    reflection: bool = Field(True, description="tell clients of the methods there are")
+    log_format: Literal["text", "json"] = Field("text", description="of the log on stderr")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ServerSettings:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("tls_client_ca needs tls_certificate and tls_key")
+        plain = self.tls_certificate is None and not self.insecure
+        if plain and self.host not in LOOPBACK:
+            raise ValueError(
+                f"host {self.host!r} is reached from other machines, so it needs tls_certificate "
+                "and tls_key; or say insecure, where the network is trusted"
+            )
+        return self
+
+    def to_toml(self) -> str:
+        """As a file that `read` reads, with what each setting is; unset ones as comments."""
+        lines = []
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            lines.append(f"# {field.description}")
+            if value is None:
+                lines.append(f"# {name} =")
+            else:
+                plain = str(value) if isinstance(value, Path) else value
+                lines.append(f"{name} = {json.dumps(plain)}")
+        return "\n".join(lines) + "\n"
+
+
+def read(
+    flags: Mapping[str, Any], file: Path | None, environment: Mapping[str, str]
+) -> ServerSettings:
+    """Settings from all three; a flag that was not given is None, or not there.
+
+    ValueError naming the setting, where it was given, and what is right.
+    """
+    found: dict[str, tuple[Any, str]] = {}
+    if file is not None:
+        found |= {name: (value, str(file)) for name, value in _table(file).items()}
+    for name in ServerSettings.model_fields:
+        variable = ENVIRONMENT + name.upper()
+        if environment.get(variable):
+            found[name] = (environment[variable], variable)
+    found |= {name: (value, _flag(name)) for name, value in flags.items() if value is not None}
+    try:
+        return ServerSettings(**{name: value for name, (value, _) in found.items()})
+    except ValidationError as error:
+        raise ValueError(
+            _told(error, {name: where for name, (_, where) in found.items()})
+        ) from None
+
+
+def _table(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not TOML: {error}") from None
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _told(error: ValidationError, where: Mapping[str, str]) -> str:
+    told = []
+    for each in error.errors():
+        message = each["msg"].removeprefix("Value error, ")
+        if not each["loc"]:
+            told.append(message)
+            continue
+        name = str(each["loc"][0])
+        if each["type"] == "extra_forbidden":
+            names = ", ".join(ServerSettings.model_fields)
+            told.append(f"{where[name]}: there is no setting {name!r}; there are {names}")
+        else:
+            told.append(f"{name} {each['input']!r} ({where[name]}): {message}")
+    return "; ".join(told)
