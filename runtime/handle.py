@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from .core import Done, Event, Frame, GenerationRequest, Timings
@@ -27,6 +28,7 @@ class Handle:
         self.submitted = submitted
         self.deadline = deadline
         self.cancelled = False
+        self.cancelled_at: float | None = None
         self._on_cancel = on_cancel
         self._lock = threading.Lock()  # several threads emit
         self._ended = False
@@ -40,6 +42,8 @@ class Handle:
 
         A reader of `events` then gets CancelledError.
         """
+        if not self.cancelled:
+            self.cancelled_at = time.perf_counter()
         self.cancelled = True
         self._on_cancel(self)
 

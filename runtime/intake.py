@@ -19,12 +19,14 @@ from .convert import Job
 from .core import Done, Event, ModelInfo, QueueFullError
 from .engine_protocol import Engine
 from .handle import Handle
+from .logs import fields
 from .media import DEFAULT_LIMITS, Limits
+from .metrics import Meter, Metrics
 from .scheduler import Scheduler
-from .statistics import Statistics
 
 log = logging.getLogger("nuwa.runtime")
 
+PHASES = ("total", "queue", "encode", "decode", "pixels", "ranking")
 YEAR_SECONDS = 365 * 24 * 3600.0
 
 
@@ -52,10 +54,11 @@ class Intake:
         max_calls: int,
         limits: Limits = DEFAULT_LIMITS,
         identify: Callable[[grpc.ServicerContext], str] | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self.limits = limits
         self._identify = identify or address_of
-        self.statistics = Statistics()
+        self.metrics = metrics or Metrics()
         self._scheduler = scheduler
         self._calls = threading.BoundedSemaphore(max_calls)
         self._deliveries: set[_Delivery] = set()
@@ -90,10 +93,14 @@ class Intake:
 
         It ends with its call, by the call's deadline, or after `timeout` seconds.
         """
-        with self.statistics.failures_of(job.generation.task):
+        meter = self.metrics.begin(job.generation.task)
+        try:
             handle = self._submit(job, context, timeout)
+        except Exception as error:
+            meter.failed(error)
+            raise
         events = selection.events_of(handle, job.samples, self.engine.rankers)
-        return self._counted(job, events, context)
+        return self._metered(job, events, context, meter)
 
     def _submit(self, job: Job, context: grpc.ServicerContext, timeout: float | None) -> Handle:
         remaining = context.time_remaining()  # centuries when the client set no deadline
@@ -115,23 +122,26 @@ class Intake:
         for delivery in list(self._deliveries):
             if delivery.since is not None and now - delivery.since > seconds:
                 self._deliveries.discard(delivery)
-                log.warning("%s: the client reads too slowly; cancelled", delivery.request_id)
+                told = fields(request_id=delivery.request_id)
+                log.warning("%s: slow reader; cancelled", delivery.request_id, extra=told)
                 delivery.context.cancel()
 
-    def _counted(
-        self, job: Job, events: Iterator[Event], context: grpc.ServicerContext
+    def _metered(
+        self, job: Job, events: Iterator[Event], context: grpc.ServicerContext, meter: Meter
     ) -> Iterator[Event]:
-        task, delivery = job.generation.task, _Delivery(context, job.request_id)
+        delivery = _Delivery(context, job.request_id)
         self._deliveries.add(delivery)
         try:
-            with self.statistics.failures_of(task):
-                for event in events:
-                    if isinstance(event, Done):
-                        self.statistics.add(task, event.timings)
-                        _tell(job, event)
-                    delivery.since = time.monotonic()
-                    yield event  # returns when it is sent: a client that does not read delays that
-                    delivery.since = None
+            for event in events:
+                meter.heard(event)
+                if isinstance(event, Done):
+                    _tell(job, event)
+                delivery.since = time.monotonic()
+                yield event  # returns when it is sent: a client that does not read delays that
+                delivery.since = None
+        except BaseException as error:
+            meter.failed(error)
+            raise
         finally:
             self._deliveries.discard(delivery)
 
@@ -142,13 +152,14 @@ def address_of(context: grpc.ServicerContext) -> str:
 
 
 def _tell(job: Job, event: Done) -> None:
-    times = event.timings
+    times, generation = event.timings, job.generation
+    frames = generation.frame_count * job.samples.count
     log.info(
         "%s %s: %d frames, %d steps, %.3f s (queue %.3f, encode %.3f, decode %.3f, pixels %.3f, "
         "ranking %.3f)",
         job.request_id,
-        job.generation.task,
-        job.generation.frame_count * job.samples.count,
+        generation.task,
+        frames,
         times.steps,
         times.total,
         times.queue,
@@ -156,4 +167,12 @@ def _tell(job: Job, event: Done) -> None:
         times.decode,
         times.pixels,
         times.ranking,
+        extra=fields(
+            request_id=job.request_id,
+            task=str(generation.task),
+            frames=frames,
+            samples=job.samples.count,
+            steps=times.steps,
+            **{f"{name}_seconds": round(getattr(times, name), 6) for name in PHASES},
+        ),
     )

@@ -30,6 +30,7 @@ from .errors import (
     ShuttingDownError,
     UnauthenticatedError,
 )
+from .logs import fields
 
 log = logging.getLogger("nuwa.runtime")
 
@@ -59,10 +60,14 @@ CODES: tuple[tuple[type[Exception], grpc.StatusCode, str], ...] = (
 class ErrorInterceptor(grpc.ServerInterceptor):
     """For the methods that generate; health and reflection pass untouched.
 
-    tasks: those that the bundle can do, for the metadata of UNSUPPORTED_TASK.
+    tasks: those that the bundle can do, for the metadata of UNSUPPORTED_TASK; on_error: hears the
+    reason of each error.
     """
 
-    def __init__(self, tasks: Sequence[Task]) -> None:
+    def __init__(
+        self, tasks: Sequence[Task], on_error: Callable[[str], None] = lambda reason: None
+    ) -> None:
+        self._on_error = on_error
         self._tasks = ",".join(task.name for task in tasks)
 
     def intercept_service(self, continuation: Callable, details: Any) -> Any:
@@ -103,7 +108,9 @@ class ErrorInterceptor(grpc.ServerInterceptor):
         if status.code == grpc.StatusCode.INTERNAL.value[0]:
             log.error("%s failed: %s", method, status.message, exc_info=error)
         else:
-            log.info("%s refused or stopped: %s", method, type(error).__name__)
+            kind = type(error).__name__
+            told = fields(method=method, error_kind=kind)
+            log.info("%s refused or stopped: %s", method, kind, extra=told)
         told = rpc_status.to_status(status)
         if status.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]:
             retry = isinstance(error, QueueFullError)
@@ -128,6 +135,7 @@ class ErrorInterceptor(grpc.ServerInterceptor):
             message = f"internal error; the server's log has the details under {incident}"
         else:
             message = _shorten(str(error))
+        self._on_error(reason)
         info = error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)
         details: list[Message] = [info]
         if isinstance(error, UnsupportedTaskError):

@@ -55,7 +55,9 @@ class Scheduler:
 
     Use as a context manager, or start() and close(). A fault of the engine ends the requests that
     it concerns with EngineError and no others; DeviceLostError ends all, with ShuttingDownError.
-    on_death: called, by the thread that ends, when nothing can be generated any more.
+    on_death: called, by the thread that ends, when nothing can be generated any more; on_step: with
+    the seconds of each step; on_cancelled: with those from the cancellation of a request that held
+    a slot until it holds none.
     """
 
     def __init__(
@@ -64,6 +66,8 @@ class Scheduler:
         *,
         queue_size: int = DEFAULT_QUEUE_SIZE,
         on_death: Callable[[], None] | None = None,
+        on_step: Callable[[float], None] = lambda seconds: None,
+        on_cancelled: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         if queue_size < 1:
             raise ValueError(f"queue_size {queue_size} is not at least 1")
@@ -78,7 +82,7 @@ class Scheduler:
         self._unpainted: list[tuple[Submission, Exception]] = []  # what the painter could not make
         self._running: dict[int, Running] = {}
         self._changed = threading.Condition()
-        self._on_death = on_death
+        self._on_death, self._on_step, self._on_cancelled = on_death, on_step, on_cancelled
         self._death: Exception | None = None  # why nothing can be generated any more
         self._closing = False
         self._aborting = False
@@ -341,6 +345,8 @@ class Scheduler:
         for submission in self._submissions(self._running):
             if error := self._reason_to_stop(submission.handle, now):
                 self._end(submission, error)
+                if submission.handle.cancelled_at is not None:
+                    self._on_cancelled(time.perf_counter() - submission.handle.cancelled_at)
 
     def _reason_to_stop(self, handle: Handle, now: float) -> Exception | None:
         if self._aborting:
@@ -395,6 +401,7 @@ class Scheduler:
             for submission in self._submissions(self._running):
                 self._end(submission, _engine_error("decoding", error))
             return
+        self._on_step(elapsed)
         with self._changed:
             self._forecast.add(sum(running.advanced(result) for running, result in taken), elapsed)
         for running, result in taken:

@@ -5,6 +5,7 @@ Knows neither bundles nor how requests are converted.
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import signal
 import threading
@@ -27,6 +28,8 @@ from .intake import Intake
 from .interceptor import ErrorInterceptor
 from .kserve.service import MAX_STREAMS, InferenceService
 from .media import Limits
+from .metrics import Metrics
+from .pages import Pages
 from .reflected import Pools
 from .scheduler import Scheduler
 from .service import GenerationService
@@ -56,12 +59,19 @@ class Server:
         self, engine: Engine, settings: ServerSettings | None = None, **fields: Any
     ) -> None:
         settings = settings or ServerSettings(**{"port": 0, **fields})
-        self.scheduler = Scheduler(engine, queue_size=settings.queue_size, on_death=self._on_death)
+        metrics = self.metrics = Metrics()
+        self.scheduler = Scheduler(
+            engine,
+            queue_size=settings.queue_size,
+            on_death=self._on_death,
+            on_step=metrics.step,
+            on_cancelled=metrics.cancelled,
+        )
         self.asked_to_end = threading.Event()  # by a signal, or because nothing can be generated
         self._cut = threading.Event()  # ends the lame-duck time
         self.died = False
         max_calls = settings.queue_size + engine.slots + SLOW_READERS
-        errors = ErrorInterceptor(engine.info.tasks)
+        errors = ErrorInterceptor(engine.info.tasks, metrics.error)
         tokens = None if settings.tokens is None else Tokens(settings.tokens)
         self._server = grpc.server(
             futures.ThreadPoolExecutor(max_calls + MAX_STREAMS + SPARE_THREADS, "nuwa-rpc"),
@@ -75,6 +85,7 @@ class Server:
                 settings.max_media_bytes, settings.max_media_pixels, settings.max_media_frames
             ),
             identify=None if tokens is None else _named_by(tokens),
+            metrics=metrics,
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationService(intake), self._server
@@ -92,6 +103,10 @@ class Server:
             names = (SERVICE, KSERVE, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server, Pools())
         self.address = _listen(self._server, settings)
+        self._describe()
+        self._pages: Pages | None = None
+        if settings.metrics_port is not None:
+            self._pages = Pages(metrics.registry, settings.metrics_host, settings.metrics_port)
         self._watch = Watch(
             self.scheduler.pulse.longest,
             settings.hang_timeout,
@@ -115,6 +130,13 @@ class Server:
         self._server.start()
         self._on_health(True)
         self._watch.start()
+        if self._pages is not None:
+            self._pages.start()
+
+    @property
+    def metrics_address(self) -> str | None:
+        """HOST:PORT of the metrics, where there are any."""
+        return None if self._pages is None else self._pages.address
 
     def is_ready(self) -> bool:
         """Whether requests are taken, as health checks are told."""
@@ -135,6 +157,20 @@ class Server:
         self._server.stop(grace).wait()
         self._watch.close()
         self.scheduler.close()
+        if self._pages is not None:
+            self._pages.close()
+
+    def _describe(self) -> None:
+        """What metrics say beside what is counted."""
+        scheduler, engine, watch = self.scheduler, self.scheduler.engine, self.metrics.watch
+        self.metrics.describe(engine.info, importlib.metadata.version("nuwa-runtime"))
+        watch("nuwa_slots_used", "Slots that decode a sample", lambda: scheduler.active)
+        watch("nuwa_slots", "Slots there are", lambda: engine.slots)
+        watch("nuwa_requests_waiting", "Requests that wait for a slot", lambda: scheduler.queued)
+        watch("nuwa_queue_size", "Requests that may wait", lambda: scheduler.queue_size)
+        watch("nuwa_calls_open", "Generations being answered", lambda: self.intake.open_calls)
+        watch("nuwa_ready", "1 while requests are taken", lambda: self._ready)
+        watch("nuwa_engine_busy_seconds", "Of the call under way", scheduler.pulse.longest)
 
     def _on_health(self, well: bool) -> None:
         if self._stopped or self.died:

@@ -65,6 +65,10 @@ class ServerSettings(BaseModel):
     tokens: Path | None = Field(
         None, description="TOML file of the tokens that clients must send; unset: none must"
     )
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="of metrics over HTTP, for Prometheus; unset: none"
+    )
+    metrics_host: str = Field("127.0.0.1", description="interface of the metrics")
     reflection: bool = Field(True, description="tell clients of the methods there are")
     log_format: Literal["text", "json"] = Field("text", description="of the log on stderr")
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from nuwa.spec.tasks import Task
@@ -51,19 +49,13 @@ class Statistics:
                 last_time=time.time(),
             )
 
-    @contextmanager
-    def failures_of(self, task: Task) -> Iterator[None]:
-        """Counts a generation as failed if an error is raised inside."""
-        started = time.perf_counter()
-        try:
-            yield
-        except Exception:
-            with self._lock:
-                now = self._tasks[task]
-                self._tasks[task] = replace(
-                    now,
-                    failed=now.failed + 1,
-                    failed_seconds=now.failed_seconds + time.perf_counter() - started,
-                    last_time=time.time(),
-                )
-            raise
+    def fail(self, task: Task, seconds: float) -> None:
+        """A generation that did not, after so long."""
+        with self._lock:
+            now = self._tasks[task]
+            self._tasks[task] = replace(
+                now,
+                failed=now.failed + 1,
+                failed_seconds=now.failed_seconds + seconds,
+                last_time=time.time(),
+            )

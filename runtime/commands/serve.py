@@ -68,10 +68,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if settings.bundle is None:
         raise ValueError("which bundle? name its folder, as an argument or as a setting")
+    from .. import logs
     from ..engine import load_engine
     from ..server import Server, serve_until_signal
 
-    logging.getLogger("nuwa").setLevel(logging.INFO)
+    logs.configure(settings.log_format, logging.DEBUG if args.debug else logging.INFO)
     started = time.perf_counter()
     engine = load_engine(
         settings.bundle,

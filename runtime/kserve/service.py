@@ -163,7 +163,7 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         return self._intake.events(job.job, context, job.timeout)
 
     def _statistics(self, model: TaskModel) -> pb.ModelStatistics:
-        found = self._intake.statistics[model.task]
+        found = self._intake.metrics.statistics[model.task]
         message = pb.ModelStatistics(
             name=model.name,
             version=VERSION,

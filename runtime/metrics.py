@@ -1,0 +1,161 @@
+"""What a server tells of itself to Prometheus: histograms of every phase, gauges, counters.
+
+Knows events and errors, no wire format. Names follow Prometheus' conventions: base units, and
+histograms in place of averages, so that percentiles over several servers can be had.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+
+from nuwa.spec.tasks import Task
+
+from .core import (
+    CancelledError,
+    Done,
+    Event,
+    Frame,
+    ModelInfo,
+    QueueFullError,
+    UnsupportedTaskError,
+)
+from .errors import (
+    DeadlineExceededError,
+    DeadlineTooShortError,
+    EngineError,
+    ShuttingDownError,
+)
+from .statistics import Statistics
+
+OK = "ok"
+# How a request ended, by the first class that its error is of.
+OUTCOMES: tuple[tuple[type[Exception], str], ...] = (
+    (DeadlineExceededError, "deadline"),
+    (CancelledError, "cancelled"),
+    (QueueFullError, "queue_full"),
+    (DeadlineTooShortError, "deadline_too_short"),
+    (ShuttingDownError, "shutting_down"),
+    (UnsupportedTaskError, "unsupported"),
+    (EngineError, "engine"),
+    (ValueError, "invalid"),
+)
+OTHER = "internal"
+REQUEST_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
+STEP_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+
+
+def outcome_of(error: BaseException) -> str:
+    return next((name for kind, name in OUTCOMES if isinstance(error, kind)), OTHER)
+
+
+class Metrics:
+    """registry: where they are read; statistics: sums by task. Safe to use from any thread."""
+
+    def __init__(self) -> None:
+        self.registry, self.statistics = CollectorRegistry(), Statistics()
+        tasks, r = ["task"], self.registry
+        self._requests = Counter(
+            "nuwa_requests", "Requests that ended, by how", ["task", "outcome"], registry=r
+        )
+        self._errors = Counter(
+            "nuwa_errors", "Errors that clients were told of", ["reason"], registry=r
+        )
+        self._duration = _histogram("nuwa_request_duration", "From call to end", tasks, r)
+        self._phases = {
+            name: _histogram(f"nuwa_{name}_duration", help, tasks, r)
+            for name, help in (
+                ("queue", "Waiting for the first slot"),
+                ("encode", "Encoding text, sketch and given pictures"),
+                ("decode", "Decode steps that a request took part in"),
+                ("pixels", "Turning its tokens into pixels"),
+                ("ranking", "Scoring its samples"),
+            )
+        }
+        self._first = _histogram("nuwa_time_to_first_frame", "From call to first frame", tasks, r)
+        self._frames = Counter("nuwa_frames_generated", "Frames handed out", tasks, registry=r)
+        self._steps = Histogram(
+            "nuwa_step_duration_seconds", "One decode step", buckets=STEP_BUCKETS, registry=r
+        )
+        self._cancel = Histogram(
+            "nuwa_cancel_latency_seconds",
+            "From a cancellation to its effect",
+            buckets=STEP_BUCKETS,
+            registry=r,
+        )
+
+    def describe(self, info: ModelInfo, version: str) -> None:
+        """Says what is served."""
+        Info("nuwa_model", "What is served", registry=self.registry).info(
+            {
+                "name": info.name,
+                "bundle": info.bundle_hash,
+                "precision": info.precision,
+                "backend": info.backend,
+                "version": version,
+            }
+        )
+
+    def watch(self, name: str, help: str, value: Callable[[], float]) -> None:
+        """A gauge that is asked for when it is read."""
+        Gauge(name, help, registry=self.registry).set_function(value)
+
+    def step(self, seconds: float) -> None:
+        """A decode step."""
+        self._steps.observe(seconds)
+
+    def cancelled(self, seconds: float) -> None:
+        """A request that held a slot let go of it so long after it was cancelled."""
+        self._cancel.observe(seconds)
+
+    def error(self, reason: str) -> None:
+        """An error that a client was told of, whether or not there was a request yet."""
+        self._errors.labels(reason).inc()
+
+    def begin(self, task: Task) -> Meter:
+        """A request that begins now."""
+        return Meter(self, task)
+
+
+class Meter:
+    """Follows one request from its beginning to its end."""
+
+    def __init__(self, metrics: Metrics, task: Task) -> None:
+        self._metrics, self._task, self._label = metrics, task, str(task)
+        self._started = time.perf_counter()
+        self._first = True
+        self._ended = False
+
+    def heard(self, event: Event) -> None:
+        """An event of it, in order; Done ends it well."""
+        metrics = self._metrics
+        if isinstance(event, Frame):
+            metrics._frames.labels(self._label).inc()
+            if self._first:
+                self._first = False
+                metrics._first.labels(self._label).observe(self._seconds())
+        elif isinstance(event, Done):
+            for name, phase in metrics._phases.items():
+                phase.labels(self._label).observe(getattr(event.timings, name))
+            metrics._duration.labels(self._label).observe(self._seconds())
+            metrics.statistics.add(self._task, event.timings)
+            self._end(OK)
+
+    def failed(self, error: BaseException) -> None:
+        """It ended by this error; GeneratorExit where nobody wanted more of its events."""
+        if not self._ended:
+            self._metrics.statistics.fail(self._task, self._seconds())
+            self._end("cancelled" if isinstance(error, GeneratorExit) else outcome_of(error))
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    def _end(self, outcome: str) -> None:
+        self._ended = True
+        self._metrics._requests.labels(self._label, outcome).inc()
+
+
+def _histogram(name: str, help: str, labels: list[str], registry: CollectorRegistry) -> Histogram:
+    return Histogram(f"{name}_seconds", help, labels, buckets=REQUEST_BUCKETS, registry=registry)

@@ -1,0 +1,58 @@
+"""Metrics over HTTP: /metrics for Prometheus."""
+
+from __future__ import annotations
+
+import socketserver
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import make_wsgi_app
+
+
+class Pages:
+    """start() and close(). OSError if the port cannot be had; `address` says which it is."""
+
+    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
+        self._metrics = make_wsgi_app(registry)
+        try:
+            self._server = make_server(
+                host, port, self._answer, server_class=_Server, handler_class=_Quiet
+            )
+        except OSError as error:
+            raise OSError(f"cannot listen on {host}:{port} for metrics: {error}") from error
+        self.address = f"{host}:{self._server.server_port}"
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, name="nuwa-metrics", daemon=True
+        )
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Harmless if it was never started."""
+        if self._thread.is_alive():
+            self._server.shutdown()
+            self._thread.join()
+        self._server.server_close()
+
+    def _answer(self, environ: dict[str, Any], start: Callable) -> Iterable[bytes]:
+        path = environ.get("PATH_INFO", "")
+        if path == "/metrics":
+            return self._metrics(environ, start)
+        start("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
+        return [b"there is /metrics here\n"]
+
+
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+    allow_reuse_address = True
+
+
+class _Quiet(WSGIRequestHandler):
+    timeout = 10  # seconds for a request to arrive
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
