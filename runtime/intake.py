@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import grpc
 
@@ -21,8 +22,9 @@ from .engine_protocol import Engine
 from .handle import Handle
 from .logs import fields
 from .media import DEFAULT_LIMITS, Limits
-from .metrics import Meter, Metrics
+from .metrics import Metrics
 from .scheduler import Scheduler
+from .tracing import Tracing
 
 log = logging.getLogger("nuwa.runtime")
 
@@ -37,6 +39,14 @@ class _Delivery:
     context: grpc.ServicerContext
     request_id: str
     since: float | None = None
+
+
+class Follower(Protocol):
+    """Hears of each event of a request, or of the error that ends it."""
+
+    def heard(self, event: Event) -> None: ...
+
+    def failed(self, error: BaseException) -> None: ...
 
 
 class Intake:
@@ -55,10 +65,11 @@ class Intake:
         limits: Limits = DEFAULT_LIMITS,
         identify: Callable[[grpc.ServicerContext], str] | None = None,
         metrics: Metrics | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.limits = limits
         self._identify = identify or address_of
-        self.metrics = metrics or Metrics()
+        self.metrics, self._tracing = metrics or Metrics(), tracing
         self._scheduler = scheduler
         self._calls = threading.BoundedSemaphore(max_calls)
         self._deliveries: set[_Delivery] = set()
@@ -93,14 +104,30 @@ class Intake:
 
         It ends with its call, by the call's deadline, or after `timeout` seconds.
         """
-        meter = self.metrics.begin(job.generation.task)
+        followers = self._followers(job, context)
         try:
             handle = self._submit(job, context, timeout)
         except Exception as error:
-            meter.failed(error)
+            for follower in followers:
+                follower.failed(error)
             raise
         events = selection.events_of(handle, job.samples, self.engine.rankers)
-        return self._metered(job, events, context, meter)
+        return self._followed(job, events, context, followers)
+
+    def _followers(self, job: Job, context: grpc.ServicerContext) -> list[Follower]:
+        """Of a request that begins now."""
+        generation = job.generation
+        followers: list[Follower] = [self.metrics.begin(generation.task)]
+        if self._tracing is not None:
+            attributes = {
+                "nuwa.request_id": job.request_id,
+                "nuwa.task": str(generation.task),
+                "nuwa.frames": generation.frame_count,
+                "nuwa.samples": job.samples.count,
+            }
+            name = f"generate {generation.task}"
+            followers.append(self._tracing.begin(name, attributes, context.invocation_metadata()))
+        return followers
 
     def _submit(self, job: Job, context: grpc.ServicerContext, timeout: float | None) -> Handle:
         remaining = context.time_remaining()  # centuries when the client set no deadline
@@ -126,21 +153,27 @@ class Intake:
                 log.warning("%s: slow reader; cancelled", delivery.request_id, extra=told)
                 delivery.context.cancel()
 
-    def _metered(
-        self, job: Job, events: Iterator[Event], context: grpc.ServicerContext, meter: Meter
+    def _followed(
+        self,
+        job: Job,
+        events: Iterator[Event],
+        context: grpc.ServicerContext,
+        followers: list[Follower],
     ) -> Iterator[Event]:
         delivery = _Delivery(context, job.request_id)
         self._deliveries.add(delivery)
         try:
             for event in events:
-                meter.heard(event)
+                for follower in followers:
+                    follower.heard(event)
                 if isinstance(event, Done):
                     _tell(job, event)
                 delivery.since = time.monotonic()
                 yield event  # returns when it is sent: a client that does not read delays that
                 delivery.since = None
         except BaseException as error:
-            meter.failed(error)
+            for follower in followers:
+                follower.failed(error)
             raise
         finally:
             self._deliveries.discard(delivery)

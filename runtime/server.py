@@ -36,12 +36,14 @@ from .service import GenerationService
 from .settings import LOOPBACK, ServerSettings
 from .tls import Certificates
 from .tokens import Tokens
+from .tracing import Tracing
 from .watch import Watch
 
 log = logging.getLogger("nuwa.runtime")
 
 SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 KSERVE = grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+VERSION = importlib.metadata.version("nuwa-runtime")
 DEFAULT_GRACE = 30.0
 SLOW_READERS = 16  # calls that may still be sending when their decoding is done
 SPARE_THREADS = 8  # for health, reflection and GetModel
@@ -78,6 +80,9 @@ class Server:
             interceptors=_interceptors(errors, tokens),
             options=_options(settings),
         )
+        tracing = self._tracing = None
+        if settings.trace_endpoint is not None:
+            tracing = self._tracing = Tracing(settings.trace_endpoint, VERSION)
         intake = self.intake = Intake(
             self.scheduler,
             max_calls=max_calls,
@@ -86,6 +91,7 @@ class Server:
             ),
             identify=None if tokens is None else _named_by(tokens),
             metrics=metrics,
+            tracing=tracing,
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationService(intake), self._server
@@ -159,11 +165,13 @@ class Server:
         self.scheduler.close()
         if self._pages is not None:
             self._pages.close()
+        if self._tracing is not None:
+            self._tracing.close()
 
     def _describe(self) -> None:
         """What metrics say beside what is counted."""
         scheduler, engine, watch = self.scheduler, self.scheduler.engine, self.metrics.watch
-        self.metrics.describe(engine.info, importlib.metadata.version("nuwa-runtime"))
+        self.metrics.describe(engine.info, VERSION)
         watch("nuwa_slots_used", "Slots that decode a sample", lambda: scheduler.active)
         watch("nuwa_slots", "Slots there are", lambda: engine.slots)
         watch("nuwa_requests_waiting", "Requests that wait for a slot", lambda: scheduler.queued)

@@ -69,6 +69,11 @@ class ServerSettings(BaseModel):
         None, ge=0, le=65535, description="of metrics over HTTP, for Prometheus; unset: none"
     )
     metrics_host: str = Field("127.0.0.1", description="interface of the metrics")
+    trace_endpoint: str | None = Field(
+        None,
+        pattern="^https?://",
+        description="OpenTelemetry collector that takes OTLP over gRPC, http://HOST:4317",
+    )
     reflection: bool = Field(True, description="tell clients of the methods there are")
     log_format: Literal["text", "json"] = Field("text", description="of the log on stderr")
 

@@ -1,0 +1,113 @@
+"""Traces: what a collector is sent of requests, and that they belong to the client's trace."""
+
+from __future__ import annotations
+
+import sys
+from concurrent import futures
+
+import grpc
+import pytest
+
+from nuwa.runtime.errors import UnavailableError
+from nuwa.runtime.server import Server
+from nuwa.runtime.tracing import Tracing
+from nuwa.v1 import generation_pb2_grpc
+
+from .fake_engine import FakeEngine
+from .messages import image, video
+
+collector = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
+
+TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+
+@pytest.fixture
+def collected():
+    """(endpoint, spans): a collector that keeps what it is sent."""
+    from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
+
+    spans = []
+
+    class Collector(trace_service_pb2_grpc.TraceServiceServicer):
+        def Export(self, request, context):
+            for resource in request.resource_spans:
+                for scope in resource.scope_spans:
+                    spans.extend(scope.spans)
+            return collector.ExportTraceServiceResponse()
+
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Collector(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"http://127.0.0.1:{port}", spans
+    server.stop(0)
+
+
+def values(span) -> dict:
+    return {
+        each.key: getattr(each.value, each.value.WhichOneof("value")) for each in span.attributes
+    }
+
+
+def test_requests_are_spans_of_the_clients_trace(collected):
+    endpoint, spans = collected
+    engine = FakeEngine()
+    with (
+        Server(engine, trace_endpoint=endpoint) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        parent = [("traceparent", f"00-{TRACE}-{SPAN}-01")]
+        stub.GenerateImage(image(request_id="mine"), metadata=parent)
+        list(stub.GenerateVideo(video(frame_count=2)))
+        engine.step_error = RuntimeError("a fault")
+        with pytest.raises(grpc.RpcError):
+            stub.GenerateImage(image())
+    by_name = {}
+    for span in spans:
+        by_name.setdefault(span.name, []).append(span)
+    assert {name: len(found) for name, found in by_name.items()} == {
+        "generate t2i": 2,
+        "generate t2v": 1,
+        "queue": 3,
+        "generate": 3,
+    }
+    first, failed = sorted(by_name["generate t2i"], key=lambda span: span.start_time_unix_nano)
+    assert first.trace_id.hex() == TRACE and first.parent_span_id.hex() == SPAN
+    told = values(first)
+    assert told["nuwa.request_id"] == "mine" and told["nuwa.outcome"] == "ok"
+    assert told["nuwa.steps"] == 4 and told["nuwa.decode_seconds"] > 0
+    assert [event.name for event in first.events] == ["first frame"]
+    queue, work = [
+        span
+        for name in ("queue", "generate")
+        for span in by_name[name]
+        if span.parent_span_id == first.span_id
+    ]
+    assert queue.trace_id == work.trace_id == first.trace_id
+    assert queue.end_time_unix_nano <= work.start_time_unix_nano
+    assert first.start_time_unix_nano <= queue.start_time_unix_nano
+    assert work.end_time_unix_nano <= first.end_time_unix_nano
+    assert values(failed)["nuwa.outcome"] == "engine" and failed.status.code == 2
+    assert failed.trace_id.hex() != TRACE
+    assert not any("a 3" in str(span) for span in spans), "no prompts"
+
+
+def test_a_collector_that_is_away_hinders_nobody():
+    with (
+        Server(FakeEngine(), trace_endpoint="http://127.0.0.1:1") as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        assert stub.GenerateImage(image(), timeout=10).frame.data
+
+
+def test_what_is_missing_for_traces_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "opentelemetry", None)
+    with pytest.raises(UnavailableError, match=r"pip install 'nuwa-runtime\[tracing\]'"):
+        Tracing("http://127.0.0.1:4317", "1")
+
+
+def test_an_endpoint_is_a_url():
+    with pytest.raises(ValueError, match="trace_endpoint"):
+        Server(FakeEngine(), trace_endpoint="localhost:4317")
