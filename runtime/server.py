@@ -29,6 +29,7 @@ from .interceptor import ErrorInterceptor
 from .kserve.service import MAX_STREAMS, InferenceService
 from .media import Limits
 from .metrics import Metrics
+from .notify import READY, STOPPING, notify
 from .pages import Pages
 from .reflected import Pools
 from .scheduler import Scheduler
@@ -119,7 +120,7 @@ class Server:
             self._on_health,
             lambda: intake.cut_slow(settings.slow_reader_timeout),
         )
-        self._lame_duck = settings.lame_duck
+        self.lame_duck = settings.lame_duck
         self._stopped = False
         self._ready = False
 
@@ -159,7 +160,7 @@ class Server:
         self._ready = False
         self._health.enter_graceful_shutdown()
         if grace:
-            self._cut.wait(self._lame_duck)
+            self._cut.wait(self.lame_duck)
         self._server.stop(grace).wait()
         self._watch.close()
         self.scheduler.close()
@@ -227,8 +228,11 @@ def serve_until_signal(
             f"on {info.backend}, loaded in {load_seconds:.2f} s, {resident_megabytes():.0f} MB",
             flush=True,
         )
+        notify(READY)
         asked.wait()
-        log.info("draining: at most %.0f s for the calls at hand", grace)
+        notify(STOPPING)
+        lame_duck = server.lame_duck
+        log.info("draining: %g s more for new calls, then %g s for those at hand", lame_duck, grace)
         started = time.perf_counter()
         server.stop(grace)
         log.info("stopped after %.2f s", time.perf_counter() - started)

@@ -6,6 +6,8 @@ import logging
 import threading
 from collections.abc import Callable
 
+from .notify import WATCHDOG, notify
+
 log = logging.getLogger("nuwa.runtime")
 
 INTERVAL = 0.25  # seconds
@@ -56,4 +58,6 @@ class Watch:
             else:
                 log.error("the engine has not returned for %.1f s; not serving", seconds)
             self._on_health(well)
+        if well:
+            notify(WATCHDOG)
         self._cut_slow()
