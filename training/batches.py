@@ -64,8 +64,8 @@ class Rows:
     captioned_sketches, captioned_hidden: shares of those rows whose prompt is the caption, not
     "none"; captioned_covered: the same where the mask leaves nothing of the object, so that only a
     caption tells what to draw; none: share of the text rows whose prompt is "none". Of these, where
-    they are clips: anywhere: share that is cut from anywhere in a longer clip; steady: share of the
-    others that is chosen from steady clips; own: the most of a row's tokens that the model draws;
+    they are clips: anywhere: share that is cut from anywhere in a longer clip; steady: share of all
+    that is chosen from steady clips; own: the most of a row's tokens that the model draws;
     named: share of those from anywhere whose prompt is the caption of an image of them instead;
     rolled: share of those from anywhere that are windows of rollouts.
     """
@@ -120,9 +120,9 @@ class Batches:
         predicted = none & video
         predicted[: text.start] = False
         anywhere = predicted & (draw.random(total) < rows.anywhere)
-        steady = predicted & ~anywhere & (draw.random(total) < rows.steady)
+        steady = predicted & (draw.random(total) < rows.steady)
         rolled = anywhere & (draw.random(total) < rows.rolled)
-        for row in np.flatnonzero(predicted & ~anywhere).tolist():
+        for row in np.flatnonzero(predicted & ~rolled).tolist():
             index[row] = self._predictable(draw, steady=bool(steady[row]))
         frame = draw.integers(frames, size=total)
         parts = [range(frames) if video else range(f, f + 1) for f in frame.tolist()]

@@ -33,7 +33,8 @@ U8 = npt.NDArray[np.uint8]
 FILE = "rollouts.npz"
 GIVEN = 2  # true frames at the start
 SLACK = 0.9  # steps by which a sprite's ink may be beside its place; the next is two steps away
-MOST_TURNS = 2  # in a window; a sprite of the world never turns more often
+MOST_ASTRAY = 3  # frames in a row in which it is nowhere that it could have come to
+MOST_TURNS = 4  # in a window; of the world's own sprites two, and two more to come back
 CHUNK = 32  # clips between two states of the file
 ALIKE = 0.95  # share of the true frames' tokens on which two copies of a VQ-GAN agree
 
@@ -42,8 +43,9 @@ ALIKE = 0.95  # share of the true frames' tokens on which two copies of a VQ-GAN
 class Rollouts:
     """clip_R: int64, numbers of the world's clips; tokens_RFC: int16, from their first frame on.
 
-    corners_RF2: int16 (row, column), where the sprite's tile is by then, -1 where it is no place
-    that it could have come to; windows_W2: int64 (rollout, first frame) of the windows to train on;
+    corners_RF2: int16 (row, column), where the sprite's tile is by then, or should be where it is
+    nowhere that it could have come to; -1 where that is not known; windows_W2: int64 (rollout,
+    first frame) of the windows to train on, as many frames long as the world's clips;
     settings: how they were made.
     """
 
@@ -232,20 +234,43 @@ def _own_corners(plan: Plan, made: U8) -> npt.NDArray[np.int16]:
     """int16 [F, 2]: Rollouts.corners_RF2, by the centre of the ink, as its shape may have changed.
 
     A sprite moves by its speed in every frame, so that the places it can be at in a frame are two
-    steps apart; the nearest one counts if the ink is no more than SLACK steps aside.
+    steps apart; the nearest one counts if the ink is no more than SLACK steps aside. Where it is
+    nowhere that it could have come to, as beyond the canvas' end, the answer is where it should
+    have gone, for up to MOST_ASTRAY frames.
     """
     track, (drawn, _) = plan.track, render_at(plan, [(0, 0)])
     offset_F2 = locate(made).track_F2 - locate(drawn).track_F2[0]
     axis = 0 if track.direction[0] else 1
-    first = track.corner(0)[axis]
-    steps = np.arange(len(made)) % 2
-    phase_F = (first + track.speed * steps) % (2 * track.speed)
-    turns_F = np.round((offset_F2[:, axis] - phase_F) / (2 * track.speed))
+    first, speed = track.corner(0)[axis], track.speed
+    phase_F = (first + speed * (np.arange(len(made)) % 2)) % (2 * speed)
+    turns_F = np.round((offset_F2[:, axis] - phase_F) / (2 * speed))
     corner_F2 = np.full_like(offset_F2, track.across)
-    corner_F2[:, axis] = phase_F + 2 * track.speed * turns_F
-    near_F = (np.abs(offset_F2 - corner_F2) <= SLACK * track.speed).all(1)  # no ink: NaN, not near
+    corner_F2[:, axis] = phase_F + 2 * speed * turns_F
+    near_F = (np.abs(offset_F2 - corner_F2) <= SLACK * speed).all(1)  # no ink: NaN, not near
     inside_F = ((corner_F2 >= 0) & (corner_F2 <= REACH)).all(1)
-    return np.where((near_F & inside_F)[:, None], corner_F2, -1).astype(np.int16)
+    seen_F = np.where(near_F & inside_F, corner_F2[:, axis], -1).astype(int)
+    corner_F2[:, axis] = _path(seen_F.tolist(), speed)
+    return np.where(corner_F2[:, axis, None] < 0, -1, corner_F2).astype(np.int16)
+
+
+def _path(seen_F: list[int], speed: int) -> list[int]:
+    """Coordinates along the way: those seen, -1 for none, and in small gaps those that follow.
+
+    In a gap a sprite goes on as before, and turns at the canvas' ends.
+    """
+    path: list[int] = []
+    astray = 0
+    for seen in seen_F:
+        before = path[-1] if path else -1
+        if before < 0 or (seen >= 0 and abs(seen - before) == speed):
+            path.append(seen)
+            astray = 0
+            continue
+        astray += 1
+        way = before - path[-2] if len(path) > 1 and path[-2] >= 0 else 0
+        there = [each for each in (before + way, before - way) if 0 <= each <= REACH]
+        path.append(there[0] if way and there and astray <= MOST_ASTRAY else -1)
+    return path
 
 
 def _windows(plan: Plan, corners_F2: npt.NDArray[np.int16]) -> Iterator[int]:

@@ -48,7 +48,7 @@ class NUWAOptions:
     the weight average that is shipped.
 
     Of the clips without a caption: anywhere_clips: the share that is cut from anywhere in a longer
-    clip; steady_clips: the share of the others that is chosen from clips that end as they begin;
+    clip; steady_clips: the share of all that is chosen from clips that end as they begin;
     own_tokens: up to which share of a clip's tokens is fed as the model draws them where all before
     is true, so that it learns to go on from what it made itself (scheduled sampling in two passes,
     Mihaylova and Martins, 2019); named_clips: of those from anywhere, the share whose prompt is the

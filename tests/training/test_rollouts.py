@@ -43,7 +43,7 @@ def encode(checkpoint):
 
 @pytest.fixture(scope="module")
 def generate_clips(source, encode):
-    """A model that is right but for a stripe, and that stands still for a frame in some clips."""
+    """A model that is right but for a stripe, and that loses the sprite in some clips."""
     clips = {}  # by the two frames that are given
     for number in range(8):
         index = int(np.random.default_rng((5, number)).integers(ENDLESS))
@@ -54,7 +54,7 @@ def generate_clips(source, encode):
         made = clips[frames.tobytes()].copy()
         made[2:, 30] = 255 * (made[2:, 29] > 0)
         if seed % 3 == 0:
-            made[6] = made[5]
+            made[6:10] = 0  # one frame too many for the place to be known again
         return made, encode(made).astype(np.int32).reshape(-1, 8, 8)
 
     return generate
@@ -102,7 +102,7 @@ def test_rollouts_are_what_was_made_and_where(made, generate_clips, source):
         _, tokens = generate_clips("v2v", "", FRAMES, 5 + r, given, True)
         assert (made.tokens_RFC[r] == tokens.reshape(FRAMES, 64)).all()
         places = [source.world.plan(index).track.corner(frame) for frame in range(FRAMES)]
-        there = np.arange(FRAMES) != (6 if (5 + r) % 3 == 0 else -1)
+        there = np.arange(FRAMES) != (9 if (5 + r) % 3 == 0 else -1)
         assert (made.corners_RF2[r] == places)[there].all()
         starts = made.windows_W2[made.windows_W2[:, 0] == r, 1].tolist()
         right = [start for start in range(5) if there[start : start + LENGTH].all()]
@@ -147,12 +147,14 @@ def test_captions_are_those_of_images(generate_clips, source, tmp_path):
     assert prompts[5:] == [""] * 5
 
 
-def one_way(source) -> int:
-    """A clip that leaves room for another frame, and that may be predicted."""
+def one_way(source, frames: int = 10) -> int:
+    """A clip that turns after so many frames, and whose windows may be predicted."""
     for index in range(1000):
         plan = source.world.plan(index)
         shown = [plan.shown_motion(start) for start in range(5)]
-        if plan.track.first == 10 and all(may_predict(plan.factors.class_index, s) for s in shown):
+        if plan.track.first == frames and all(
+            may_predict(plan.factors.class_index, s) for s in shown
+        ):
             return index
     raise AssertionError("there is no such clip")
 
@@ -160,7 +162,7 @@ def one_way(source) -> int:
 @pytest.mark.parametrize("level", ["digits", "full"])
 def test_places_and_windows_are_those_of_the_sprite_as_it_was_moved(level):
     source = Sprites(level)
-    index = one_way(source) if level == "digits" else 4
+    index = one_way(source, 10 if level == "digits" else 9)
     plan = source.world.plan(index)
     real, _ = source.clip(index, range(FRAMES))
     places = np.array([plan.track.corner(frame) for frame in range(FRAMES)])
@@ -172,11 +174,28 @@ def test_places_and_windows_are_those_of_the_sprite_as_it_was_moved(level):
 
     still = real.copy()
     still[5] = real[4]  # stops for a frame, which no sprite does
+    assert (rollouts._own_corners(plan, still) == places).all(), "as it should have gone on"
+    still[4:8] = 0  # no sprite at all, for too long
     found = rollouts._own_corners(plan, still)
-    assert (np.delete(found, 5, 0) == np.delete(places, 5, 0)).all()
+    assert (found[7] == -1).all() and (np.delete(found, 7, 0) == np.delete(places, 7, 0)).all()
     assert list(rollouts._windows(plan, found)) == []
-    still[5] = 0  # no sprite at all
-    assert (rollouts._own_corners(plan, still)[5] == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("seen", "path"),
+    [
+        ([8, 4, 0, 4, 8], [8, 4, 0, 4, 8]),
+        ([8, 4, 0, -1, 0, 4], [8, 4, 0, 4, 0, 4]),  # beyond the end for a frame, and back
+        ([32, 36, 40, -1, -1, -1, 36], [32, 36, 40, 36, 32, 28, -1]),
+        ([32, 36, -1, 36, 32], [32, 36, 40, 36, 32]),
+        ([8, 12, -1, -1, -1, -1, 32], [8, 12, 16, 20, 24, -1, 32]),
+        ([-1, 4, 8], [-1, 4, 8]),
+        ([4, -1, 8], [4, -1, 8]),  # which way is not known yet
+        ([8, 12, 24, 28], [8, 12, 16, 20]),  # a leap
+    ],
+)
+def test_where_a_sprite_should_have_gone(seen, path):
+    assert rollouts._path(seen, 4) == path
 
 
 def test_windows_begin_where_the_sprite_moves_as_it_may(source):
