@@ -68,11 +68,11 @@ class AsyncClient:
     ) -> None:
         await self._channel.close()
 
-    async def get_model(self) -> ModelInfo:
-        """What the server has loaded."""
+    async def get_model(self, model: str = "") -> ModelInfo:
+        """What the server has loaded: the model of this name, or its first."""
         with server_errors():
             answer = await self._stub.GetModel(
-                pb.GetModelRequest(), timeout=10, metadata=self._metadata
+                pb.GetModelRequest(model=model), timeout=10, metadata=self._metadata
             )
         return results.model_info(answer.model)
 

@@ -11,7 +11,11 @@ from .errors import ForbiddenError, UnauthenticatedError
 from .tokens import Tokens
 
 OPEN = ("/grpc.health.v1.Health/",)  # probes of orchestrators have no token
-ADMIN = ("/inference.GRPCInferenceService/RepositoryModel",)
+ADMIN = (
+    "/inference.GRPCInferenceService/RepositoryModel",
+    "/nuwa.v1.ModelService/ReloadModel",
+    "/nuwa.v1.ModelService/UnloadModel",
+)
 
 
 def scope_of(method: str) -> str | None:

@@ -59,6 +59,11 @@ def open_bundle(path: Path | str, verify: bool = True) -> Bundle:
     return bundle
 
 
+def manifest_hash(folder: Path) -> str:
+    """That of the bundle in a folder, which is another one if anything in it is. BundleError."""
+    return hashlib.sha256(_read_manifest(folder)).hexdigest()
+
+
 def _read_manifest(folder: Path) -> bytes:
     if not folder.exists():
         raise BundleError(f"{folder} does not exist; `nuwa export` makes bundles")

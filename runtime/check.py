@@ -23,7 +23,9 @@ def check_request(request: GenerationRequest, info: ModelInfo) -> None:
     task = request.task
     if task not in info.tasks:
         able = ", ".join(each.name for each in info.tasks)
-        raise UnsupportedTaskError(f"this bundle cannot do {task.name}; it can do {able}")
+        raise UnsupportedTaskError(
+            f"this bundle cannot do {task.name}; it can do {able}", info.tasks
+        )
     if not 0 <= request.sample_index <= MAX_SAMPLE_INDEX:
         raise FieldError(
             "sampling.sample_index",

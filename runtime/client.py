@@ -29,6 +29,8 @@ from . import convert, replies, requests, results, selection
 from .convert import Job
 from .core import Event, Frame, ModelInfo
 from .engine_protocol import Engine
+from .errors import NotFoundError
+from .host import SEPARATOR
 from .requests import ImageOptions, VideoOptions
 from .results import ClipDone, ClipEvent, ClipResult, ImageEvent, ImageResult
 from .scheduler import Scheduler
@@ -135,8 +137,12 @@ class BaseClient(ABC):
     """What both clients do. `deadline` is in seconds from the call; None means no limit."""
 
     @abstractmethod
-    def get_model(self) -> ModelInfo:
-        """What is loaded."""
+    def get_model(self, model: str = "") -> ModelInfo:
+        """What is loaded. model: "NAME" or "NAME/VERSION", of a server that has several."""
+
+    @abstractmethod
+    def list_models(self) -> list[ModelInfo]:
+        """All that is loaded, the default first."""
 
     @abstractmethod
     def close(self) -> None:
@@ -268,6 +274,7 @@ class Client(BaseClient):
         else:
             self._channel = grpc.secure_channel(address, credentials, options)
         self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        self._models = generation_pb2_grpc.ModelServiceStub(self._channel)
         try:
             grpc.channel_ready_future(self._channel).result(ready_timeout)
         except grpc.FutureTimeoutError:
@@ -278,11 +285,34 @@ class Client(BaseClient):
         """Closes the connection; requests under way are cancelled."""
         self._channel.close()
 
-    def get_model(self) -> ModelInfo:
-        """What the server has loaded."""
+    def get_model(self, model: str = "") -> ModelInfo:
+        """What the server has loaded: the model of this name, or its first."""
         with server_errors():
-            answer = self._stub.GetModel(pb.GetModelRequest(), timeout=10, metadata=self._metadata)
+            answer = self._stub.GetModel(
+                pb.GetModelRequest(model=model), timeout=10, metadata=self._metadata
+            )
         return results.model_info(answer.model)
+
+    def list_models(self) -> list[ModelInfo]:
+        """All that the server has loaded, the default first."""
+        with server_errors():
+            answer = self._models.ListModels(
+                pb.ListModelsRequest(), timeout=10, metadata=self._metadata
+            )
+        return list(map(results.model_info, answer.models))
+
+    def reload_model(self, model: str = "") -> ModelInfo:
+        """Has a model's bundle loaded again; what it is now. Needs the scope "admin"."""
+        with server_errors():
+            request = pb.ReloadModelRequest(model=model)
+            answer = self._models.ReloadModel(request, metadata=self._metadata)
+        return results.model_info(answer.model)
+
+    def unload_model(self, model: str) -> None:
+        """Has a model taken away, or one version of it. Needs the scope "admin"."""
+        with server_errors():
+            request = pb.UnloadModelRequest(model=model)
+            self._models.UnloadModel(request, metadata=self._metadata)
 
     def _image(
         self, message: pb.GenerateImageRequest, deadline: float | None
@@ -316,27 +346,34 @@ class LocalClient(BaseClient):
         """Ends what is under way; the engine stays usable."""
         self._scheduler.close()
 
-    def get_model(self) -> ModelInfo:
+    def get_model(self, model: str = "") -> ModelInfo:
         """What the engine has loaded."""
-        return self._scheduler.engine.info
+        info = self._scheduler.engine.info
+        if model.partition(SEPARATOR)[0] not in ("", info.name):
+            raise NotFoundError(f"there is no model {model!r}; this engine has {info.name}")
+        return info
+
+    def list_models(self) -> list[ModelInfo]:
+        """What the engine has loaded."""
+        return [self.get_model()]
 
     def _image(
         self, message: pb.GenerateImageRequest, deadline: float | None
     ) -> pb.GenerateImageResponse:
-        job = convert.read_image_request(message, self.get_model())
+        job = convert.read_image_request(message, self.get_model(message.model))
         return replies.image_response(job, self._events(job, deadline))
 
     def _image_stream(
         self, message: pb.StreamImageRequest, deadline: float | None
     ) -> Iterator[pb.StreamImageResponse]:
         with convert.inside("image"):
-            job = convert.read_stream_image_request(message, self.get_model())
+            job = convert.read_stream_image_request(message, self.get_model(message.image.model))
             yield from replies.image_responses(job, self._events(job, deadline))
 
     def _video(
         self, message: pb.GenerateVideoRequest, deadline: float | None
     ) -> Iterator[pb.GenerateVideoResponse]:
-        job = convert.read_video_request(message, self.get_model())
+        job = convert.read_video_request(message, self.get_model(message.model))
         yield from replies.clip_responses(job, self._events(job, deadline))
 
     def _events(self, job: Job, deadline: float | None) -> Iterator[Event]:

@@ -197,7 +197,9 @@ def _task(value: pb.Task, info: ModelInfo, *, video: bool) -> Task:
         raise FieldError("task", f"task {task.name} is for {method}")
     if task not in info.tasks:
         able = ", ".join(each.name for each in info.tasks)
-        raise UnsupportedTaskError(f"this bundle cannot do {task.name}; it can do {able}")
+        raise UnsupportedTaskError(
+            f"this bundle cannot do {task.name}; it can do {able}", info.tasks
+        )
     return task
 
 

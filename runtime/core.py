@@ -23,7 +23,11 @@ MAX_PREVIEWS = 16
 
 
 class UnsupportedTaskError(Exception):
-    """The loaded bundle cannot do this task; the message says which it can."""
+    """The loaded bundle cannot do this task; the message and `tasks` say which it can."""
+
+    def __init__(self, message: str, tasks: tuple[Task, ...] = ()) -> None:
+        super().__init__(message)
+        self.tasks = tasks
 
 
 class CancelledError(Exception):
@@ -167,7 +171,8 @@ class ModelInfo:
 
     max_predicted_frames: longest clip of V2V, as max_frames is of the other tasks. sketch_classes:
     0 where the bundle takes no sketches. rankers: names of what can score samples.
-    sampling: of requests that do not say, Sampling() for tasks not named.
+    sampling: of requests that do not say, Sampling() for tasks not named. version: of the model on
+    its server.
     """
 
     name: str
@@ -185,3 +190,4 @@ class ModelInfo:
     backend: str
     rankers: tuple[str, ...]
     sampling: Mapping[Task, Sampling]
+    version: int = 1

@@ -31,6 +31,10 @@ class NotFoundError(ValueError):
     """A name that the server does not have; the message says which it has."""
 
 
+class NotReadyError(Exception):
+    """There is nothing yet that could take the request; there may be soon."""
+
+
 class DeadlineExceededError(CancelledError):
     """The request's deadline passed before it was finished."""
 

@@ -17,13 +17,12 @@ import grpc
 
 from . import selection
 from .convert import Job
-from .core import Done, Event, ModelInfo, QueueFullError
-from .engine_protocol import Engine
+from .core import Done, Event, QueueFullError
 from .handle import Handle
+from .host import Host, Loaded
 from .logs import fields
 from .media import DEFAULT_LIMITS, Limits
 from .metrics import Metrics
-from .scheduler import Scheduler
 from .tracing import Tracing
 
 log = logging.getLogger("nuwa.runtime")
@@ -59,7 +58,7 @@ class Intake:
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        host: Host,
         *,
         max_calls: int,
         limits: Limits = DEFAULT_LIMITS,
@@ -67,20 +66,11 @@ class Intake:
         metrics: Metrics | None = None,
         tracing: Tracing | None = None,
     ) -> None:
-        self.limits = limits
+        self.host, self.limits = host, limits
         self._identify = identify or address_of
         self.metrics, self._tracing = metrics or Metrics(), tracing
-        self._scheduler = scheduler
         self._calls = threading.BoundedSemaphore(max_calls)
         self._deliveries: set[_Delivery] = set()
-
-    @property
-    def engine(self) -> Engine:
-        return self._scheduler.engine
-
-    @property
-    def info(self) -> ModelInfo:
-        return self.engine.info
 
     @property
     def open_calls(self) -> int:
@@ -88,39 +78,48 @@ class Intake:
         return len(self._deliveries)
 
     @contextmanager
-    def call(self) -> Iterator[None]:
-        """Room for a call while it lasts; QueueFullError if there is none."""
+    def call(self, model: str) -> Iterator[Loaded]:
+        """Room for a call, and the model that it is to, while it lasts.
+
+        QueueFullError if there is no room; NotFoundError and NotReadyError as Host.find.
+        """
         if not self._calls.acquire(blocking=False):
             raise QueueFullError("the server has as many calls as it can hold")
         try:
-            yield
+            with self.host.use(model) as loaded:
+                yield loaded
         finally:
             self._calls.release()
 
     def events(
-        self, job: Job, context: grpc.ServicerContext, timeout: float | None = None
+        self,
+        loaded: Loaded,
+        job: Job,
+        context: grpc.ServicerContext,
+        timeout: float | None = None,
     ) -> Iterator[Event]:
         """Queues a job now; its events, as Handle.events gives and raises them.
 
         It ends with its call, by the call's deadline, or after `timeout` seconds.
         """
-        followers = self._followers(job, context)
+        followers = self._followers(loaded, job, context)
         try:
-            handle = self._submit(job, context, timeout)
+            handle = self._submit(loaded, job, context, timeout)
         except Exception as error:
             for follower in followers:
                 follower.failed(error)
             raise
-        events = selection.events_of(handle, job.samples, self.engine.rankers)
+        events = selection.events_of(handle, job.samples, loaded.engine.rankers)
         return self._followed(job, events, context, followers)
 
-    def _followers(self, job: Job, context: grpc.ServicerContext) -> list[Follower]:
+    def _followers(self, loaded: Loaded, job: Job, context: grpc.ServicerContext) -> list[Follower]:
         """Of a request that begins now."""
         generation = job.generation
-        followers: list[Follower] = [self.metrics.begin(generation.task)]
+        followers: list[Follower] = [self.metrics.begin(loaded.name, generation.task)]
         if self._tracing is not None:
             attributes = {
                 "nuwa.request_id": job.request_id,
+                "nuwa.model": loaded.title,
                 "nuwa.task": str(generation.task),
                 "nuwa.frames": generation.frame_count,
                 "nuwa.samples": job.samples.count,
@@ -129,11 +128,13 @@ class Intake:
             followers.append(self._tracing.begin(name, attributes, context.invocation_metadata()))
         return followers
 
-    def _submit(self, job: Job, context: grpc.ServicerContext, timeout: float | None) -> Handle:
+    def _submit(
+        self, loaded: Loaded, job: Job, context: grpc.ServicerContext, timeout: float | None
+    ) -> Handle:
         remaining = context.time_remaining()  # centuries when the client set no deadline
         if remaining is not None and remaining < YEAR_SECONDS:
             timeout = remaining if timeout is None else min(timeout, remaining)
-        handle = self._scheduler.submit(
+        handle = loaded.scheduler.submit(
             job.generation,
             samples=job.samples.count,
             timeout=timeout,

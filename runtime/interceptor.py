@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import grpc
@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from nuwa.spec.tasks import Task
+from nuwa.spec.manifest import BundleError
 
 from .core import CancelledError, QueueFullError, UnsupportedTaskError
 from .errors import (
@@ -27,6 +27,7 @@ from .errors import (
     FieldError,
     ForbiddenError,
     NotFoundError,
+    NotReadyError,
     ShuttingDownError,
     UnauthenticatedError,
 )
@@ -52,6 +53,8 @@ CODES: tuple[tuple[type[Exception], grpc.StatusCode, str], ...] = (
     (DeadlineTooShortError, grpc.StatusCode.RESOURCE_EXHAUSTED, "DEADLINE_TOO_SHORT"),
     (ShuttingDownError, grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
     (UnsupportedTaskError, grpc.StatusCode.FAILED_PRECONDITION, "UNSUPPORTED_TASK"),
+    (BundleError, grpc.StatusCode.FAILED_PRECONDITION, "BAD_BUNDLE"),
+    (NotReadyError, grpc.StatusCode.UNAVAILABLE, "NOT_READY"),
     (NotFoundError, grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
     (ValueError, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
 )
@@ -60,15 +63,11 @@ CODES: tuple[tuple[type[Exception], grpc.StatusCode, str], ...] = (
 class ErrorInterceptor(grpc.ServerInterceptor):
     """For the methods that generate; health and reflection pass untouched.
 
-    tasks: those that the bundle can do, for the metadata of UNSUPPORTED_TASK; on_error: hears the
-    reason of each error.
+    on_error: hears the reason of each error.
     """
 
-    def __init__(
-        self, tasks: Sequence[Task], on_error: Callable[[str], None] = lambda reason: None
-    ) -> None:
+    def __init__(self, on_error: Callable[[str], None] = lambda reason: None) -> None:
         self._on_error = on_error
-        self._tasks = ",".join(task.name for task in tasks)
 
     def intercept_service(self, continuation: Callable, details: Any) -> Any:
         handler = continuation(details)
@@ -139,7 +138,7 @@ class ErrorInterceptor(grpc.ServerInterceptor):
         info = error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)
         details: list[Message] = [info]
         if isinstance(error, UnsupportedTaskError):
-            info.metadata["tasks"] = self._tasks
+            info.metadata["tasks"] = ",".join(task.name for task in error.tasks)
         if isinstance(error, QueueFullError):
             wait = Duration()
             wait.FromMilliseconds(round(1000 * error.retry_seconds))

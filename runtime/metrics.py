@@ -7,9 +7,9 @@ histograms in place of averages, so that percentiles over several servers can be
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from nuwa.spec.tasks import Task
 
@@ -18,7 +18,6 @@ from .core import (
     Done,
     Event,
     Frame,
-    ModelInfo,
     QueueFullError,
     UnsupportedTaskError,
 )
@@ -52,13 +51,16 @@ def outcome_of(error: BaseException) -> str:
 
 
 class Metrics:
-    """registry: where they are read; statistics: sums by task. Safe to use from any thread."""
+    """registry: where they are read; statistics: sums by model and task.
+
+    Safe to use from any thread.
+    """
 
     def __init__(self) -> None:
         self.registry, self.statistics = CollectorRegistry(), Statistics()
-        tasks, r = ["task"], self.registry
+        tasks, r = ["model", "task"], self.registry
         self._requests = Counter(
-            "nuwa_requests", "Requests that ended, by how", ["task", "outcome"], registry=r
+            "nuwa_requests", "Requests that ended, by how", ["model", "task", "outcome"], registry=r
         )
         self._errors = Counter(
             "nuwa_errors", "Errors that clients were told of", ["reason"], registry=r
@@ -86,21 +88,9 @@ class Metrics:
             registry=r,
         )
 
-    def describe(self, info: ModelInfo, version: str) -> None:
-        """Says what is served."""
-        Info("nuwa_model", "What is served", registry=self.registry).info(
-            {
-                "name": info.name,
-                "bundle": info.bundle_hash,
-                "precision": info.precision,
-                "backend": info.backend,
-                "version": version,
-            }
-        )
-
-    def watch(self, name: str, help: str, value: Callable[[], float]) -> None:
-        """A gauge that is asked for when it is read."""
-        Gauge(name, help, registry=self.registry).set_function(value)
+    def collect(self, collector: Any) -> None:
+        """Has an object asked for what it knows, whenever metrics are read."""
+        self.registry.register(collector)
 
     def step(self, seconds: float) -> None:
         """A decode step."""
@@ -114,16 +104,17 @@ class Metrics:
         """An error that a client was told of, whether or not there was a request yet."""
         self._errors.labels(reason).inc()
 
-    def begin(self, task: Task) -> Meter:
-        """A request that begins now."""
-        return Meter(self, task)
+    def begin(self, model: str, task: Task) -> Meter:
+        """A request that begins now. model: its name, without a version."""
+        return Meter(self, model, task)
 
 
 class Meter:
     """Follows one request from its beginning to its end."""
 
-    def __init__(self, metrics: Metrics, task: Task) -> None:
-        self._metrics, self._task, self._label = metrics, task, str(task)
+    def __init__(self, metrics: Metrics, model: str, task: Task) -> None:
+        self._metrics, self._key = metrics, (model, task)
+        self._labels = (model, str(task))
         self._started = time.perf_counter()
         self._first = True
         self._ended = False
@@ -132,21 +123,21 @@ class Meter:
         """An event of it, in order; Done ends it well."""
         metrics = self._metrics
         if isinstance(event, Frame):
-            metrics._frames.labels(self._label).inc()
+            metrics._frames.labels(*self._labels).inc()
             if self._first:
                 self._first = False
-                metrics._first.labels(self._label).observe(self._seconds())
+                metrics._first.labels(*self._labels).observe(self._seconds())
         elif isinstance(event, Done):
             for name, phase in metrics._phases.items():
-                phase.labels(self._label).observe(getattr(event.timings, name))
-            metrics._duration.labels(self._label).observe(self._seconds())
-            metrics.statistics.add(self._task, event.timings)
+                phase.labels(*self._labels).observe(getattr(event.timings, name))
+            metrics._duration.labels(*self._labels).observe(self._seconds())
+            metrics.statistics.add(self._key, event.timings)
             self._end(OK)
 
     def failed(self, error: BaseException) -> None:
         """It ended by this error; GeneratorExit where nobody wanted more of its events."""
         if not self._ended:
-            self._metrics.statistics.fail(self._task, self._seconds())
+            self._metrics.statistics.fail(self._key, self._seconds())
             self._end("cancelled" if isinstance(error, GeneratorExit) else outcome_of(error))
 
     def _seconds(self) -> float:
@@ -154,7 +145,7 @@ class Meter:
 
     def _end(self, outcome: str) -> None:
         self._ended = True
-        self._metrics._requests.labels(self._label, outcome).inc()
+        self._metrics._requests.labels(*self._labels, outcome).inc()
 
 
 def _histogram(name: str, help: str, labels: list[str], registry: CollectorRegistry) -> Histogram:

@@ -65,6 +65,7 @@ class Options(TypedDict, total=False):
     output_format: str
     include_tokens: bool
     request_id: str
+    model: str | None
 
 
 class ImageOptions(Options, total=False):
@@ -131,7 +132,7 @@ def _fill(
     message.output.format = _choose("output_format", given.get("output_format", "raw"), FORMATS)
     message.output.include_tokens = given.get("include_tokens", False)
     message.request_id = str(uuid.uuid4())  # so that a retry is known to be one
-    for name in ("request_id", "rank_by", "return_count"):
+    for name in ("request_id", "model", "rank_by", "return_count"):
         _set(message, name, given)
     if "samples" in given:
         _set(message, "sample_count", {"sample_count": given["samples"]})

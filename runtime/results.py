@@ -311,6 +311,7 @@ def model_info(message: pb.Model) -> ModelInfo:
             for each in message.sampling_defaults
             if each.task in TASKS
         },
+        version=message.version or 1,
     )
 
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent import futures
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -23,7 +24,10 @@ from nuwa.inference import grpc_service_pb2, grpc_service_pb2_grpc
 from nuwa.v1 import generation_pb2, generation_pb2_grpc
 
 from .auth import AuthInterceptor
+from .bundle import manifest_hash
 from .engine_protocol import Engine
+from .gauges import Gauges
+from .host import Host, Loaded
 from .intake import Intake
 from .interceptor import ErrorInterceptor
 from .kserve.service import MAX_STREAMS, InferenceService
@@ -33,7 +37,7 @@ from .notify import READY, STOPPING, notify
 from .pages import Pages
 from .reflected import Pools
 from .scheduler import Scheduler
-from .service import GenerationService
+from .service import GenerationService, ModelService
 from .settings import LOOPBACK, ServerSettings
 from .tls import Certificates
 from .tokens import Tokens
@@ -43,6 +47,7 @@ from .watch import Watch
 log = logging.getLogger("nuwa.runtime")
 
 SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+MODELS = generation_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
 KSERVE = grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 VERSION = importlib.metadata.version("nuwa-runtime")
 DEFAULT_GRACE = 30.0
@@ -51,30 +56,33 @@ SPARE_THREADS = 8  # for health, reflection and GetModel
 
 
 class Server:
-    """Serves one engine. start(), then stop(); as a context manager it does both.
+    """Serves bundles. start(), then stop(); as a context manager it does both.
 
-    settings: those of `nuwa serve`, without the ones that say which engine; or single ones by name,
-    in place of the defaults. `address` says which port was taken. OSError if it cannot be had,
-    ValueError for certificates or tokens that cannot be used.
+    engine: one to serve from the start; more with `load`. settings: those of `nuwa serve`; or
+    single ones by name, in place of the defaults. open_engine: how `load` gets an engine of a
+    bundle. `address` says which port was taken. OSError if it cannot be had, ValueError for
+    certificates or tokens that cannot be used.
     """
 
     def __init__(
-        self, engine: Engine, settings: ServerSettings | None = None, **fields: Any
+        self,
+        engine: Engine | None = None,
+        settings: ServerSettings | None = None,
+        *,
+        open_engine: Callable[[Path], Engine] | None = None,
+        **fields: Any,
     ) -> None:
-        settings = settings or ServerSettings(**{"port": 0, **fields})
-        metrics = self.metrics = Metrics()
-        self.scheduler = Scheduler(
-            engine,
-            queue_size=settings.queue_size,
-            on_death=self._on_death,
-            on_step=metrics.step,
-            on_cancelled=metrics.cancelled,
-        )
+        settings = self.settings = settings or ServerSettings(**{"port": 0, **fields})
         self.asked_to_end = threading.Event()  # by a signal, or because nothing can be generated
         self._cut = threading.Event()  # ends the lame-duck time
-        self.died = False
-        max_calls = settings.queue_size + engine.slots + SLOW_READERS
-        errors = ErrorInterceptor(engine.info.tasks, metrics.error)
+        self.died = self._stopped = self._started = False
+        self._well = True
+        metrics = self.metrics = Metrics()
+        self.host = Host(open_engine or self._open_engine, self._schedule)
+        if engine is not None:
+            self.host.add(engine)
+        max_calls = settings.queue_size + settings.slots + SLOW_READERS
+        errors = ErrorInterceptor(metrics.error)
         tokens = None if settings.tokens is None else Tokens(settings.tokens)
         self._server = grpc.server(
             futures.ThreadPoolExecutor(max_calls + MAX_STREAMS + SPARE_THREADS, "nuwa-rpc"),
@@ -85,7 +93,7 @@ class Server:
         if settings.trace_endpoint is not None:
             tracing = self._tracing = Tracing(settings.trace_endpoint, VERSION)
         intake = self.intake = Intake(
-            self.scheduler,
+            self.host,
             max_calls=max_calls,
             limits=Limits(
                 settings.max_media_bytes, settings.max_media_pixels, settings.max_media_frames
@@ -94,8 +102,25 @@ class Server:
             metrics=metrics,
             tracing=tracing,
         )
+        self._add_services(intake, errors)
+        self.address = _listen(self._server, settings)
+        metrics.collect(Gauges(self))
+        self._pages: Pages | None = None
+        if settings.metrics_port is not None:
+            self._pages = Pages(metrics.registry, settings.metrics_host, settings.metrics_port)
+        self._watch = Watch(
+            self.busy_seconds,
+            settings.hang_timeout,
+            self._on_health,
+            lambda: intake.cut_slow(settings.slow_reader_timeout),
+        )
+
+    def _add_services(self, intake: Intake, errors: ErrorInterceptor) -> None:
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationService(intake), self._server
+        )
+        generation_pb2_grpc.add_ModelServiceServicer_to_server(
+            ModelService(self.host), self._server
         )
         grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
             InferenceService(intake, ready=self.is_ready, told=errors.told), self._server
@@ -106,23 +131,26 @@ class Server:
             experimental_thread_pool=futures.ThreadPoolExecutor(2, "nuwa-health"),
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        if settings.reflection:
-            names = (SERVICE, KSERVE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        if self.settings.reflection:
+            names = (SERVICE, MODELS, KSERVE, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server, Pools())
-        self.address = _listen(self._server, settings)
-        self._describe()
-        self._pages: Pages | None = None
-        if settings.metrics_port is not None:
-            self._pages = Pages(metrics.registry, settings.metrics_host, settings.metrics_port)
-        self._watch = Watch(
-            self.scheduler.pulse.longest,
-            settings.hang_timeout,
-            self._on_health,
-            lambda: intake.cut_slow(settings.slow_reader_timeout),
+
+    def _open_engine(self, path: Path) -> Engine:
+        from .engine import load_engine  # with the backends' libraries
+
+        settings = self.settings
+        return load_engine(
+            path, slots=settings.slots, threads=settings.threads, backend=settings.backend
         )
-        self.lame_duck = settings.lame_duck
-        self._stopped = False
-        self._ready = False
+
+    def _schedule(self, engine: Engine) -> Scheduler:
+        return Scheduler(
+            engine,
+            queue_size=self.settings.queue_size,
+            on_death=self._on_death,
+            on_step=self.metrics.step,
+            on_cancelled=self.metrics.cancelled,
+        )
 
     def __enter__(self) -> Server:
         self.start()
@@ -132,13 +160,39 @@ class Server:
         self.stop()
 
     def start(self) -> None:
-        """Takes requests from now on, and tells health checks so."""
-        self.scheduler.start()
+        """Answers from now on; requests are taken once a model is loaded, as health checks tell."""
+        self._started = True
         self._server.start()
-        self._on_health(True)
+        self._tell_health()
         self._watch.start()
         if self._pages is not None:
             self._pages.start()
+
+    def load(self, name: str, path: Path, *, beside: bool = False) -> Loaded:
+        """As Host.load, and tells health checks."""
+        loaded = self.host.load(name, path, beside=beside)
+        self._tell_health()
+        return loaded
+
+    def reload(self) -> None:
+        """Loads all models again whose bundles have changed; those that cannot be stay as they are.
+
+        For who asks by a signal: what goes wrong is in the log.
+        """
+        for name in dict.fromkeys(each.name for each in self.host.loaded):
+            try:
+                found = self.host.find(name)
+                if found.path is None or manifest_hash(found.path) == found.engine.info.bundle_hash:
+                    log.info("%s is as it was", found.title)
+                else:
+                    self.host.reload(name)
+            except Exception:
+                log.exception("%s could not be loaded again", name)
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """That of the default model."""
+        return self.host.find().scheduler
 
     @property
     def metrics_address(self) -> str | None:
@@ -147,7 +201,12 @@ class Server:
 
     def is_ready(self) -> bool:
         """Whether requests are taken, as health checks are told."""
-        return self._ready
+        there = self._started and self._well and not (self._stopped or self.died)
+        return there and bool(self.host.loaded)
+
+    def busy_seconds(self) -> float:
+        """Of the call of an engine that has lasted longest, 0 while none is under way."""
+        return max((each.scheduler.pulse.longest() for each in self.host.loaded), default=0.0)
 
     def stop(self, grace: float = 0.0) -> None:
         """NOT_SERVING, after the lame-duck time no new calls, `grace` seconds for those at hand.
@@ -157,41 +216,32 @@ class Server:
         if self._stopped:
             return
         self._stopped = True
-        self._ready = False
         self._health.enter_graceful_shutdown()
         if grace:
-            self._cut.wait(self.lame_duck)
+            self._cut.wait(self.settings.lame_duck)
         self._server.stop(grace).wait()
         self._watch.close()
-        self.scheduler.close()
+        self.host.close()
         if self._pages is not None:
             self._pages.close()
         if self._tracing is not None:
             self._tracing.close()
 
-    def _describe(self) -> None:
-        """What metrics say beside what is counted."""
-        scheduler, engine, watch = self.scheduler, self.scheduler.engine, self.metrics.watch
-        self.metrics.describe(engine.info, VERSION)
-        watch("nuwa_slots_used", "Slots that decode a sample", lambda: scheduler.active)
-        watch("nuwa_slots", "Slots there are", lambda: engine.slots)
-        watch("nuwa_requests_waiting", "Requests that wait for a slot", lambda: scheduler.queued)
-        watch("nuwa_queue_size", "Requests that may wait", lambda: scheduler.queue_size)
-        watch("nuwa_calls_open", "Generations being answered", lambda: self.intake.open_calls)
-        watch("nuwa_ready", "1 while requests are taken", lambda: self._ready)
-        watch("nuwa_engine_busy_seconds", "Of the call under way", scheduler.pulse.longest)
-
     def _on_health(self, well: bool) -> None:
+        self._well = well
+        self._tell_health()
+
+    def _tell_health(self) -> None:
+        """ "" is the process, which is well while it loads; the services are ready with a model."""
         if self._stopped or self.died:
             return
-        self._ready = well
         status = health_pb2.HealthCheckResponse
-        for name in ("", SERVICE, KSERVE):
-            self._health.set(name, status.SERVING if well else status.NOT_SERVING)
+        self._health.set("", status.SERVING if self._well else status.NOT_SERVING)
+        for name in (SERVICE, KSERVE):
+            self._health.set(name, status.SERVING if self.is_ready() else status.NOT_SERVING)
 
     def _on_death(self) -> None:
         self.died = True
-        self._ready = False
         self._health.enter_graceful_shutdown()  # NOT_SERVING
         self.asked_to_end.set()
 
@@ -202,43 +252,65 @@ class Server:
 
 
 def serve_until_signal(
-    server: Server, *, load_seconds: float = 0.0, grace: float = DEFAULT_GRACE
+    server: Server,
+    *,
+    load: Callable[[], None] = lambda: None,
+    load_seconds: float = 0.0,
+    grace: float = DEFAULT_GRACE,
 ) -> None:
-    """Starts, prints one line when ready, and returns after SIGTERM or SIGINT and a drain.
+    """Starts, loads, prints one line when ready, and returns after SIGTERM or SIGINT and a drain.
 
-    A second signal cuts the drain. Also returns when nothing can be generated any more, which
+    load: what loads models; what it raises comes through. A second signal cuts the drain, SIGHUP
+    loads again what has changed. Also returns when nothing can be generated any more, which
     `server.died` says. Only for the main thread.
     """
     asked = server.asked_to_end
     previous = {}
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
+        # Not from within the handler: it may have interrupted a lock that these need.
+        if number == signal.SIGHUP:
+            threading.Thread(target=server.reload, name="nuwa-reload", daemon=True).start()
+            return
         if asked.is_set():
-            # Not from within the handler: it may have interrupted a lock that stop() needs.
             threading.Thread(target=server.hasten, daemon=True).start()
         asked.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         previous[number] = signal.signal(number, on_signal)
     try:
         server.start()
-        info = server.scheduler.engine.info
-        print(
-            f"nuwa: ready on {server.address}: {info.name} ({', '.join(info.tasks)}) "
-            f"on {info.backend}, loaded in {load_seconds:.2f} s, {resident_megabytes():.0f} MB",
-            flush=True,
-        )
-        notify(READY)
+        started = time.perf_counter()
+        try:
+            load()
+        except BaseException:
+            server.stop()
+            raise
+        if not asked.is_set():
+            _say_ready(server, load_seconds + time.perf_counter() - started)
+            notify(READY)
         asked.wait()
         notify(STOPPING)
-        lame_duck = server.lame_duck
-        log.info("draining: %g s more for new calls, then %g s for those at hand", lame_duck, grace)
+        duck = server.settings.lame_duck
+        log.info("draining: %g s more for new calls, then %g s for those at hand", duck, grace)
         started = time.perf_counter()
         server.stop(grace)
         log.info("stopped after %.2f s", time.perf_counter() - started)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _say_ready(server: Server, load_seconds: float) -> None:
+    told = []
+    for each in server.host.loaded:
+        info = each.engine.info
+        told.append(f"{each.name} ({', '.join(info.tasks)}) on {info.backend}")
+    print(
+        f"nuwa: ready on {server.address}: {'; '.join(told)}, loaded in {load_seconds:.2f} s, "
+        f"{resident_megabytes():.0f} MB",
+        flush=True,
+    )
 
 
 def resident_megabytes() -> float:

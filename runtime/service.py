@@ -1,7 +1,7 @@
-"""nuwa.v1.GenerationService: converts and delegates, in the threads of the gRPC server.
+"""The services of nuwa.v1: convert and delegate, in the threads of the gRPC server.
 
-Raises plain exceptions, which interceptor.py turns into statuses. Ranking samples, encoding
-pictures and writing to sockets happen here, never in the decode thread.
+Raise plain exceptions, which interceptor.py turns into statuses. Ranking samples, encoding pictures
+and writing to sockets happen here, never in the decode thread.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from nuwa.v1 import generation_pb2_grpc
 
 from . import convert, replies
 from .answers import Answers
+from .errors import FieldError
+from .host import SEPARATOR, Host, Loaded
 from .intake import Intake
 
 
@@ -28,11 +30,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: pb.GenerateImageRequest, context: grpc.ServicerContext
     ) -> pb.GenerateImageResponse:
         def make() -> pb.GenerateImageResponse:
-            job = convert.read_image_request(request, intake.info, intake.limits)
-            return replies.image_response(job, intake.events(job, context))
+            info = loaded.engine.info
+            job = convert.read_image_request(request, info, self._intake.limits)
+            return replies.image_response(job, self._intake.events(loaded, job, context))
 
-        intake = self._intake
-        with intake.call():
+        with self._intake.call(request.model) as loaded:
             if not request.request_id:
                 return make()
             key = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
@@ -42,21 +44,55 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: pb.StreamImageRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.StreamImageResponse]:
         intake = self._intake
-        with intake.call(), convert.inside("image"):
-            job = convert.read_stream_image_request(request, intake.info, intake.limits)
-            yield from replies.image_responses(job, intake.events(job, context))
+        with convert.inside("image"), intake.call(request.image.model) as loaded:
+            info = loaded.engine.info
+            job = convert.read_stream_image_request(request, info, intake.limits)
+            yield from replies.image_responses(job, intake.events(loaded, job, context))
 
     def GenerateVideo(
         self, request: pb.GenerateVideoRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateVideoResponse]:
         intake = self._intake
-        with intake.call():
-            job = convert.read_video_request(request, intake.info, intake.limits)
-            yield from replies.clip_responses(job, intake.events(job, context))
+        with intake.call(request.model) as loaded:
+            job = convert.read_video_request(request, loaded.engine.info, intake.limits)
+            yield from replies.clip_responses(job, intake.events(loaded, job, context))
 
     def GetModel(
         self, request: pb.GetModelRequest, context: grpc.ServicerContext
     ) -> pb.GetModelResponse:
         convert.refuse_unknown_fields(request)
-        engine = self._intake.engine
-        return pb.GetModelResponse(model=replies.model_message(engine.info, engine.slots))
+        return pb.GetModelResponse(model=_message(self._intake.host.find(request.model)))
+
+
+class ModelService(generation_pb2_grpc.ModelServiceServicer):
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def ListModels(
+        self, request: pb.ListModelsRequest, context: grpc.ServicerContext
+    ) -> pb.ListModelsResponse:
+        convert.refuse_unknown_fields(request)
+        return pb.ListModelsResponse(models=map(_message, self._host.loaded))
+
+    def ReloadModel(
+        self, request: pb.ReloadModelRequest, context: grpc.ServicerContext
+    ) -> pb.ReloadModelResponse:
+        convert.refuse_unknown_fields(request)
+        if SEPARATOR in request.model:
+            raise FieldError("model", f"model {request.model!r} has a version; name it without")
+        return pb.ReloadModelResponse(model=_message(self._host.reload(request.model)))
+
+    def UnloadModel(
+        self, request: pb.UnloadModelRequest, context: grpc.ServicerContext
+    ) -> pb.UnloadModelResponse:
+        convert.refuse_unknown_fields(request)
+        if not request.model:
+            raise FieldError("model", "model is empty; say which is to be taken away")
+        self._host.unload(request.model)
+        return pb.UnloadModelResponse()
+
+
+def _message(loaded: Loaded) -> pb.Model:
+    message = replies.model_message(loaded.engine.info, loaded.engine.slots)
+    message.name, message.version = loaded.name, loaded.version
+    return message

@@ -6,16 +6,26 @@ Flags go before the environment, that before the file, and that before the defau
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from .backends.base import AUTO, BACKENDS
 
 ENVIRONMENT = "NUWA_"
+MODEL_NAME = re.compile(r"[\w.-]+", re.ASCII)
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -25,12 +35,29 @@ def _backend(name: str) -> str:
     return name
 
 
+def _bundles(value: Any) -> Any:
+    """From "NAME=FOLDER,NAME=FOLDER" too, as flags and the environment have it."""
+    if isinstance(value, str):
+        pairs = [part.partition("=") for part in value.split(",") if part]
+        if not all(name and equals and folder for name, equals, folder in pairs):
+            raise ValueError("is not NAME=FOLDER,NAME=FOLDER")
+        value = {name.strip(): folder.strip() for name, _, folder in pairs}
+    if isinstance(value, dict):
+        for name in value:
+            if not MODEL_NAME.fullmatch(str(name)):
+                raise ValueError(f"name {name!r} is not of letters, digits, '_', '.' and '-'")
+    return value
+
+
 class ServerSettings(BaseModel):
     """What a server is started with. Durations are in seconds."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     bundle: Path | None = Field(None, description="folder made by `nuwa export`")
+    bundles: Annotated[dict[str, Path], BeforeValidator(_bundles)] = Field(
+        {}, description="further ones by the names of their models: NAME=FOLDER,NAME=FOLDER"
+    )
     host: str = Field("127.0.0.1", description="interface to listen on")
     port: int = Field(50051, ge=0, le=65535, description="0 takes a free one")
     backend: Annotated[str, AfterValidator(_backend)] = Field(
@@ -100,9 +127,15 @@ class ServerSettings(BaseModel):
             if value is None:
                 lines.append(f"# {name} =")
             else:
-                plain = str(value) if isinstance(value, Path) else value
-                lines.append(f"{name} = {json.dumps(plain)}")
+                lines.append(f"{name} = {_toml(value)}")
         return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        pairs = (f"{json.dumps(key)} = {_toml(each)}" for key, each in value.items())
+        return "{" + ", ".join(pairs) + "}"
+    return json.dumps(str(value) if isinstance(value, Path) else value)
 
 
 def read(

@@ -1,4 +1,4 @@
-"""How many generations of each task there were, how they ended and where their time went."""
+"""How many generations of each model and task there were, how they ended, where time went."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from nuwa.spec.tasks import Task
 
 from .core import Timings
+
+Key = tuple[str, Task]  # a model's name and one of its tasks
 
 
 @dataclass(frozen=True)
@@ -29,31 +31,31 @@ class Statistics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._tasks = {task: TaskStatistics() for task in Task}
+        self._tasks: dict[Key, TaskStatistics] = {}
 
-    def __getitem__(self, task: Task) -> TaskStatistics:
+    def __getitem__(self, key: Key) -> TaskStatistics:
         with self._lock:
-            return self._tasks[task]
+            return self._tasks.get(key, TaskStatistics())
 
-    def add(self, task: Task, timings: Timings) -> None:
+    def add(self, key: Key, timings: Timings) -> None:
         """A generation that succeeded."""
         with self._lock:
-            now = self._tasks[task]
+            now = self._tasks.get(key, TaskStatistics())
             sums = {
                 name: getattr(now.seconds, name) + value for name, value in vars(timings).items()
             }
-            self._tasks[task] = replace(
+            self._tasks[key] = replace(
                 now,
                 succeeded=now.succeeded + 1,
                 seconds=Timings(**sums),
                 last_time=time.time(),
             )
 
-    def fail(self, task: Task, seconds: float) -> None:
+    def fail(self, key: Key, seconds: float) -> None:
         """A generation that did not, after so long."""
         with self._lock:
-            now = self._tasks[task]
-            self._tasks[task] = replace(
+            now = self._tasks.get(key, TaskStatistics())
+            self._tasks[key] = replace(
                 now,
                 failed=now.failed + 1,
                 failed_seconds=now.failed_seconds + seconds,

@@ -63,6 +63,9 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.add_argument("bundle", type=Path, nargs="?", help="folder made by `nuwa export`")
     parser.add_argument("--server", metavar="HOST:PORT", help="a server to ask instead")
+    parser.add_argument(
+        "--model", metavar="NAME", help="NAME or NAME/VERSION, of a server that has several"
+    )
     arguments.add_access(parser)
     parser.add_argument(
         "--task", required=True, metavar="TASK", help=f"one of {', '.join(Task)}; see below"
@@ -200,6 +203,7 @@ def _options(args: argparse.Namespace, task: Task) -> dict[str, Any]:
         "sketch": args.sketch,
         "mask": args.box or args.mask,
         "schedule": args.schedule,
+        "model": args.model,
     }
     for name, value, for_video in (
         ("image", args.image, False),

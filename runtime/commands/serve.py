@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,9 @@ until SIGTERM or Ctrl-C.
 
 When ready it prints one line with the address. Health checks (grpc.health.v1) and reflection are
 on. Without certificates the port is not encrypted, so only programs of this machine reach it.
+
+The first bundle is what requests get that name no model. SIGHUP loads bundles again that have
+changed: the new version takes over when it is loaded, and if it cannot be, the old one stays.
 
 Every setting can be given as a flag, as a variable of the environment (NUWA_QUEUE_SIZE=32) or in a
 TOML file (queue_size = 32); flags go first, then the environment, then the file. --print-config
@@ -27,6 +29,7 @@ examples:
   nuwa serve demo/bundle --slots 8 --queue-size 32 more samples at a time, less waiting
   nuwa serve demo/bundle --slots 8 --print-config > server.toml
   nuwa serve --config server.toml
+  nuwa serve demo/bundle --bundles small=other/bundle,fast=int8/bundle
   nuwa serve demo/bundle --host 0.0.0.0 --tls-certificate chain.pem --tls-key key.pem \\
       --tokens tokens.toml
 
@@ -66,20 +69,19 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         print(settings.to_toml(), end="")
         return 0
-    if settings.bundle is None:
+    if settings.bundle is None and not settings.bundles:
         raise ValueError("which bundle? name its folder, as an argument or as a setting")
     from .. import logs
-    from ..engine import load_engine
     from ..server import Server, serve_until_signal
 
     logs.configure(settings.log_format, logging.DEBUG if args.debug else logging.INFO)
-    started = time.perf_counter()
-    engine = load_engine(
-        settings.bundle,
-        slots=settings.slots,
-        threads=settings.threads,
-        backend=settings.backend,
-    )
-    server = Server(engine, settings)
-    serve_until_signal(server, load_seconds=time.perf_counter() - started, grace=settings.grace)
+    server = Server(settings=settings)
+
+    def load() -> None:
+        if settings.bundle is not None:
+            server.load("", settings.bundle)
+        for name, path in settings.bundles.items():
+            server.load(name, path)
+
+    serve_until_signal(server, load=load, grace=settings.grace)
     return 1 if server.died else 0  # so that who supervises it starts it again

@@ -1,4 +1,4 @@
-"""The models that a bundle is to clients of the protocol: one for each task, with its tensors."""
+"""The models that bundles are to clients of the protocol: one for each task, with its tensors."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from nuwa.inference import grpc_service_pb2 as pb
 from nuwa.inference import model_config_pb2 as config_pb
 from nuwa.spec.tasks import Task
 
-from ..core import ModelInfo
-from ..errors import NotFoundError
+from ..errors import NotFoundError, NotReadyError
+from ..host import Host, Loaded
 
 PLATFORM = "nuwa"
-VERSION = "1"
 ANY = -1
 
 TYPES = {
@@ -35,16 +34,23 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class TaskModel:
-    """What one task takes and gives. Pictures and clips may also come as files, as BYTES [1]."""
+    """What one task of a loaded bundle takes and gives.
+
+    Pictures and clips may also come as files, as BYTES [1].
+    """
 
     name: str
+    versions: tuple[str, ...]
+    loaded: Loaded
     task: Task
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
 
     @property
     def metadata(self) -> pb.ModelMetadataResponse:
-        message = pb.ModelMetadataResponse(name=self.name, versions=[VERSION], platform=PLATFORM)
+        message = pb.ModelMetadataResponse(
+            name=self.name, versions=self.versions, platform=PLATFORM
+        )
         for tensors, added in ((self.inputs, message.inputs), (self.outputs, message.outputs)):
             for each in tensors:
                 added.add(name=each.name, datatype=each.datatype, shape=each.shape)
@@ -67,22 +73,38 @@ class TaskModel:
         return message
 
 
-def models_of(info: ModelInfo) -> dict[str, TaskModel]:
-    """By name, which is the bundle's and the task's."""
-    models = [_model(info, task) for task in info.tasks]
-    return {model.name: model for model in models}
+def models_of(host: Host) -> list[TaskModel]:
+    """All there are now: for each task of each version of each bundle."""
+    found = host.loaded
+    versions: dict[str, list[str]] = {}
+    for each in found:
+        versions.setdefault(each.name, []).append(str(each.version))
+    return [
+        _model(each, tuple(sorted(versions[each.name], key=int)), task)
+        for each in found
+        for task in each.engine.info.tasks
+    ]
 
 
-def find(models: dict[str, TaskModel], name: str, version: str) -> TaskModel:
-    """NotFoundError naming the models, or versions, that there are."""
-    if name not in models:
-        raise NotFoundError(f"there is no model {name!r}; this server has {', '.join(models)}")
-    if version not in ("", VERSION):
-        raise NotFoundError(f"model {name!r} has no version {version!r}; it has {VERSION}")
-    return models[name]
+def find(host: Host, name: str, version: str) -> TaskModel:
+    """Of no version in particular, the latest. NotFoundError naming those that there are."""
+    models = models_of(host)
+    if not models:
+        raise NotReadyError("no model is loaded")
+    named = [each for each in models if each.name == name]
+    if not named:
+        names = dict.fromkeys(each.name for each in models)
+        raise NotFoundError(f"there is no model {name!r}; this server has {', '.join(names)}")
+    for each in named:
+        if version in ("", str(each.loaded.version)):
+            return each
+    raise NotFoundError(
+        f"model {name!r} has no version {version!r}; it has {', '.join(named[0].versions)}"
+    )
 
 
-def _model(info: ModelInfo, task: Task) -> TaskModel:
+def _model(loaded: Loaded, versions: tuple[str, ...], task: Task) -> TaskModel:
+    info = loaded.engine.info
     size = (info.height, info.width)
     shown = (ANY, *size) if task.is_video else size
     inputs = []
@@ -96,4 +118,5 @@ def _model(info: ModelInfo, task: Task) -> TaskModel:
         inputs.append(TensorInfo("MASK", "BOOL", size))
     made = TensorInfo("VIDEO" if task.is_video else "IMAGE", "UINT8", (ANY, *size, 3))
     tokens = TensorInfo("TOKENS", "INT32", (ANY, ANY, ANY))
-    return TaskModel(f"{info.name}_{task}", task, tuple(inputs), (made, tokens))
+    name = f"{loaded.name}_{task}"
+    return TaskModel(name, versions, loaded, task, tuple(inputs), (made, tokens))

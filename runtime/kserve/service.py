@@ -12,6 +12,8 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -24,9 +26,9 @@ from nuwa.inference import grpc_service_pb2_grpc
 from .. import media
 from ..convert import Job
 from ..core import Done, Event, Frame, QueueFullError, Timings
-from ..errors import FieldError
+from ..errors import FieldError, NotFoundError, NotReadyError
 from ..intake import Intake
-from .models import VERSION, TaskModel, find, models_of
+from .models import TaskModel, find, models_of
 from .requests import InferJob, read_request
 from .tensors import add_output, set_parameters
 
@@ -46,8 +48,7 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     def __init__(
         self, intake: Intake, *, ready: Callable[[], bool], told: Callable[[Exception], str]
     ) -> None:
-        self._intake, self._ready, self._told = intake, ready, told
-        self._models = models_of(intake.info)
+        self._intake, self._host, self._ready, self._told = intake, intake.host, ready, told
         self._streams = threading.BoundedSemaphore(MAX_STREAMS)
 
     def ServerLive(self, request: Any, context: grpc.ServicerContext) -> pb.ServerLiveResponse:
@@ -59,8 +60,11 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     def ModelReady(
         self, request: pb.ModelReadyRequest, context: grpc.ServicerContext
     ) -> pb.ModelReadyResponse:
-        there = request.name in self._models and request.version in ("", VERSION)
-        return pb.ModelReadyResponse(ready=there and self._ready())
+        try:
+            find(self._host, request.name, request.version)
+        except (NotFoundError, NotReadyError):
+            return pb.ModelReadyResponse(ready=False)
+        return pb.ModelReadyResponse(ready=self._ready())
 
     def ServerMetadata(
         self, request: Any, context: grpc.ServicerContext
@@ -72,38 +76,48 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     def ModelMetadata(
         self, request: pb.ModelMetadataRequest, context: grpc.ServicerContext
     ) -> pb.ModelMetadataResponse:
-        return find(self._models, request.name, request.version).metadata
+        return find(self._host, request.name, request.version).metadata
 
     def ModelConfig(
         self, request: pb.ModelConfigRequest, context: grpc.ServicerContext
     ) -> pb.ModelConfigResponse:
-        return pb.ModelConfigResponse(
-            config=find(self._models, request.name, request.version).config
-        )
+        return pb.ModelConfigResponse(config=find(self._host, request.name, request.version).config)
 
     def ModelStatistics(
         self, request: pb.ModelStatisticsRequest, context: grpc.ServicerContext
     ) -> pb.ModelStatisticsResponse:
-        models = list(self._models.values())
+        models = models_of(self._host)
         if request.name:
-            models = [find(self._models, request.name, request.version)]
+            models = [find(self._host, request.name, request.version)]
         return pb.ModelStatisticsResponse(model_stats=[self._statistics(each) for each in models])
 
     def RepositoryIndex(
         self, request: pb.RepositoryIndexRequest, context: grpc.ServicerContext
     ) -> pb.RepositoryIndexResponse:
         ready = self._ready()
-        names = self._models if ready or not request.ready else ()
-        state = "READY" if ready else "UNAVAILABLE"
-        return pb.RepositoryIndexResponse(
-            models=[{"name": name, "version": VERSION, "state": state} for name in names]
-        )
+        response = pb.RepositoryIndexResponse()
+        for each in models_of(self._host) if ready or not request.ready else ():
+            state = "READY" if ready else "UNAVAILABLE"
+            response.models.add(name=each.name, version=str(each.loaded.version), state=state)
+        return response
+
+    def RepositoryModelLoad(
+        self, request: pb.RepositoryModelLoadRequest, context: grpc.ServicerContext
+    ) -> pb.RepositoryModelLoadResponse:
+        self._host.reload(self._bundle(request.model_name))
+        return pb.RepositoryModelLoadResponse()
+
+    def RepositoryModelUnload(
+        self, request: pb.RepositoryModelUnloadRequest, context: grpc.ServicerContext
+    ) -> pb.RepositoryModelUnloadResponse:
+        self._host.unload(self._bundle(request.model_name))
+        return pb.RepositoryModelUnloadResponse()
 
     def ModelInfer(
         self, request: pb.ModelInferRequest, context: grpc.ServicerContext
     ) -> pb.ModelInferResponse:
-        with self._intake.call():
-            model, job = self._read(request)
+        with self._call(request) as model:
+            job = self._read(request, model)
             if model.task.is_video and job.job.samples.returned > 1:
                 raise FieldError(
                     "parameters.return_count",
@@ -111,7 +125,7 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
                     "return_count to 1 (with rank_by), or use ModelStreamInfer",
                 )
             frames, done = [], None
-            for event in self._events(job, context):
+            for event in self._events(model, job, context):
                 if isinstance(event, Frame):
                     frames.append(event)
                 elif isinstance(event, Done):
@@ -147,26 +161,41 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: pb.ModelInferRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.ModelInferResponse]:
         """Those to one request of a stream."""
-        with self._intake.call():
-            model, job = self._read(request)
+        with self._call(request) as model:
+            job = self._read(request, model)
             made: Callable = _by_frame if model.task.is_video else _by_image
-            yield from made(model, job, self._events(job, context))
+            yield from made(model, job, self._events(model, job, context))
 
-    def _read(self, request: pb.ModelInferRequest) -> tuple[TaskModel, InferJob]:
+    @contextmanager
+    def _call(self, request: pb.ModelInferRequest) -> Iterator[TaskModel]:
+        """Room for a call, and the model that it is to."""
+        model = find(self._host, request.model_name, request.model_version)
+        named = model.loaded.title if request.model_version else model.loaded.name
+        with self._intake.call(named) as loaded:  # which may be a later version by now
+            yield replace(model, loaded=loaded)
+
+    def _read(self, request: pb.ModelInferRequest, model: TaskModel) -> InferJob:
         if unknown := UnknownFieldSet(request):
             number = unknown[0].field_number
             raise FieldError("", f"field number {number} of ModelInferRequest is not known here")
-        model = find(self._models, request.model_name, request.model_version)
-        return model, read_request(request, model, self._intake.info, self._intake.limits)
+        return read_request(request, model, model.loaded.engine.info, self._intake.limits)
 
-    def _events(self, job: InferJob, context: grpc.ServicerContext) -> Iterator[Event]:
-        return self._intake.events(job.job, context, job.timeout)
+    def _events(
+        self, model: TaskModel, job: InferJob, context: grpc.ServicerContext
+    ) -> Iterator[Event]:
+        return self._intake.events(model.loaded, job.job, context, job.timeout)
+
+    def _bundle(self, name: str) -> str:
+        """The name of the bundle that a model belongs to, which may also be named itself."""
+        if any(each.name == name for each in self._host.loaded):
+            return name
+        return find(self._host, name, "").loaded.name
 
     def _statistics(self, model: TaskModel) -> pb.ModelStatistics:
-        found = self._intake.metrics.statistics[model.task]
+        found = self._intake.metrics.statistics[model.loaded.name, model.task]
         message = pb.ModelStatistics(
             name=model.name,
-            version=VERSION,
+            version=str(model.loaded.version),
             last_inference=round(found.last_time * 1e3),
             inference_count=found.succeeded,
             execution_count=found.seconds.steps,
@@ -276,7 +305,7 @@ class _Stream:
 
 def _response(model: TaskModel, job: Job, **parameters: Any) -> pb.ModelInferResponse:
     response = pb.ModelInferResponse(
-        model_name=model.name, model_version=VERSION, id=job.request_id
+        model_name=model.name, model_version=str(model.loaded.version), id=job.request_id
     )
     set_parameters(response.parameters, {"seed": job.generation.seed} | parameters)
     return response

@@ -106,7 +106,7 @@ class FakeEngine:
 
     def check(self, request: GenerationRequest) -> None:
         if request.task not in TASKS:
-            raise UnsupportedTaskError(f"{request.task} is not among {', '.join(TASKS)}")
+            raise UnsupportedTaskError(f"{request.task} is not among {', '.join(TASKS)}", TASKS)
         if request.prompt == "refused":
             raise FieldError("prompt", "prompt 'refused' is refused")
 

@@ -105,7 +105,8 @@ def test_reflection_describes_the_service(channel):
     descriptor = descriptor_pb2.FileDescriptorProto()
     descriptor.ParseFromString(file.file_descriptor_response.file_descriptor_proto[0])
     methods = {method.name for service in descriptor.service for method in service.method}
-    assert methods == {"GenerateImage", "StreamImage", "GenerateVideo", "GetModel"}
+    generation = {"GenerateImage", "StreamImage", "GenerateVideo", "GetModel"}
+    assert methods == generation | {"ListModels", "ReloadModel", "UnloadModel"}
 
 
 def test_a_port_is_had_once(server):

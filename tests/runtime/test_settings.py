@@ -20,7 +20,9 @@ def test_flags_go_before_the_environment_and_that_before_the_file(tmp_path):
 
 
 def test_what_is_printed_reads_back_as_the_same(tmp_path):
-    found = read({"bundle": "a b", "slots": 3, "reflection": False, "grace": "1.5"}, None, {})
+    flags = {"bundle": "a b", "slots": 3, "reflection": False, "grace": "1.5"}
+    found = read(flags | {"bundles": "x=some/folder,y-2=other"}, None, {})
+    assert set(found.bundles) == {"x", "y-2"}
     file = tmp_path / "printed.toml"
     file.write_text(found.to_toml())
     assert read({}, file, {}) == found
@@ -35,7 +37,14 @@ def test_what_is_printed_reads_back_as_the_same(tmp_path):
         ({"port": "70000"}, {}, "", r"port '70000' \(--port\): .*less than or equal to 65535"),
         ({}, {"NUWA_SLOTS": "0"}, "", r"slots '0' \(NUWA_SLOTS\): .*greater than or equal to 1"),
         ({}, {}, "slots = 'many'", r"slots 'many' \(.*server.toml\): .*valid integer"),
-        ({}, {}, "slotz = 1", r"server.toml: there is no setting 'slotz'; there are bundle, host"),
+        (
+            {},
+            {},
+            "slotz = 1",
+            "server.toml: there is no setting 'slotz'; there are bundle, bundles",
+        ),
+        ({"bundles": "a"}, {}, "", r"bundles 'a' \(--bundles\): is not NAME=FOLDER,NAME=FOLDER"),
+        ({}, {}, 'bundles = {"a/b" = "x"}', "name 'a/b' is not of letters, digits"),
         ({}, {}, "slots = ", "server.toml is not TOML"),
         ({"backend": "x"}, {}, "", r"backend 'x' \(--backend\): choose one of auto, native-cpu"),
         ({"log_format": "xml"}, {}, "", "log_format 'xml' .*'text' or 'json'"),

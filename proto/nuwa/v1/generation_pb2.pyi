@@ -201,7 +201,7 @@ class SampleScore(_message.Message):
     def __init__(self, sample_index: _Optional[int] = ..., score: _Optional[float] = ...) -> None: ...
 
 class GenerateImageRequest(_message.Message):
-    __slots__ = ("request_id", "task", "prompt", "sketch", "image", "mask", "sampling", "output", "schedule", "sample_count", "rank_by", "return_count")
+    __slots__ = ("request_id", "task", "prompt", "sketch", "image", "mask", "sampling", "output", "schedule", "sample_count", "rank_by", "return_count", "model")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -214,6 +214,7 @@ class GenerateImageRequest(_message.Message):
     SAMPLE_COUNT_FIELD_NUMBER: _ClassVar[int]
     RANK_BY_FIELD_NUMBER: _ClassVar[int]
     RETURN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     task: Task
     prompt: str
@@ -226,7 +227,8 @@ class GenerateImageRequest(_message.Message):
     sample_count: int
     rank_by: str
     return_count: int
-    def __init__(self, request_id: _Optional[str] = ..., task: _Optional[_Union[Task, str]] = ..., prompt: _Optional[str] = ..., sketch: _Optional[_Union[Media, _Mapping]] = ..., image: _Optional[_Union[Media, _Mapping]] = ..., mask: _Optional[_Union[Mask, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., sample_count: _Optional[int] = ..., rank_by: _Optional[str] = ..., return_count: _Optional[int] = ...) -> None: ...
+    model: str
+    def __init__(self, request_id: _Optional[str] = ..., task: _Optional[_Union[Task, str]] = ..., prompt: _Optional[str] = ..., sketch: _Optional[_Union[Media, _Mapping]] = ..., image: _Optional[_Union[Media, _Mapping]] = ..., mask: _Optional[_Union[Mask, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., sample_count: _Optional[int] = ..., rank_by: _Optional[str] = ..., return_count: _Optional[int] = ..., model: _Optional[str] = ...) -> None: ...
 
 class GenerateImageResponse(_message.Message):
     __slots__ = ("request_id", "frame", "seed", "timings", "samples", "scores")
@@ -291,7 +293,7 @@ class PreviewEvent(_message.Message):
     def __init__(self, frame: _Optional[_Union[Frame, _Mapping]] = ..., decoded_position_count: _Optional[int] = ..., sample_index: _Optional[int] = ...) -> None: ...
 
 class GenerateVideoRequest(_message.Message):
-    __slots__ = ("request_id", "task", "prompt", "sketch", "video", "mask", "frame_count", "sampling", "output", "schedule", "animation_format", "frames_per_second", "sample_count", "rank_by", "return_count")
+    __slots__ = ("request_id", "task", "prompt", "sketch", "video", "mask", "frame_count", "sampling", "output", "schedule", "animation_format", "frames_per_second", "sample_count", "rank_by", "return_count", "model")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -307,6 +309,7 @@ class GenerateVideoRequest(_message.Message):
     SAMPLE_COUNT_FIELD_NUMBER: _ClassVar[int]
     RANK_BY_FIELD_NUMBER: _ClassVar[int]
     RETURN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     task: Task
     prompt: str
@@ -322,7 +325,8 @@ class GenerateVideoRequest(_message.Message):
     sample_count: int
     rank_by: str
     return_count: int
-    def __init__(self, request_id: _Optional[str] = ..., task: _Optional[_Union[Task, str]] = ..., prompt: _Optional[str] = ..., sketch: _Optional[_Union[Media, _Mapping]] = ..., video: _Optional[_Union[Media, _Mapping]] = ..., mask: _Optional[_Union[Mask, _Mapping]] = ..., frame_count: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., animation_format: _Optional[_Union[AnimationFormat, str]] = ..., frames_per_second: _Optional[int] = ..., sample_count: _Optional[int] = ..., rank_by: _Optional[str] = ..., return_count: _Optional[int] = ...) -> None: ...
+    model: str
+    def __init__(self, request_id: _Optional[str] = ..., task: _Optional[_Union[Task, str]] = ..., prompt: _Optional[str] = ..., sketch: _Optional[_Union[Media, _Mapping]] = ..., video: _Optional[_Union[Media, _Mapping]] = ..., mask: _Optional[_Union[Mask, _Mapping]] = ..., frame_count: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., animation_format: _Optional[_Union[AnimationFormat, str]] = ..., frames_per_second: _Optional[int] = ..., sample_count: _Optional[int] = ..., rank_by: _Optional[str] = ..., return_count: _Optional[int] = ..., model: _Optional[str] = ...) -> None: ...
 
 class GenerateVideoResponse(_message.Message):
     __slots__ = ("accepted", "progress", "frame", "done", "animation")
@@ -403,6 +407,40 @@ class DoneEvent(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., seed: _Optional[int] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., animation: _Optional[bytes] = ..., animation_format: _Optional[_Union[AnimationFormat, str]] = ..., sample_index: _Optional[int] = ..., scores: _Optional[_Iterable[_Union[SampleScore, _Mapping]]] = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class ListModelsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListModelsResponse(_message.Message):
+    __slots__ = ("models",)
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    models: _containers.RepeatedCompositeFieldContainer[Model]
+    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
+
+class ReloadModelRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class ReloadModelResponse(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: Model
+    def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
+
+class UnloadModelRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class UnloadModelResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
@@ -413,7 +451,7 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "bundle_hash", "tasks", "height", "width", "max_frame_count", "codebook_size", "parameter_count", "precision", "license", "backend", "slot_count", "max_prediction_frame_count", "sketch_class_count", "sketch_palette", "rankers", "max_sample_count", "sampling_defaults")
+    __slots__ = ("name", "bundle_hash", "tasks", "height", "width", "max_frame_count", "codebook_size", "parameter_count", "precision", "license", "backend", "slot_count", "max_prediction_frame_count", "sketch_class_count", "sketch_palette", "rankers", "max_sample_count", "sampling_defaults", "version")
     NAME_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_HASH_FIELD_NUMBER: _ClassVar[int]
     TASKS_FIELD_NUMBER: _ClassVar[int]
@@ -432,6 +470,7 @@ class Model(_message.Message):
     RANKERS_FIELD_NUMBER: _ClassVar[int]
     MAX_SAMPLE_COUNT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_DEFAULTS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     name: str
     bundle_hash: str
     tasks: _containers.RepeatedScalarFieldContainer[Task]
@@ -450,7 +489,8 @@ class Model(_message.Message):
     rankers: _containers.RepeatedScalarFieldContainer[str]
     max_sample_count: int
     sampling_defaults: _containers.RepeatedCompositeFieldContainer[SamplingDefault]
-    def __init__(self, name: _Optional[str] = ..., bundle_hash: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[Task, str]]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., max_frame_count: _Optional[int] = ..., codebook_size: _Optional[int] = ..., parameter_count: _Optional[int] = ..., precision: _Optional[str] = ..., license: _Optional[str] = ..., backend: _Optional[str] = ..., slot_count: _Optional[int] = ..., max_prediction_frame_count: _Optional[int] = ..., sketch_class_count: _Optional[int] = ..., sketch_palette: _Optional[bytes] = ..., rankers: _Optional[_Iterable[str]] = ..., max_sample_count: _Optional[int] = ..., sampling_defaults: _Optional[_Iterable[_Union[SamplingDefault, _Mapping]]] = ...) -> None: ...
+    version: int
+    def __init__(self, name: _Optional[str] = ..., bundle_hash: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[Task, str]]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., max_frame_count: _Optional[int] = ..., codebook_size: _Optional[int] = ..., parameter_count: _Optional[int] = ..., precision: _Optional[str] = ..., license: _Optional[str] = ..., backend: _Optional[str] = ..., slot_count: _Optional[int] = ..., max_prediction_frame_count: _Optional[int] = ..., sketch_class_count: _Optional[int] = ..., sketch_palette: _Optional[bytes] = ..., rankers: _Optional[_Iterable[str]] = ..., max_sample_count: _Optional[int] = ..., sampling_defaults: _Optional[_Iterable[_Union[SamplingDefault, _Mapping]]] = ..., version: _Optional[int] = ...) -> None: ...
 
 class SamplingDefault(_message.Message):
     __slots__ = ("task", "sampling")

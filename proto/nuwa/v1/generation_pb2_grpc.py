@@ -90,7 +90,7 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """Describes the loaded model: what it can do, at which size.
+        """Describes a loaded model: what it can do, at which size.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -229,6 +229,172 @@ class GenerationService:
             '/nuwa.v1.GenerationService/GetModel',
             nuwa_dot_v1_dot_generation__pb2.GetModelRequest.SerializeToString,
             nuwa_dot_v1_dot_generation__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class ModelServiceStub:
+    """Which models a server has. Where tokens are needed, all but ListModels need the scope "admin".
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.ListModels = channel.unary_unary(
+                '/nuwa.v1.ModelService/ListModels',
+                request_serializer=nuwa_dot_v1_dot_generation__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=nuwa_dot_v1_dot_generation__pb2.ListModelsResponse.FromString,
+                _registered_method=True)
+        self.ReloadModel = channel.unary_unary(
+                '/nuwa.v1.ModelService/ReloadModel',
+                request_serializer=nuwa_dot_v1_dot_generation__pb2.ReloadModelRequest.SerializeToString,
+                response_deserializer=nuwa_dot_v1_dot_generation__pb2.ReloadModelResponse.FromString,
+                _registered_method=True)
+        self.UnloadModel = channel.unary_unary(
+                '/nuwa.v1.ModelService/UnloadModel',
+                request_serializer=nuwa_dot_v1_dot_generation__pb2.UnloadModelRequest.SerializeToString,
+                response_deserializer=nuwa_dot_v1_dot_generation__pb2.UnloadModelResponse.FromString,
+                _registered_method=True)
+
+
+class ModelServiceServicer:
+    """Which models a server has. Where tokens are needed, all but ListModels need the scope "admin".
+    """
+
+    def ListModels(self, request, context):
+        """Describes all models, the default one first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReloadModel(self, request, context):
+        """Loads a model's bundle again, from where it was loaded before, as its next version. Calls that
+        are under way end in the version they began in. If the bundle cannot be loaded, nothing
+        changes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadModel(self, request, context):
+        """Takes a model away once the calls in it have ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ModelServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=nuwa_dot_v1_dot_generation__pb2.ListModelsRequest.FromString,
+                    response_serializer=nuwa_dot_v1_dot_generation__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'ReloadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReloadModel,
+                    request_deserializer=nuwa_dot_v1_dot_generation__pb2.ReloadModelRequest.FromString,
+                    response_serializer=nuwa_dot_v1_dot_generation__pb2.ReloadModelResponse.SerializeToString,
+            ),
+            'UnloadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadModel,
+                    request_deserializer=nuwa_dot_v1_dot_generation__pb2.UnloadModelRequest.FromString,
+                    response_serializer=nuwa_dot_v1_dot_generation__pb2.UnloadModelResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'nuwa.v1.ModelService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('nuwa.v1.ModelService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class ModelService:
+    """Which models a server has. Where tokens are needed, all but ListModels need the scope "admin".
+    """
+
+    @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nuwa.v1.ModelService/ListModels',
+            nuwa_dot_v1_dot_generation__pb2.ListModelsRequest.SerializeToString,
+            nuwa_dot_v1_dot_generation__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nuwa.v1.ModelService/ReloadModel',
+            nuwa_dot_v1_dot_generation__pb2.ReloadModelRequest.SerializeToString,
+            nuwa_dot_v1_dot_generation__pb2.ReloadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nuwa.v1.ModelService/UnloadModel',
+            nuwa_dot_v1_dot_generation__pb2.UnloadModelRequest.SerializeToString,
+            nuwa_dot_v1_dot_generation__pb2.UnloadModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

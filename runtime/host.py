@@ -1,0 +1,193 @@
+"""The models that a server has: several bundles side by side, each in one version or more.
+
+A model that is loaded anew gets the next version; who asks for none in particular gets the latest.
+The old one goes when the last request in it has ended, and only once the new one can take its
+place: a bundle that cannot be loaded changes nothing. Knows neither gRPC nor what a request is.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .engine_protocol import Engine
+from .errors import NotFoundError, NotReadyError, ShuttingDownError
+from .scheduler import Scheduler
+
+log = logging.getLogger("nuwa.runtime")
+
+SEPARATOR = "/"  # between a model's name and its version
+
+
+@dataclass(eq=False)
+class Loaded:
+    """One version of a model. path: its bundle, None where an engine was given; users: calls that
+    are in it now.
+    """
+
+    name: str
+    version: int
+    engine: Engine
+    scheduler: Scheduler
+    path: Path | None = None
+    users: int = 0
+    retired: bool = False
+    idle: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}{SEPARATOR}{self.version}"
+
+
+class Host:
+    """open_engine(path): loads a bundle; schedule(engine): a scheduler for it, not started.
+
+    Safe to use from any thread; of loading, one thing happens at a time.
+    """
+
+    def __init__(
+        self,
+        open_engine: Callable[[Path], Engine],
+        schedule: Callable[[Engine], Scheduler],
+    ) -> None:
+        self._open_engine, self._schedule = open_engine, schedule
+        self._lock = threading.Lock()
+        self._loading = threading.Lock()
+        self._models: dict[str, dict[int, Loaded]] = {}  # in the order they came; by version
+        self._last_version: dict[str, int] = {}
+        self._retired: list[threading.Thread] = []
+        self._closing = False
+
+    @property
+    def loaded(self) -> list[Loaded]:
+        """All that take requests: the default model first, of each the latest version first."""
+        with self._lock:
+            return [
+                versions[number]
+                for versions in self._models.values()
+                for number in sorted(versions, reverse=True)
+            ]
+
+    def find(self, model: str = "") -> Loaded:
+        """The one that is meant by "NAME", "NAME/VERSION" or "", which is the first model.
+
+        NotFoundError names those there are; NotReadyError while there is none at all.
+        """
+        with self._lock:
+            return self._find(model)
+
+    @contextmanager
+    def use(self, model: str = "") -> Iterator[Loaded]:
+        """As find, for a call: what is found stays until the call is over."""
+        with self._lock:
+            found = self._find(model)
+            found.users += 1
+        try:
+            yield found
+        finally:
+            with self._lock:
+                found.users -= 1
+                if found.retired and not found.users:
+                    found.idle.set()
+
+    def add(self, engine: Engine, name: str = "", path: Path | None = None) -> Loaded:
+        """Serves an engine, as the next version of the model of this name."""
+        name = name or engine.info.name
+        scheduler = self._schedule(engine)
+        with self._lock:
+            if self._closing:
+                raise ShuttingDownError("the server is shutting down")
+            version = self._last_version.get(name, 0) + 1
+            self._last_version[name] = version
+            added = Loaded(name, version, engine, scheduler, path)
+            scheduler.start()
+            self._models.setdefault(name, {})[version] = added
+        log.info("%s: %s on %s", added.title, path or engine.info.name, engine.info.backend)
+        return added
+
+    def load(self, name: str, path: Path, *, beside: bool = False) -> Loaded:
+        """Loads a bundle as the next version of a model, in place of the others or beside them.
+
+        What `open_engine` raises comes through, and all stays as it was.
+        """
+        with self._loading:
+            added = self.add(self._open_engine(path), name, path)
+        if not beside:
+            self._retire([each for each in self._versions(added.name) if each is not added])
+        return added
+
+    def reload(self, name: str) -> Loaded:
+        """Loads a model's bundle again, which may be another one by now."""
+        found = self.find(name)
+        if found.path is None:
+            raise ValueError(f"model {found.name!r} was not loaded from a bundle")
+        return self.load(found.name, found.path)
+
+    def unload(self, model: str) -> list[Loaded]:
+        """Takes a version of a model away, or all of them. NotFoundError if it is not there."""
+        found = self.find(model)
+        gone = [found] if SEPARATOR in model else self._versions(found.name)
+        self._retire(gone)
+        return gone
+
+    def close(self) -> None:
+        """Ends everything that is loaded; nothing can be loaded any more."""
+        with self._lock:
+            self._closing = True
+            left = [each for versions in self._models.values() for each in versions.values()]
+            self._models = {}
+        for each in left:
+            each.scheduler.close()
+        for thread in self._retired:
+            thread.join()
+
+    def _find(self, model: str) -> Loaded:
+        """Under the lock."""
+        if not self._models:
+            raise NotReadyError("no model is loaded")
+        name, separator, version = model.partition(SEPARATOR)
+        versions = self._models.get(name) if name else next(iter(self._models.values()))
+        if versions is None or (separator and not name):
+            raise NotFoundError(
+                f"there is no model {model!r}; this server has {', '.join(self._models)}"
+            )
+        if not separator:
+            return versions[max(versions)]
+        if not (version.isascii() and version.isdigit() and int(version) in versions):
+            raise NotFoundError(
+                f"model {name!r} has no version {version!r}; it has "
+                f"{', '.join(map(str, sorted(versions)))}"
+            )
+        return versions[int(version)]
+
+    def _versions(self, name: str) -> list[Loaded]:
+        with self._lock:
+            return list(self._models.get(name, {}).values())
+
+    def _retire(self, gone: list[Loaded]) -> None:
+        """Takes these out of what can be found; their schedulers end with their last calls."""
+        with self._lock:
+            for each in gone:
+                versions = self._models.get(each.name, {})
+                if versions.pop(each.version, None) is None:
+                    continue
+                if not versions:
+                    del self._models[each.name]
+                each.retired = True
+                if not each.users:
+                    each.idle.set()
+                thread = threading.Thread(
+                    target=_end, args=(each,), name="nuwa-retire", daemon=True
+                )
+                self._retired = [old for old in self._retired if old.is_alive()] + [thread]
+                thread.start()
+
+
+def _end(gone: Loaded) -> None:
+    gone.idle.wait()
+    gone.scheduler.close()
+    log.info("%s is gone", gone.title)
