@@ -10,10 +10,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar, cast
 
 from google.protobuf.message import Message
 
 from .core import CancelledError
+
+M = TypeVar("M", bound=Message)  # of one key always the same kind
 
 KEPT_SECONDS = 300.0
 KEPT_BYTES = 64 * 2**20
@@ -43,7 +46,7 @@ class Answers:
         self._answers: OrderedDict[bytes, _Answer] = OrderedDict()  # the oldest first
         self._bytes = 0
 
-    def once(self, key: bytes, make: Callable[[], Message], wanted: Callable[[], bool]) -> Message:
+    def once(self, key: bytes, make: Callable[[], M], wanted: Callable[[], bool]) -> M:
         """The answer kept under `key`, or that of make(), which is kept.
 
         A call whose key is being made elsewhere waits for that one, and makes its own if it fails,
@@ -61,7 +64,7 @@ class Answers:
                 if not wanted():
                     raise CancelledError("the client left")
             if found.message is not None:
-                return found.message
+                return cast(M, found.message)
         try:
             message = make()
         except BaseException:

@@ -112,8 +112,9 @@ class ErrorInterceptor(grpc.ServerInterceptor):
             log.info("%s refused or stopped: %s", method, kind, extra=told)
         told = rpc_status.to_status(status)
         if status.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]:
-            retry = isinstance(error, QueueFullError)
-            wait = str(round(1000 * error.retry_seconds)) if retry else NO_RETRY
+            wait = NO_RETRY
+            if isinstance(error, QueueFullError):
+                wait = str(round(1000 * error.retry_seconds))
             told = told._replace(trailing_metadata=(*told.trailing_metadata, (PUSHBACK, wait)))
         context.abort_with_status(told)
         raise AssertionError("abort_with_status raises")

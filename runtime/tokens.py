@@ -146,8 +146,8 @@ def _digest(entry: dict[str, Any], where: str) -> bytes:
             raise ValueError(f"{where}: token is not a text of at least {SHORTEST} characters")
         return hashlib.sha256(plain.encode()).digest()
     try:
-        digest = bytes.fromhex(hashed)
-    except (TypeError, ValueError):
+        digest = bytes.fromhex(str(hashed))
+    except ValueError:
         digest = b""
     if len(digest) != hashlib.sha256().digest_size:
         raise ValueError(f"{where}: sha256 is not 64 hexadecimal digits")

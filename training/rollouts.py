@@ -195,8 +195,10 @@ def _read(path: Path) -> Rollouts:
     try:
         with np.load(path, allow_pickle=False) as file:
             settings = json.loads(str(file["settings"]))
-            arrays = [file[name] for name in ("clip", "tokens", "corners", "windows")]
-        return Rollouts(Sprites(settings["source"]["level"]).world, *arrays, settings)
+            clip, tokens = file["clip"], file["tokens"]
+            corners, windows = file["corners"], file["windows"]
+        world = Sprites(settings["source"]["level"]).world
+        return Rollouts(world, clip, tokens, corners, windows, settings)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read as rollouts: {error}") from None
 
@@ -277,8 +279,8 @@ def _windows(plan: Plan, corners_F2: npt.NDArray[np.int16]) -> Iterator[int]:
     """First frames of the windows in which a sprite moves as it may."""
     ways_F2 = np.diff(corners_F2.astype(int), axis=0)
     moves_F = np.abs(ways_F2).sum(1) == plan.track.speed
-    turns_F = (ways_F2[1:] != ways_F2[:-1]).any(1)
-    there_F = (corners_F2 >= 0).all(1)
+    turns_F = np.any(ways_F2[1:] != ways_F2[:-1], axis=1)
+    there_F = np.all(corners_F2 >= 0, axis=1)
     for start in range(len(corners_F2) - FRAMES + 1):
         end = start + FRAMES
         goes_on = there_F[start:end].all() and moves_F[start : end - 1].all()

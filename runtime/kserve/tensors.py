@@ -74,7 +74,8 @@ def _read(given: Any, field: str, raw: bytes | None) -> Tensor:
         raise FieldError(field, "the input has both contents and raw contents")
     if typed and typed != [contents]:
         raise FieldError(field, f"contents of {given.datatype} are {contents}, not {typed[0]}")
-    data, elements = b"", []
+    data = b""
+    elements: list[bytes] = []
     if dtype is None:
         elements = list(given.contents.bytes_contents) if raw is None else _elements(raw, field)
         have = len(elements)
