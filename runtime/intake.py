@@ -78,15 +78,17 @@ class Intake:
         return len(self._deliveries)
 
     @contextmanager
-    def call(self, model: str) -> Iterator[Loaded]:
+    def call(self, model: str, context: grpc.ServicerContext) -> Iterator[Loaded]:
         """Room for a call, and the model that it is to, while it lasts.
 
-        QueueFullError if there is no room; NotFoundError and NotReadyError as Host.find.
+        QueueFullError if there is no room, here or in the model's queue, before any work is done
+        for the request; NotFoundError and NotReadyError as Host.find.
         """
         if not self._calls.acquire(blocking=False):
             raise QueueFullError("the server has as many calls as it can hold")
         try:
             with self.host.use(model) as loaded:
+                loaded.scheduler.check_room(self._identify(context))
                 yield loaded
         finally:
             self._calls.release()

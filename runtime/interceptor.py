@@ -109,7 +109,9 @@ class ErrorInterceptor(grpc.ServerInterceptor):
         else:
             kind = type(error).__name__
             told = fields(method=method, error_kind=kind)
-            log.info("%s refused or stopped: %s", method, kind, extra=told)
+            # While there is too much to do, telling of each refusal would be too much, too.
+            level = logging.DEBUG if isinstance(error, QueueFullError) else logging.INFO
+            log.log(level, "%s refused or stopped: %s", method, kind, extra=told)
         told = rpc_status.to_status(status)
         if status.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]:
             wait = NO_RETRY

@@ -141,6 +141,11 @@ class Scheduler:
             self._changed.notify_all()
         return handle
 
+    def check_room(self, client: str) -> None:
+        """QueueFullError if a request of this client would find no room now: cheap to ask."""
+        with self._changed:
+            self._check_room(client)
+
     def _check_room(self, client: str) -> None:
         """Under the lock."""
         waiting, own = len(self._queue), self._queue.of(client)

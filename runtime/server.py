@@ -308,7 +308,8 @@ def _say_ready(server: Server, load_seconds: float) -> None:
         told.append(f"{each.name} ({', '.join(info.tasks)}) on {info.backend}")
     print(
         f"nuwa: ready on {server.address}: {'; '.join(told)}, loaded in {load_seconds:.2f} s, "
-        f"{resident_megabytes():.0f} MB",
+        + (f"metrics on {server.metrics_address}, " if server.metrics_address else "")
+        + f"{resident_megabytes():.0f} MB",
         flush=True,
     )
 

@@ -34,7 +34,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             job = convert.read_image_request(request, info, self._intake.limits)
             return replies.image_response(job, self._intake.events(loaded, job, context))
 
-        with self._intake.call(request.model) as loaded:
+        with self._intake.call(request.model, context) as loaded:
             if not request.request_id:
                 return make()
             key = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
@@ -44,7 +44,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: pb.StreamImageRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.StreamImageResponse]:
         intake = self._intake
-        with convert.inside("image"), intake.call(request.image.model) as loaded:
+        with convert.inside("image"), intake.call(request.image.model, context) as loaded:
             info = loaded.engine.info
             job = convert.read_stream_image_request(request, info, intake.limits)
             yield from replies.image_responses(job, intake.events(loaded, job, context))
@@ -53,7 +53,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: pb.GenerateVideoRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateVideoResponse]:
         intake = self._intake
-        with intake.call(request.model) as loaded:
+        with intake.call(request.model, context) as loaded:
             job = convert.read_video_request(request, loaded.engine.info, intake.limits)
             yield from replies.clip_responses(job, intake.events(loaded, job, context))
 

@@ -116,7 +116,7 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     def ModelInfer(
         self, request: pb.ModelInferRequest, context: grpc.ServicerContext
     ) -> pb.ModelInferResponse:
-        with self._call(request) as model:
+        with self._call(request, context) as model:
             job = self._read(request, model)
             if model.task.is_video and job.job.samples.returned > 1:
                 raise FieldError(
@@ -161,17 +161,19 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: pb.ModelInferRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.ModelInferResponse]:
         """Those to one request of a stream."""
-        with self._call(request) as model:
+        with self._call(request, context) as model:
             job = self._read(request, model)
             made: Callable = _by_frame if model.task.is_video else _by_image
             yield from made(model, job, self._events(model, job, context))
 
     @contextmanager
-    def _call(self, request: pb.ModelInferRequest) -> Iterator[TaskModel]:
+    def _call(
+        self, request: pb.ModelInferRequest, context: grpc.ServicerContext
+    ) -> Iterator[TaskModel]:
         """Room for a call, and the model that it is to."""
         model = find(self._host, request.model_name, request.model_version)
         named = model.loaded.title if request.model_version else model.loaded.name
-        with self._intake.call(named) as loaded:  # which may be a later version by now
+        with self._intake.call(named, context) as loaded:  # which may be a later version by now
             yield replace(model, loaded=loaded)
 
     def _read(self, request: pb.ModelInferRequest, model: TaskModel) -> InferJob:

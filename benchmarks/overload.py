@@ -1,0 +1,152 @@
+"""Ten times as many requests as a server can do: `python benchmarks/overload.py BUNDLE`.
+
+A server process is first driven at its capacity (as many closed-loop clients as it has slots), then
+by clients that ask ten times as often as that, on a fixed schedule, whatever becomes of it.
+Requests are images of T2I. What has to hold: refusals are told within 50 ms, the accepted ones take
+at most 1.5 times as long (p99) as at capacity with a full queue, throughput stays, and every call
+ends in one of the ways it should. The last line is JSON; exit status 1 if something does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import numpy as np
+from hardware import hardware
+from server_process import ServerProcess
+
+from nuwa.runtime.scheduler import SHARE_FOR_OTHERS
+from nuwa.v1 import generation_pb2 as pb
+from nuwa.v1 import generation_pb2_grpc
+
+TOLD_WITHIN = 0.050  # seconds
+SLOWER = 1.5
+KEPT = 0.95
+PROMPT = "a red 3 on a black background ."
+CHANNELS = 8
+
+
+@dataclass
+class Seen:
+    """Seconds of calls that were answered and of those that were refused; statuses of all."""
+
+    answered: list[float] = field(default_factory=list)
+    refused: list[float] = field(default_factory=list)
+    statuses: Counter = field(default_factory=Counter)
+
+    async def call(self, stub: generation_pb2_grpc.GenerationServiceStub, seed: int) -> None:
+        request = pb.GenerateImageRequest(
+            task=pb.TASK_T2I, prompt=PROMPT, sampling=pb.Sampling(seed=seed)
+        )
+        started = time.perf_counter()
+        try:
+            await stub.GenerateImage(request, timeout=120)
+            self.answered.append(time.perf_counter() - started)
+            self.statuses["OK"] += 1
+        except grpc.aio.AioRpcError as error:
+            self.statuses[error.code().name] += 1
+            if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                self.refused.append(time.perf_counter() - started)
+
+    def summary(self, seconds: float) -> dict:
+        return {
+            "seconds": seconds,
+            "answered_per_second": len(self.answered) / seconds,
+            "answered": _percentiles(self.answered),
+            "refused": _percentiles(self.refused),
+            "statuses": dict(self.statuses),
+        }
+
+
+def _percentiles(seconds: list[float]) -> dict[str, float]:
+    if not seconds:
+        return {"count": 0}
+    p50, p99 = np.percentile(seconds, [50, 99]).tolist()
+    return {"count": len(seconds), "p50": p50, "p99": p99, "max": max(seconds)}
+
+
+async def closed_loop(address: str, clients: int, seconds: float) -> Seen:
+    """Clients that ask again as soon as they are answered."""
+    seen, end = Seen(), time.perf_counter() + seconds
+
+    async def client(number: int) -> None:
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub, seed = generation_pb2_grpc.GenerationServiceStub(channel), number
+            while time.perf_counter() < end:
+                await seen.call(stub, seed)
+                seed += clients
+
+    await asyncio.gather(*(client(number) for number in range(clients)))
+    return seen
+
+
+async def open_loop(address: str, rate: float, seconds: float, seed: int = 0) -> Seen:
+    """Poisson arrivals, sent when they are due, however many are still under way."""
+    seen, draw, calls = Seen(), random.Random(seed), []
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    channels = [grpc.aio.insecure_channel(address, options) for _ in range(CHANNELS)]
+    stubs = [generation_pb2_grpc.GenerationServiceStub(channel) for channel in channels]
+    due, end, number = time.perf_counter(), time.perf_counter() + seconds, 0
+    while due < end:
+        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        calls.append(asyncio.create_task(seen.call(stubs[number % CHANNELS], number)))
+        number += 1
+        due += draw.expovariate(rate)
+    await asyncio.gather(*calls)
+    for channel in channels:
+        await channel.close()
+    return seen
+
+
+async def measure(address: str, args: argparse.Namespace) -> dict:
+    await closed_loop(address, args.slots, 5.0)  # warm-up
+    seconds = args.seconds / 5
+    alone = (await closed_loop(address, args.slots, seconds)).summary(seconds)
+    # Whom the queue has room for waits for all before it; so the queue is full here too, as far as
+    # one address may fill it.
+    room = args.queue_size - args.queue_size // SHARE_FOR_OTHERS
+    full = await closed_loop(address, args.slots + room, seconds)
+    at_capacity = full.summary(seconds)
+    rate = 10 * at_capacity["answered_per_second"]
+    overloaded = (await open_loop(address, rate, args.seconds)).summary(args.seconds)
+    return {"alone": alone, "at_capacity": at_capacity, "rate": rate, "overloaded": overloaded}
+
+
+def judge(found: dict) -> dict[str, bool]:
+    full, over = found["at_capacity"], found["overloaded"]
+    return {
+        "refused within 50 ms (p99)": over["refused"].get("p99", 0.0) <= TOLD_WITHIN,
+        "p99 of accepted <= 1.5 x": over["answered"]["p99"] <= SLOWER * full["answered"]["p99"],
+        "throughput >= 95 %": over["answered_per_second"] >= KEPT * full["answered_per_second"],
+        "nothing lost": set(over["statuses"]) <= {"OK", "RESOURCE_EXHAUSTED"},
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--seconds", type=float, default=300.0, help="of overload (%(default)s)")
+    parser.add_argument("--slots", type=int, default=4, help="(%(default)s)")
+    parser.add_argument("--queue-size", type=int, default=16, help="(%(default)s)")
+    args = parser.parse_args()
+    settings = {"slots": args.slots, "queue_size": args.queue_size}
+    with ServerProcess(args.bundle, **settings) as server:
+        found = asyncio.run(measure(server.address, args))
+        found["left"] = server.gauges()
+    found["holds"] = judge(found) | {"nothing is left": not any(found["left"].values())}
+    print(json.dumps({"settings": settings, **found, "hardware": hardware(2)}))
+    return 0 if all(found["holds"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
