@@ -55,12 +55,15 @@ class ServerProcess:
             self.process.send_signal(number)
         return self.process.wait(timeout)
 
+    def metrics_text(self) -> str:
+        """As Prometheus reads them."""
+        with urllib.request.urlopen(f"http://{self.metrics_address}/metrics", timeout=10) as page:
+            return page.read().decode()
+
     def metrics(self) -> dict[str, float]:
         """Sums by name, over all labels."""
-        with urllib.request.urlopen(f"http://{self.metrics_address}/metrics", timeout=10) as page:
-            lines = page.read().decode().splitlines()
         found: dict[str, float] = {}
-        for line in lines:
+        for line in self.metrics_text().splitlines():
             if not line.startswith("#"):
                 name, _, value = line.rpartition(" ")
                 name = name.partition("{")[0]

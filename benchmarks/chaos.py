@@ -1,0 +1,247 @@
+"""Clients that behave badly: `python benchmarks/chaos.py BUNDLE --requests 10000`.
+
+Client processes ask a server process for images and clips. Of their requests 30 % are cancelled,
+cut off with their connection, given a deadline that is too short, or not read; now and then a whole
+client process is killed. Every answer that arrives is compared with what the same request gave when
+the server was quiet. In the end no slot may be taken, nothing may wait, memory may not have grown,
+and cancellations must have had their effect within a step and 20 ms (p95, of the server's own
+histogram). The last line is JSON; exit status 1 if something does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+from hardware import hardware
+from server_process import ServerProcess
+
+from nuwa.v1 import generation_pb2 as pb
+from nuwa.v1 import generation_pb2_grpc
+
+BAD = 0.3
+KINDS = ("cancel", "disconnect", "deadline", "slow reader")
+PROMPT = "a red 3 on a black background"
+SEEDS = 6
+CLIENTS, AT_A_TIME = 4, 8
+KILLED_EVERY = 5.0  # seconds
+SLOW_READER_TIMEOUT = 2.0
+LATE = 0.020  # seconds that a cancellation may take beside a step
+MOST_GROWTH = 0.10  # of memory, from a tenth of the requests on
+
+Stub = generation_pb2_grpc.GenerationServiceStub
+
+
+def image(seed: int) -> pb.GenerateImageRequest:
+    return pb.GenerateImageRequest(
+        task=pb.TASK_T2I,
+        prompt=f"{PROMPT} .",
+        sampling=pb.Sampling(seed=seed),
+        output=pb.Output(include_tokens=True, format=pb.IMAGE_FORMAT_RAW_RGB),
+    )
+
+
+def clip(seed: int, frames: int = 4) -> pb.GenerateVideoRequest:
+    return pb.GenerateVideoRequest(
+        task=pb.TASK_T2V,
+        prompt=f"{PROMPT} moving up .",
+        frame_count=frames,
+        sampling=pb.Sampling(seed=seed),
+        output=pb.Output(include_tokens=True, format=pb.IMAGE_FORMAT_RAW_RGB, scale_factor=8),
+    )
+
+
+def digest(frames: list[pb.Frame]) -> str:
+    found = hashlib.sha256()
+    for frame in frames:
+        found.update(str(list(frame.token_grid.tokens)).encode())
+    return found.hexdigest()
+
+
+async def ask(stub: Any, kind: str, seed: int, timeout: float | None = 60.0) -> str:
+    """The tokens of a whole answer, as a digest."""
+    if kind == "image":
+        return digest([(await stub.GenerateImage(image(seed), timeout=timeout)).frame])
+    frames = []
+    async for event in stub.GenerateVideo(clip(seed), timeout=timeout):
+        frame = event.frame.frame
+        if event.HasField("frame") and frame.chunk_index == 0:
+            frames.append(frame)
+    return digest(frames)
+
+
+async def misbehave(address: str, stub: Any, how: str, seed: int, draw: random.Random) -> str:
+    """One request that does not end well; what became of it."""
+    delay = draw.uniform(0.0, 0.4)
+    try:
+        if how == "deadline":
+            await ask(stub, "clip", seed, timeout=delay + 0.001)
+        elif how == "cancel":
+            await asyncio.wait_for(ask(stub, "clip", seed), delay)
+        elif how == "disconnect":
+            options = [("grpc.use_local_subchannel_pool", 1)]
+            async with grpc.aio.insecure_channel(address, options) as channel:
+                call = Stub(channel).GenerateVideo(clip(seed))
+                await asyncio.wait([asyncio.create_task(call.read())], timeout=delay)
+        else:
+            long = clip(seed, frames=4)
+            call = Stub(stub.channel).GenerateVideo(long)
+            await call.read()
+            await asyncio.sleep(SLOW_READER_TIMEOUT * draw.uniform(0.5, 2.0))
+            call.cancel()
+    except (grpc.aio.AioRpcError, TimeoutError, asyncio.CancelledError):
+        pass
+    return how
+
+
+async def client(
+    address: str, requests: int, seed: int, expected: dict[str, str], told: Queue
+) -> None:
+    draw, room = random.Random(seed), asyncio.Semaphore(AT_A_TIME)
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    async with grpc.aio.insecure_channel(address, options) as channel:
+        stub = Stub(channel)
+        stub.channel = channel
+
+        async def one() -> None:
+            async with room:
+                number, kind = draw.randrange(SEEDS), draw.choice(["image", "clip"])
+                if draw.random() < BAD:
+                    told.put(await misbehave(address, stub, draw.choice(KINDS), number, draw))
+                    return
+                try:
+                    found = await ask(stub, kind, number)
+                    told.put("right" if found == expected[f"{kind} {number}"] else "WRONG")
+                except grpc.aio.AioRpcError as error:
+                    told.put(error.code().name)
+                    await asyncio.sleep(0.05)
+
+        await asyncio.gather(*(one() for _ in range(requests)))
+
+
+def run_client(
+    address: str, requests: int, seed: int, expected: dict[str, str], told: Queue, done: Event
+) -> None:
+    asyncio.run(client(address, requests, seed, expected, told))
+    done.set()
+
+
+async def references(address: str) -> dict[str, str]:
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = Stub(channel)
+        return {
+            f"{kind} {seed}": await ask(stub, kind, seed)
+            for kind in ("image", "clip")
+            for seed in range(SEEDS)
+        }
+
+
+def drive(server: ServerProcess, requests: int) -> tuple[Counter, list[float], int]:
+    """(what became of requests, memory on the way, clients killed)."""
+    expected = asyncio.run(references(server.address))
+    spawn = multiprocessing.get_context("spawn")
+    told, counts, memory = spawn.Queue(), Counter(), []
+    draw, started, killed, clients = random.Random(0), 0, 0, []
+    next_kill = time.monotonic() + KILLED_EVERY
+    while sum(counts.values()) < requests:
+        while len(clients) < CLIENTS:
+            done = spawn.Event()
+            share = max(AT_A_TIME, requests // (4 * CLIENTS))
+            arguments = (server.address, share, started, expected, told, done)
+            process = spawn.Process(target=run_client, args=arguments, daemon=True)
+            process.start()
+            clients.append((process, done))
+            started += 1
+        while not told.empty():
+            counts[told.get()] += 1
+        if time.monotonic() > next_kill:
+            victim, done = draw.choice(clients)
+            if victim.is_alive() and not done.is_set():
+                os.kill(victim.pid, signal.SIGKILL)
+                killed += 1
+            next_kill = time.monotonic() + KILLED_EVERY
+        clients = [(process, done) for process, done in clients if process.is_alive()]
+        memory.append(server.resident_megabytes)
+        time.sleep(0.2)
+        if server.process.poll() is not None:
+            raise RuntimeError(f"the server ended with status {server.process.returncode}")
+    for process, _ in clients:
+        process.kill()
+    return counts, memory, killed
+
+
+def percentile(metrics_text: str, name: str, share: float) -> float:
+    """The upper bound of the bucket that holds it."""
+    buckets = []
+    for line in metrics_text.splitlines():
+        if line.startswith(f"{name}_bucket"):
+            bound = line.partition('le="')[2].partition('"')[0]
+            buckets.append((float(bound), float(line.rpartition(" ")[2])))
+    total = buckets[-1][1] if buckets else 0.0
+    return next((bound for bound, count in buckets if count >= share * total), 0.0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--requests", type=int, default=10_000, help="(%(default)s)")
+    parser.add_argument("--slots", type=int, default=4, help="(%(default)s)")
+    args = parser.parse_args()
+    settings = {
+        "slots": args.slots,
+        "queue_size": 64,
+        "slow_reader_timeout": SLOW_READER_TIMEOUT,
+    }
+    started = time.perf_counter()
+    with ServerProcess(args.bundle, **settings) as server:
+        counts, memory, killed = drive(server, args.requests)
+        end = time.monotonic() + 30
+        while any(server.gauges().values()) and time.monotonic() < end:
+            time.sleep(0.2)
+        left, text = server.gauges(), server.metrics_text()
+        again = asyncio.run(references(server.address)) == asyncio.run(references(server.address))
+        status = server.stop()
+    step = percentile(text, "nuwa_step_duration_seconds", 0.95)
+    cancel = percentile(text, "nuwa_cancel_latency_seconds", 0.95)
+    early, late = memory[len(memory) // 10], memory[-1]
+    holds = {
+        "nothing is left": not any(left.values()),
+        "answers are right": counts["WRONG"] == 0 and counts["right"] > 0,
+        "memory is flat": late <= early * (1 + MOST_GROWTH),
+        "cancelled within a step and 20 ms (p95)": cancel <= step + LATE,
+        "it serves on, and ends when told": again and status == 0,
+    }
+    report = {
+        "requests": sum(counts.values()),
+        "outcomes": dict(counts),
+        "clients_killed": killed,
+        "left": left,
+        "megabytes": {"early": early, "end": late, "peak": max(memory)},
+        "cancel_p95_at_most": cancel,
+        "step_p95_at_most": step,
+        "seconds": time.perf_counter() - started,
+        "settings": settings,
+        "holds": holds,
+        "hardware": hardware(2),
+    }
+    print(json.dumps(report))
+    return 0 if all(holds.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
