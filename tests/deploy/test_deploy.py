@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import configparser
+import json
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
+from prometheus_client import generate_latest
 
-from nuwa.runtime.server import KSERVE, SERVICE
+from nuwa.runtime.client import Client
+from nuwa.runtime.server import KSERVE, SERVICE, Server
 from nuwa.runtime.settings import ServerSettings, read
+
+from ..runtime.fake_engine import FakeEngine
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -62,3 +68,20 @@ def test_systemd_waits_for_the_drain():
     assert service["Type"] == "notify" and " serve --config " in service["ExecStart"]
     assert int(service["TimeoutStopSec"]) > settings.lame_duck + settings.grace
     assert int(service["WatchdogSec"]) > settings.hang_timeout
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are():
+    with Server(FakeEngine()) as server, Client(server.address) as client:
+        client.generate_image("t2i", "a 3")
+        text = generate_latest(server.metrics.registry).decode()
+    there = {line.split("{")[0].split(" ")[0] for line in text.splitlines() if line[0] != "#"}
+    there |= {f"nuwa_errors{suffix}" for suffix in ("_total",)}  # there was none yet
+    dashboard = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
+    asked = set()
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            asked |= set(re.findall(r"\bnuwa_\w+", target["expr"]))
+    assert len(dashboard["panels"]) == 12 and asked <= there, asked - there
+    left_out = {name for name in there if name.endswith(("_created", "_info"))}
+    phases = {name for name in there - left_out if name.startswith("nuwa_")} - asked
+    assert {name.rpartition("_")[2] for name in phases} <= {"bucket", "sum", "count"}
