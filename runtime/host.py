@@ -20,6 +20,7 @@ from .scheduler import Scheduler
 
 log = logging.getLogger("nuwa.runtime")
 
+CLOSE_SECONDS = 100.0  # for the engines of all models to return
 SEPARATOR = "/"  # between a model's name and its version
 
 
@@ -44,7 +45,8 @@ class Loaded:
 
 
 class Host:
-    """open_engine(path): loads a bundle; schedule(engine): a scheduler for it, not started.
+    """open_engine(path): loads a bundle; schedule(engine): a scheduler for it, not started;
+    on_change(): called when a model has come or gone.
 
     Safe to use from any thread; of loading, one thing happens at a time.
     """
@@ -53,13 +55,15 @@ class Host:
         self,
         open_engine: Callable[[Path], Engine],
         schedule: Callable[[Engine], Scheduler],
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        self._open_engine, self._schedule = open_engine, schedule
+        self._open_engine, self._schedule, self._on_change = open_engine, schedule, on_change
         self._lock = threading.Lock()
         self._loading = threading.Lock()
         self._models: dict[str, dict[int, Loaded]] = {}  # in the order they came; by version
         self._last_version: dict[str, int] = {}
-        self._retired: list[threading.Thread] = []
+        self._retired: list[Loaded] = []  # whose last calls have not ended
+        self._paths: dict[str, Path] = {}  # of all that ever were, by name
         self._closing = False
 
     @property
@@ -71,6 +75,13 @@ class Host:
                 for versions in self._models.values()
                 for number in sorted(versions, reverse=True)
             ]
+
+    @property
+    def running(self) -> list[Loaded]:
+        """All that may be at work: those loaded, and those whose last calls have not ended."""
+        with self._lock:
+            retired = list(self._retired)
+        return [*self.loaded, *retired]
 
     def find(self, model: str = "") -> Loaded:
         """The one that is meant by "NAME", "NAME/VERSION" or "", which is the first model.
@@ -106,6 +117,8 @@ class Host:
             added = Loaded(name, version, engine, scheduler, path)
             scheduler.start()
             self._models.setdefault(name, {})[version] = added
+            if path is not None:
+                self._paths[name] = path
         log.info("%s: %s on %s", added.title, path or engine.info.name, engine.info.backend)
         return added
 
@@ -116,22 +129,30 @@ class Host:
         """
         with self._loading:
             added = self.add(self._open_engine(path), name, path)
-        if not beside:
-            self._retire([each for each in self._versions(added.name) if each is not added])
+            if not beside:
+                earlier = self._versions(added.name)
+                self._retire([each for each in earlier if each.version < added.version])
+        self._on_change()
         return added
 
     def reload(self, name: str) -> Loaded:
-        """Loads a model's bundle again, which may be another one by now."""
-        found = self.find(name)
-        if found.path is None:
-            raise ValueError(f"model {found.name!r} was not loaded from a bundle")
-        return self.load(found.name, found.path)
+        """Loads a model's bundle again, which may be another one by now; also one taken away."""
+        with self._lock:
+            path = self._paths.get(name)
+        if path is None:
+            found = self.find(name)
+            name, path = found.name, found.path
+        if path is None:
+            raise ValueError(f"model {name!r} was not loaded from a bundle")
+        return self.load(name, path)
 
     def unload(self, model: str) -> list[Loaded]:
         """Takes a version of a model away, or all of them. NotFoundError if it is not there."""
-        found = self.find(model)
-        gone = [found] if SEPARATOR in model else self._versions(found.name)
-        self._retire(gone)
+        with self._loading:
+            found = self.find(model)
+            gone = [found] if SEPARATOR in model else self._versions(found.name)
+            self._retire(gone)
+        self._on_change()
         return gone
 
     def close(self) -> None:
@@ -139,11 +160,13 @@ class Host:
         with self._lock:
             self._closing = True
             left = [each for versions in self._models.values() for each in versions.values()]
+            left += self._retired
             self._models = {}
-        for each in left:
-            each.scheduler.close()
-        for thread in self._retired:
-            thread.join()
+        threads = [threading.Thread(target=each.scheduler.close, daemon=True) for each in left]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(CLOSE_SECONDS)
 
     def _find(self, model: str) -> Loaded:
         """Under the lock."""
@@ -180,14 +203,14 @@ class Host:
                 each.retired = True
                 if not each.users:
                     each.idle.set()
-                thread = threading.Thread(
-                    target=_end, args=(each,), name="nuwa-retire", daemon=True
-                )
-                self._retired = [old for old in self._retired if old.is_alive()] + [thread]
-                thread.start()
+                self._retired.append(each)
+                threading.Thread(
+                    target=self._end, args=(each,), name="nuwa-retire", daemon=True
+                ).start()
 
-
-def _end(gone: Loaded) -> None:
-    gone.idle.wait()
-    gone.scheduler.close()
-    log.info("%s is gone", gone.title)
+    def _end(self, gone: Loaded) -> None:
+        gone.idle.wait()
+        gone.scheduler.close()
+        with self._lock:
+            self._retired.remove(gone)
+        log.info("%s is gone", gone.title)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import grpc
 
@@ -28,6 +28,7 @@ from .tracing import Tracing
 log = logging.getLogger("nuwa.runtime")
 
 PHASES = ("total", "queue", "encode", "decode", "pixels", "ranking")
+M = TypeVar("M")
 YEAR_SECONDS = 365 * 24 * 3600.0
 
 
@@ -36,7 +37,7 @@ class _Delivery:
     """since: when the event was handed over that is being sent."""
 
     context: grpc.ServicerContext
-    request_id: str
+    title: str
     since: float | None = None
 
 
@@ -71,27 +72,53 @@ class Intake:
         self.metrics, self._tracing = metrics or Metrics(), tracing
         self._calls = threading.BoundedSemaphore(max_calls)
         self._deliveries: set[_Delivery] = set()
+        self._lock = threading.Lock()
+        self._live: dict[grpc.ServicerContext, set[Handle]] = {}  # requests by their calls
 
     @property
     def open_calls(self) -> int:
-        """Generations whose events are being read."""
-        return len(self._deliveries)
+        """Generations that are being answered."""
+        with self._lock:
+            return sum(map(len, self._live.values()))
 
     @contextmanager
-    def call(self, model: str, context: grpc.ServicerContext) -> Iterator[Loaded]:
-        """Room for a call, and the model that it is to, while it lasts.
-
-        QueueFullError if there is no room, here or in the model's queue, before any work is done
-        for the request; NotFoundError and NotReadyError as Host.find.
-        """
+    def room(self) -> Iterator[None]:
+        """Room for a call while it lasts; QueueFullError if there is none."""
         if not self._calls.acquire(blocking=False):
             raise QueueFullError("the server has as many calls as it can hold")
         try:
-            with self.host.use(model) as loaded:
-                loaded.scheduler.check_room(self._identify(context))
-                yield loaded
+            yield
         finally:
             self._calls.release()
+
+    @contextmanager
+    def model(self, name: str, context: grpc.ServicerContext) -> Iterator[Loaded]:
+        """The model that a call is to, while it lasts.
+
+        NotFoundError and NotReadyError as Host.find; QueueFullError if its queue has no room,
+        before any work is done for the request.
+        """
+        with self.host.use(name) as loaded:
+            try:
+                loaded.scheduler.check_room(self._identify(context))
+            except QueueFullError as error:
+                self.metrics.refused(loaded.name, error)
+                raise
+            yield loaded
+
+    def sending(
+        self, context: grpc.ServicerContext, title: str, messages: Iterator[M]
+    ) -> Iterator[M]:
+        """The messages of an answer; watches whether the client takes each."""
+        delivery = _Delivery(context, title)
+        self._deliveries.add(delivery)
+        try:
+            for message in messages:
+                delivery.since = time.monotonic()
+                yield message  # returns when it is sent: a client that does not read delays that
+                delivery.since = None
+        finally:
+            self._deliveries.discard(delivery)
 
     def events(
         self,
@@ -112,12 +139,12 @@ class Intake:
                 follower.failed(error)
             raise
         events = selection.events_of(handle, job.samples, loaded.engine.rankers)
-        return self._followed(job, events, context, followers)
+        return self._followed(job, events, context, handle, followers)
 
     def _followers(self, loaded: Loaded, job: Job, context: grpc.ServicerContext) -> list[Follower]:
         """Of a request that begins now."""
         generation = job.generation
-        followers: list[Follower] = [self.metrics.begin(loaded.name, generation.task)]
+        followers: list[Follower] = [self.metrics.begin(loaded.name, generation.task, loaded.title)]
         if self._tracing is not None:
             attributes = {
                 "nuwa.request_id": job.request_id,
@@ -142,18 +169,17 @@ class Intake:
             timeout=timeout,
             client=self._identify(context),
         )
-        if not context.add_callback(handle.cancel):
-            handle.cancel()  # the client left before there was something to cancel
+        self._cancel_with(context, handle)
         return handle
 
     def cut_slow(self, seconds: float) -> None:
         """Cancels calls whose client has not taken an answer for so long."""
         now = time.monotonic()
         for delivery in list(self._deliveries):
-            if delivery.since is not None and now - delivery.since > seconds:
+            since = delivery.since
+            if since is not None and now - since > seconds:
                 self._deliveries.discard(delivery)
-                told = fields(request_id=delivery.request_id)
-                log.warning("%s: slow reader; cancelled", delivery.request_id, extra=told)
+                log.warning("%s: slow reader; cancelled", delivery.title)
                 delivery.context.cancel()
 
     def _followed(
@@ -161,25 +187,37 @@ class Intake:
         job: Job,
         events: Iterator[Event],
         context: grpc.ServicerContext,
+        handle: Handle,
         followers: list[Follower],
     ) -> Iterator[Event]:
-        delivery = _Delivery(context, job.request_id)
-        self._deliveries.add(delivery)
         try:
             for event in events:
                 for follower in followers:
                     follower.heard(event)
                 if isinstance(event, Done):
                     _tell(job, event)
-                delivery.since = time.monotonic()
-                yield event  # returns when it is sent: a client that does not read delays that
-                delivery.since = None
+                yield event
         except BaseException as error:
             for follower in followers:
                 follower.failed(error)
             raise
         finally:
-            self._deliveries.discard(delivery)
+            with self._lock:
+                self._live.get(context, set()).discard(handle)
+
+    def _cancel_with(self, context: grpc.ServicerContext, handle: Handle) -> None:
+        """Cancels a handle when its call ends, which may be one of thousands in a stream."""
+        with self._lock:
+            known = context in self._live
+            self._live.setdefault(context, set()).add(handle)
+        if not known and not context.add_callback(lambda: self._call_ended(context)):
+            self._call_ended(context)  # the client left before there was something to cancel
+
+    def _call_ended(self, context: grpc.ServicerContext) -> None:
+        with self._lock:
+            left = self._live.pop(context, set())
+        for handle in left:
+            handle.cancel()
 
 
 def address_of(context: grpc.ServicerContext) -> str:

@@ -100,20 +100,24 @@ class Metrics:
         """A request that held a slot let go of it so long after it was cancelled."""
         self._cancel.observe(seconds)
 
+    def refused(self, model: str, error: Exception) -> None:
+        """A request that was refused before it was known what it asks for."""
+        self._requests.labels(model, "none", outcome_of(error)).inc()
+
     def error(self, reason: str) -> None:
         """An error that a client was told of, whether or not there was a request yet."""
         self._errors.labels(reason).inc()
 
-    def begin(self, model: str, task: Task) -> Meter:
-        """A request that begins now. model: its name, without a version."""
-        return Meter(self, model, task)
+    def begin(self, model: str, task: Task, title: str) -> Meter:
+        """A request that begins now. model: its name; title: that with its version."""
+        return Meter(self, model, task, title)
 
 
 class Meter:
     """Follows one request from its beginning to its end."""
 
-    def __init__(self, metrics: Metrics, model: str, task: Task) -> None:
-        self._metrics, self._key = metrics, (model, task)
+    def __init__(self, metrics: Metrics, model: str, task: Task, title: str) -> None:
+        self._metrics, self._key = metrics, (title, task)
         self._labels = (model, str(task))
         self._started = time.perf_counter()
         self._first = True
@@ -129,6 +133,8 @@ class Meter:
                 metrics._first.labels(*self._labels).observe(self._seconds())
         elif isinstance(event, Done):
             for name, phase in metrics._phases.items():
+                if name == "ranking" and not event.scores:
+                    continue
                 phase.labels(*self._labels).observe(getattr(event.timings, name))
             metrics._duration.labels(*self._labels).observe(self._seconds())
             metrics.statistics.add(self._key, event.timings)

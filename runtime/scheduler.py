@@ -43,6 +43,7 @@ from .waiting import Waiting
 log = logging.getLogger("nuwa.runtime")
 
 DEFAULT_QUEUE_SIZE = 64
+DEADLINE_TOLERANCE = 0.01  # seconds
 SHARE_FOR_OTHERS = 4  # a quarter of the queue cannot be filled by one client alone
 LEAST_RETRY, MOST_RETRY = 0.1, 10.0  # seconds after which a refused request may come again
 CLOSE_SECONDS = 30.0  # how long close() waits for a step that is under way
@@ -328,7 +329,10 @@ class Scheduler:
                     break
             else:
                 return
-        handle.fail(CancelledError("the request was cancelled while it waited in the queue"))
+        reason = self._reason_to_stop(handle, time.perf_counter())
+        if not isinstance(reason, DeadlineExceededError):
+            reason = CancelledError("the request was cancelled while it waited in the queue")
+        handle.fail(reason)
 
     def _sweep(self) -> None:
         now = time.perf_counter()
@@ -356,11 +360,13 @@ class Scheduler:
     def _reason_to_stop(self, handle: Handle, now: float) -> Exception | None:
         if self._aborting:
             return self._death or ShuttingDownError(SHUT_DOWN)
-        if handle.cancelled:
-            return CancelledError("the request was cancelled")
-        if handle.deadline is not None and now >= handle.deadline:
+        # gRPC cancels a call at its deadline, which may be a moment before or after this.
+        tolerance = DEADLINE_TOLERANCE if handle.cancelled else 0.0
+        if handle.deadline is not None and now >= handle.deadline - tolerance:
             seconds = handle.deadline - handle.submitted
             return DeadlineExceededError(f"the request was not finished within {seconds:.3g} s")
+        if handle.cancelled:
+            return CancelledError("the request was cancelled")
         return None
 
     def _admit(self) -> None:
@@ -386,7 +392,8 @@ class Scheduler:
         submission.handle.emit(Accepted(waited, request.sample_index))
         assert submission.prepared is not None, "only what is prepared is admitted"
         try:
-            self.engine.admit(submission.prepared, slot, request.sample_index)
+            with self.pulse.at_work():
+                self.engine.admit(submission.prepared, slot, request.sample_index)
         except Exception as error:
             log.exception("the engine could not admit a request")
             self._end(submission, _engine_error("preparing the request", error))
@@ -424,7 +431,8 @@ class Scheduler:
         """What a step did for one slot."""
         running.report(result)
         if running.preview_is_due(result):
-            tokens, decoded = self.engine.unfinished(result.slot)
+            with self.pulse.at_work():
+                tokens, decoded = self.engine.unfinished(result.slot)
             self._painter.put(Picture(running.submission, running.request, 0, tokens, decoded))
         submission, over = running.submission, False
         if result.done:  # before its last pixels are begun, which may then have all cores
@@ -468,7 +476,8 @@ class Scheduler:
             running.submission.finished += 1
             self._changed.notify_all()
         try:
-            self.engine.release(slot)
+            with self.pulse.at_work():
+                self.engine.release(slot)
         except Exception:
             log.exception("the engine could not release slot %d", slot)
 

@@ -51,6 +51,7 @@ MODELS = generation_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
 KSERVE = grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 VERSION = importlib.metadata.version("nuwa-runtime")
 DEFAULT_GRACE = 30.0
+AGE_GRACE = 600.0  # seconds that calls may go on in a connection that has reached its age
 SLOW_READERS = 16  # calls that may still be sending when their decoding is done
 SPARE_THREADS = 8  # for health, reflection and GetModel
 
@@ -78,7 +79,8 @@ class Server:
         self.died = self._stopped = self._started = False
         self._well = True
         metrics = self.metrics = Metrics()
-        self.host = Host(open_engine or self._open_engine, self._schedule)
+        self._telling = threading.Lock()
+        self.host = Host(open_engine or self._open_engine, self._schedule, self._tell_health)
         if engine is not None:
             self.host.add(engine)
         max_calls = settings.queue_size + settings.slots + SLOW_READERS
@@ -169,10 +171,8 @@ class Server:
             self._pages.start()
 
     def load(self, name: str, path: Path, *, beside: bool = False) -> Loaded:
-        """As Host.load, and tells health checks."""
-        loaded = self.host.load(name, path, beside=beside)
-        self._tell_health()
-        return loaded
+        """As Host.load."""
+        return self.host.load(name, path, beside=beside)
 
     def reload(self) -> None:
         """Loads all models again whose bundles have changed; those that cannot be stay as they are.
@@ -206,7 +206,7 @@ class Server:
 
     def busy_seconds(self) -> float:
         """Of the call of an engine that has lasted longest, 0 while none is under way."""
-        return max((each.scheduler.pulse.longest() for each in self.host.loaded), default=0.0)
+        return max((each.scheduler.pulse.longest() for each in self.host.running), default=0.0)
 
     def stop(self, grace: float = 0.0) -> None:
         """NOT_SERVING, after the lame-duck time no new calls, `grace` seconds for those at hand.
@@ -233,12 +233,13 @@ class Server:
 
     def _tell_health(self) -> None:
         """ "" is the process, which is well while it loads; the services are ready with a model."""
-        if self._stopped or self.died:
-            return
         status = health_pb2.HealthCheckResponse
-        self._health.set("", status.SERVING if self._well else status.NOT_SERVING)
-        for name in (SERVICE, KSERVE):
-            self._health.set(name, status.SERVING if self.is_ready() else status.NOT_SERVING)
+        with self._telling:  # or what is told last may not be what is true last
+            if self._stopped or self.died:
+                return
+            self._health.set("", status.SERVING if self._well else status.NOT_SERVING)
+            for name in (SERVICE, KSERVE):
+                self._health.set(name, status.SERVING if self.is_ready() else status.NOT_SERVING)
 
     def _on_death(self) -> None:
         self.died = True
@@ -335,12 +336,14 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
         # A waiting request is silent for long; clients may ask every 10 s if we live.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
+        # A client that is gone without a word is found out, and its calls end.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
     ]
     if settings.max_connection_age is not None:
-        grace = settings.grace or DEFAULT_GRACE
         options += [
             ("grpc.max_connection_age_ms", round(1000 * settings.max_connection_age)),
-            ("grpc.max_connection_age_grace_ms", round(1000 * grace)),
+            ("grpc.max_connection_age_grace_ms", round(1000 * AGE_GRACE)),
         ]
     return options
 

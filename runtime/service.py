@@ -29,12 +29,14 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     def GenerateImage(
         self, request: pb.GenerateImageRequest, context: grpc.ServicerContext
     ) -> pb.GenerateImageResponse:
-        def make() -> pb.GenerateImageResponse:
-            info = loaded.engine.info
-            job = convert.read_image_request(request, info, self._intake.limits)
-            return replies.image_response(job, self._intake.events(loaded, job, context))
+        intake = self._intake
 
-        with self._intake.call(request.model, context) as loaded:
+        def make() -> pb.GenerateImageResponse:
+            with intake.model(request.model, context) as loaded:
+                job = convert.read_image_request(request, loaded.engine.info, intake.limits)
+                return replies.image_response(job, intake.events(loaded, job, context))
+
+        with intake.room():
             if not request.request_id:
                 return make()
             key = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
@@ -43,19 +45,21 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     def StreamImage(
         self, request: pb.StreamImageRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.StreamImageResponse]:
-        intake = self._intake
-        with convert.inside("image"), intake.call(request.image.model, context) as loaded:
+        intake, name = self._intake, request.image.model
+        with intake.room(), convert.inside("image"), intake.model(name, context) as loaded:
             info = loaded.engine.info
             job = convert.read_stream_image_request(request, info, intake.limits)
-            yield from replies.image_responses(job, intake.events(loaded, job, context))
+            answers = replies.image_responses(job, intake.events(loaded, job, context))
+            yield from intake.sending(context, job.request_id, answers)
 
     def GenerateVideo(
         self, request: pb.GenerateVideoRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateVideoResponse]:
         intake = self._intake
-        with intake.call(request.model, context) as loaded:
+        with intake.room(), intake.model(request.model, context) as loaded:
             job = convert.read_video_request(request, loaded.engine.info, intake.limits)
-            yield from replies.clip_responses(job, intake.events(loaded, job, context))
+            answers = replies.clip_responses(job, intake.events(loaded, job, context))
+            yield from intake.sending(context, job.request_id, answers)
 
     def GetModel(
         self, request: pb.GetModelRequest, context: grpc.ServicerContext

@@ -10,7 +10,7 @@ from nuwa.spec.tasks import Task
 
 from .core import Timings
 
-Key = tuple[str, Task]  # a model's name and one of its tasks
+Key = tuple[str, Task]  # a model with its version, and one of its tasks
 
 
 @dataclass(frozen=True)

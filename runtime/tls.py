@@ -40,8 +40,8 @@ class Certificates:
                 stamp = self._look()
                 if stamp == self._stamp:
                     return None
-                self._stamp = stamp
                 found = self._read()
+                self._stamp = stamp
             except (OSError, ValueError) as error:
                 log.error("the certificates stay as they were: %s", error)
                 return None
@@ -51,7 +51,7 @@ class Certificates:
     def _look(self) -> tuple[tuple[int, int, int], ...]:
         paths = [self._chain, self._key, *([self._client_ca] if self._client_ca else [])]
         found = [os.stat(path) for path in paths]
-        return tuple((each.st_mtime_ns, each.st_size, each.st_ino) for each in found)
+        return tuple((each.st_mtime_ns, each.st_ctime_ns, each.st_ino) for each in found)
 
     def _read(self) -> grpc.ServerCertificateConfiguration:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -56,7 +56,7 @@ class Tokens:
         self._lock = threading.Lock()
         self._stamp = _stamp(path)
         self._tokens = read_tokens(path)
-        self._looked = now()
+        self._looked = time.monotonic()
 
     def check(self, metadata: Iterable[tuple[str, str | bytes]], scope: str) -> Token:
         """Whose token a call has. UnauthenticatedError without a good one, ForbiddenError without
@@ -85,15 +85,15 @@ class Tokens:
 
     def _look(self) -> None:
         with self._lock:
-            if self._now() - self._looked < LOOK_SECONDS:
+            if time.monotonic() - self._looked < LOOK_SECONDS:
                 return
-            self._looked = self._now()
+            self._looked = time.monotonic()
             try:
                 stamp = _stamp(self._path)
                 if stamp == self._stamp:
                     return
-                self._stamp = stamp
                 self._tokens = read_tokens(self._path)
+                self._stamp = stamp
                 log.info("%s: %d tokens", self._path, len(self._tokens))
             except (OSError, ValueError) as error:
                 log.error("the tokens stay as they were: %s", error)
@@ -156,4 +156,4 @@ def _digest(entry: dict[str, Any], where: str) -> bytes:
 
 def _stamp(path: Path) -> tuple[int, int, int]:
     found = os.stat(path)
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_ino

@@ -46,10 +46,23 @@ class Waiting:
         """Removes one that gets a slot now."""
         start = next((tag for tag, _, each in self._order if each is submission), self._now)
         self._now = max(self._now, start)
-        self.remove(submission)
+        self._finish = {who: tag for who, tag in self._finish.items() if tag > self._now}
+        self._drop(submission)
 
     def remove(self, submission: Submission) -> None:
-        """Harmless if it does not wait."""
+        """One that ends without a slot for its next sample. Harmless if it does not wait."""
+        tag = next((tag for tag, _, each in self._order if each is submission), None)
+        if tag is None:
+            return
+        self._drop(submission)
+        if self._order:  # its client is charged with no more than it still waits for
+            client = submission.client
+            ends = [
+                t + e.handle.request.frame_count for t, _, e in self._order if e.client == client
+            ]
+            self._finish[client] = max(ends, default=tag)
+
+    def _drop(self, submission: Submission) -> None:
         self._order = [entry for entry in self._order if entry[2] is not submission]
         if not self._order:  # nobody waits for anybody: all begin anew
             self._now = max(self._now, *self._finish.values(), 0.0)
@@ -60,9 +73,10 @@ class Waiting:
         return sum(submission.client == client for _, _, submission in self._order)
 
     def frames_before(self, client: str) -> int:
-        """Of all samples that would get a slot before a new request of this client."""
+        """Of the samples that are to get a slot before a new request of this client."""
         start = self._start(client)
-        return sum(each.frames_left for tag, _, each in self._order if tag <= start)
+        before = [each for tag, _, each in self._order if tag <= start]
+        return sum(each.handle.request.frame_count for each in before)
 
     def _start(self, client: str) -> float:
         return max(self._now, self._finish.get(client, 0.0))

@@ -45,7 +45,10 @@ class Watch:
 
     def _loop(self) -> None:
         while not self._closing.wait(INTERVAL):
-            self.look()
+            try:
+                self.look()
+            except Exception:
+                log.exception("a look at the server failed")  # the next one may not
 
     def look(self) -> None:
         """One round."""

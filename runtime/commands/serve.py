@@ -81,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
         if settings.bundle is not None:
             server.load("", settings.bundle)
         for name, path in settings.bundles.items():
+            if server.asked_to_end.is_set():
+                return
             server.load(name, path)
 
     serve_until_signal(server, load=load, grace=settings.grace)

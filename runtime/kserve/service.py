@@ -22,6 +22,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from nuwa.inference import grpc_service_pb2 as pb
 from nuwa.inference import grpc_service_pb2_grpc
+from nuwa.spec.tasks import Task
 
 from .. import media
 from ..convert import Job
@@ -142,20 +143,26 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         stream = _Stream(self._answers, context)
         try:
             stream.start(request_iterator)
-            for answer in stream.answers():
-                if not isinstance(answer, _Failure):
-                    yield pb.ModelStreamInferResponse(infer_response=answer)
-                elif strict or not context.is_active():
-                    raise answer.error
-                else:
-                    failed = pb.ModelInferResponse(id=answer.request_id)
-                    set_parameters(failed.parameters, {FINAL: True})
-                    yield pb.ModelStreamInferResponse(
-                        error_message=self._told(answer.error), infer_response=failed
-                    )
+            told = self._told_of(stream.answers(), context, strict)
+            yield from self._intake.sending(context, "a stream", told)
         finally:
             stream.close()
             self._streams.release()
+
+    def _told_of(
+        self, answers: Iterator[Any], context: grpc.ServicerContext, strict: bool
+    ) -> Iterator[pb.ModelStreamInferResponse]:
+        for answer in answers:
+            if not isinstance(answer, _Failure):
+                yield pb.ModelStreamInferResponse(infer_response=answer)
+            elif strict or not context.is_active():
+                raise answer.error
+            else:
+                failed = pb.ModelInferResponse(id=answer.request_id)
+                set_parameters(failed.parameters, {FINAL: True})
+                yield pb.ModelStreamInferResponse(
+                    error_message=self._told(answer.error), infer_response=failed
+                )
 
     def _answers(
         self, request: pb.ModelInferRequest, context: grpc.ServicerContext
@@ -173,7 +180,10 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         """Room for a call, and the model that it is to."""
         model = find(self._host, request.model_name, request.model_version)
         named = model.loaded.title if request.model_version else model.loaded.name
-        with self._intake.call(named, context) as loaded:  # which may be a later version by now
+        with (
+            self._intake.room(),
+            self._intake.model(named, context) as loaded,
+        ):  # which may be a later version by now
             yield replace(model, loaded=loaded)
 
     def _read(self, request: pb.ModelInferRequest, model: TaskModel) -> InferJob:
@@ -191,10 +201,13 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         """The name of the bundle that a model belongs to, which may also be named itself."""
         if any(each.name == name for each in self._host.loaded):
             return name
-        return find(self._host, name, "").loaded.name
+        for task in Task:  # also of one that was taken away
+            if name.endswith(f"_{task}"):
+                return name.removesuffix(f"_{task}")
+        return name
 
     def _statistics(self, model: TaskModel) -> pb.ModelStatistics:
-        found = self._intake.metrics.statistics[model.loaded.name, model.task]
+        found = self._intake.metrics.statistics[model.loaded.title, model.task]
         message = pb.ModelStatistics(
             name=model.name,
             version=str(model.loaded.version),

@@ -82,6 +82,18 @@ def test_cancelled_ones_wait_no_more():
     assert list(waiting) == [second] and first not in waiting and len(waiting) == 1
 
 
+def test_who_gives_up_is_not_charged_for_it():
+    gone = [submission("a", 10) for _ in range(3)]
+    waiting = filled(submission("b"), *gone)
+    for each in gone[1:]:
+        waiting.remove(each)
+    assert waiting._finish["a"] == 10
+    waiting.remove(gone[0])
+    waiting.append(submission("a"))
+    waiting.append(submission("b"))
+    assert served(waiting) in ("bab", "abb")
+
+
 def test_frames_before_a_new_request():
     waiting = filled(*[submission("a", 10) for _ in range(3)])
     assert waiting.frames_before("a") == 30

@@ -135,6 +135,15 @@ def test_a_retry_while_the_first_try_runs_gets_its_answer(stub, engine, server):
     wait_until(lambda: server.scheduler.active == server.scheduler.queued == 0)
 
 
+def test_a_kept_answer_is_given_although_the_server_is_full(stub, engine, server):
+    first = stub.GenerateImage(image(request_id="one"))
+    calls = full(engine, server)
+    assert stub.GenerateImage(image(request_id="one")) == first
+    engine.gate.set()
+    for call in calls[1:]:
+        call.result(20)
+
+
 def test_a_server_that_started_anew_gives_the_same_result():
     found = []
     for _ in range(2):

@@ -361,6 +361,25 @@ def test_leaving_a_stream_cancels_what_it_asked_for(stub, engine, server):
     assert engine.steps < 40
 
 
+def test_a_long_stream_keeps_nothing_of_what_is_over(stub, server):
+    hold = threading.Event()
+
+    def requests():
+        for _ in range(30):
+            yield ask("t2i", PROMPT=text())
+            threading.Event().wait(0.005)
+        hold.wait(20)
+
+    answers = stub.ModelStreamInfer(requests())
+    for _ in range(30):
+        next(answers)
+    wait_until(lambda: server.intake.open_calls == 0)
+    assert [len(each) for each in server.intake._live.values()] == [0], "one call, still open"
+    hold.set()
+    assert list(answers) == []
+    wait_until(lambda: not server.intake._live)
+
+
 def test_a_timeout_stops_one_request_of_a_stream_and_no_other(stub, engine, server):
     engine.gate.clear()
     late = ask("t2v", {"timeout": 50_000}, PROMPT=text())

@@ -45,8 +45,11 @@ def test_what_was_generated_is_counted(stub, read):
     assert read("nuwa_requests_total", task="t2v", outcome="ok") == 1
     assert read("nuwa_frames_generated_total", task="t2v") == 3
     assert read("nuwa_step_duration_seconds_count") == 16
-    for phase in ("queue", "encode", "decode", "pixels", "ranking", "request"):
-        assert read(f"nuwa_{phase}_duration_seconds_count", task="t2i") == 1
+    assert read("nuwa_ranking_duration_seconds_count") == 0, "nothing was ranked"
+    stub.GenerateImage(image(rank_by="first", sample_count=2))
+    assert read("nuwa_ranking_duration_seconds_count") == 1
+    for phase in ("queue", "encode", "decode", "pixels", "request"):
+        assert read(f"nuwa_{phase}_duration_seconds_count", task="t2i") == 2
     assert read("nuwa_time_to_first_frame_seconds_count", task="t2v") == 1
     first = read("nuwa_time_to_first_frame_seconds_sum", task="t2v")
     assert 0 < first <= read("nuwa_request_duration_seconds_sum", task="t2v")
@@ -87,6 +90,7 @@ def test_errors_are_counted_by_their_reason(stub, engine, server, read):
     with pytest.raises(grpc.RpcError):
         stub.GenerateImage(image())
     assert read("nuwa_errors_total", reason="QUEUE_FULL") == 1
+    assert read("nuwa_requests_total", task="none", outcome="queue_full") == 1
     engine.gate.set()
     for call in calls:
         call.result(20)
