@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from nuwa.inference import grpc_service_pb2, grpc_service_pb2_grpc
@@ -27,6 +27,8 @@ from .auth import AuthInterceptor
 from .bundle import manifest_hash
 from .engine_protocol import Engine
 from .gauges import Gauges
+from .health import MAX_WATCHERS, Health
+from .health import NAME as HEALTH
 from .host import Host, Loaded
 from .intake import Intake
 from .interceptor import ErrorInterceptor
@@ -79,15 +81,16 @@ class Server:
         self.died = self._stopped = self._started = False
         self._well = True
         metrics = self.metrics = Metrics()
-        self._telling = threading.Lock()
+        self._telling, self._health = threading.Lock(), Health()
         self.host = Host(open_engine or self._open_engine, self._schedule, self._tell_health)
         if engine is not None:
             self.host.add(engine)
         max_calls = settings.queue_size + settings.slots + SLOW_READERS
+        threads = max_calls + MAX_STREAMS + MAX_WATCHERS + SPARE_THREADS
         errors = ErrorInterceptor(metrics.error)
         tokens = None if settings.tokens is None else Tokens(settings.tokens)
         self._server = grpc.server(
-            futures.ThreadPoolExecutor(max_calls + MAX_STREAMS + SPARE_THREADS, "nuwa-rpc"),
+            futures.ThreadPoolExecutor(threads, "nuwa-rpc"),
             interceptors=_interceptors(errors, tokens),
             options=_options(settings),
         )
@@ -127,14 +130,9 @@ class Server:
         grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
             InferenceService(intake, ready=self.is_ready, told=errors.told), self._server
         )
-        # Watch holds no thread this way, however many balancers watch.
-        self._health = health.HealthServicer(
-            experimental_non_blocking=True,
-            experimental_thread_pool=futures.ThreadPoolExecutor(2, "nuwa-health"),
-        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self.settings.reflection:
-            names = (SERVICE, MODELS, KSERVE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            names = (SERVICE, MODELS, KSERVE, HEALTH, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server, Pools())
 
     def _open_engine(self, path: Path) -> Engine:
@@ -216,7 +214,7 @@ class Server:
         if self._stopped:
             return
         self._stopped = True
-        self._health.enter_graceful_shutdown()
+        self._health.end()
         if grace:
             self._cut.wait(self.settings.lame_duck)
         self._server.stop(grace).wait()
@@ -233,17 +231,13 @@ class Server:
 
     def _tell_health(self) -> None:
         """ "" is the process, which is well while it loads; the services are ready with a model."""
-        status = health_pb2.HealthCheckResponse
         with self._telling:  # or what is told last may not be what is true last
-            if self._stopped or self.died:
-                return
-            self._health.set("", status.SERVING if self._well else status.NOT_SERVING)
-            for name in (SERVICE, KSERVE):
-                self._health.set(name, status.SERVING if self.is_ready() else status.NOT_SERVING)
+            ready = self.is_ready()
+            self._health.set({"": self._well, SERVICE: ready, KSERVE: ready})
 
     def _on_death(self) -> None:
         self.died = True
-        self._health.enter_graceful_shutdown()  # NOT_SERVING
+        self._health.end()
         self.asked_to_end.set()
 
     def hasten(self) -> None:

@@ -1,0 +1,97 @@
+"""Health checks: statuses, watchers that come and go, and that none can hold up the server."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from nuwa.runtime import health as health_module
+from nuwa.runtime.server import KSERVE, SERVICE
+
+from .messages import image, wait_until
+
+STATUS = health_pb2.HealthCheckResponse
+
+
+def request(service: str = SERVICE) -> health_pb2.HealthCheckRequest:
+    return health_pb2.HealthCheckRequest(service=service)
+
+
+@pytest.fixture
+def health(channel):
+    return health_pb2_grpc.HealthStub(channel)
+
+
+def test_watchers_hear_of_every_change_and_of_nothing_else(health, server):
+    watches = {name: health.Watch(request(name)) for name in ("", SERVICE, KSERVE, "other")}
+    firsts = {name: next(watch).status for name, watch in watches.items()}
+    assert firsts == dict.fromkeys(("", SERVICE, KSERVE), STATUS.SERVING) | {
+        "other": STATUS.SERVICE_UNKNOWN
+    }
+    server._on_health(True)
+    server._on_health(False)
+    for name in ("", SERVICE, KSERVE):
+        assert next(watches[name]).status == STATUS.NOT_SERVING
+    server._on_health(True)
+    assert next(watches[SERVICE]).status == STATUS.SERVING
+    for watch in watches.values():
+        watch.cancel()
+
+
+def test_a_watcher_that_leaves_makes_room(health, server, monkeypatch):
+    watches = [health.Watch(request()) for _ in range(health_module.MAX_WATCHERS)]
+    for watch in watches:
+        next(watch)
+    with pytest.raises(grpc.RpcError) as caught:
+        next(health.Watch(request()))
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert health.Check(request()).status == STATUS.SERVING
+    watches.pop().cancel()
+
+    def another() -> bool:
+        try:
+            return next(health.Watch(request())).status == STATUS.SERVING
+        except grpc.RpcError:
+            return False
+
+    wait_until(another)
+    for watch in watches:
+        watch.cancel()
+
+
+def test_watchers_that_leave_at_every_change_hold_nobody_up(health, server, stub):
+    stop = threading.Event()
+
+    def come_and_go():
+        while not stop.is_set():
+            watch = health.Watch(request())
+            with contextlib.suppress(grpc.RpcError):
+                next(watch)
+            watch.cancel()
+
+    threads = [threading.Thread(target=come_and_go) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for number in range(200):
+        server._on_health(number % 2 == 1)
+    assert stub.GenerateImage(image(), timeout=20).frame.data
+    stop.set()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def test_a_watch_ends_with_the_server(health, server):
+    watch = health.Watch(request())
+    assert next(watch).status == STATUS.SERVING
+    stopper = threading.Thread(target=server.stop, args=(0.5,))
+    stopper.start()
+    assert next(watch).status == STATUS.NOT_SERVING
+    with pytest.raises(grpc.RpcError):
+        next(watch)
+    stopper.join(10)
+    assert not stopper.is_alive()
