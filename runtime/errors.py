@@ -8,7 +8,11 @@ from __future__ import annotations
 from .core import CancelledError
 
 
-class FieldError(ValueError):
+class RequestError(ValueError):
+    """What was asked for is wrong, and who asked can mend it: the message says how."""
+
+
+class FieldError(RequestError):
     """A value given by the user is wrong; `field` is the request field's path, as in "mask.boxes".
 
     Paths are those of proto/nuwa/v1/generation.proto.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .engine_protocol import Engine
-from .errors import NotFoundError, NotReadyError, ShuttingDownError
+from .errors import NotFoundError, NotReadyError, RequestError, ShuttingDownError
 from .scheduler import Scheduler
 
 log = logging.getLogger("nuwa.runtime")
@@ -143,7 +143,7 @@ class Host:
             found = self.find(name)
             name, path = found.name, found.path
         if path is None:
-            raise ValueError(f"model {name!r} was not loaded from a bundle")
+            raise RequestError(f"model {name!r} was not loaded from a bundle")
         return self.load(name, path)
 
     def unload(self, model: str) -> list[Loaded]:

@@ -24,10 +24,12 @@ from .core import CancelledError, QueueFullError, UnsupportedTaskError
 from .errors import (
     DeadlineExceededError,
     DeadlineTooShortError,
+    DeviceLostError,
     FieldError,
     ForbiddenError,
     NotFoundError,
     NotReadyError,
+    RequestError,
     ShuttingDownError,
     UnauthenticatedError,
 )
@@ -44,7 +46,7 @@ NO_RETRY = "-1"
 MAX_MESSAGE_BYTES = 600
 
 # The first class that matches counts; anything else is INTERNAL.
-CODES: tuple[tuple[type[Exception], grpc.StatusCode, str], ...] = (
+CODES: tuple[tuple[type[BaseException], grpc.StatusCode, str], ...] = (
     (DeadlineExceededError, grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     (CancelledError, grpc.StatusCode.CANCELLED, "CANCELLED"),
     (QueueFullError, grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
@@ -52,11 +54,13 @@ CODES: tuple[tuple[type[Exception], grpc.StatusCode, str], ...] = (
     (ForbiddenError, grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
     (DeadlineTooShortError, grpc.StatusCode.RESOURCE_EXHAUSTED, "DEADLINE_TOO_SHORT"),
     (ShuttingDownError, grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
+    (DeviceLostError, grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
     (UnsupportedTaskError, grpc.StatusCode.FAILED_PRECONDITION, "UNSUPPORTED_TASK"),
     (BundleError, grpc.StatusCode.FAILED_PRECONDITION, "BAD_BUNDLE"),
     (NotReadyError, grpc.StatusCode.UNAVAILABLE, "NOT_READY"),
     (NotFoundError, grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
-    (ValueError, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
+    # Any other ValueError is a fault of ours.
+    (RequestError, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
 )
 
 
@@ -87,7 +91,7 @@ class ErrorInterceptor(grpc.ServerInterceptor):
         def guarded(request: Any, context: grpc.ServicerContext) -> Any:
             try:
                 return behaviour(_decoded(request), context)
-            except Exception as error:
+            except (Exception, DeviceLostError) as error:
                 self.abort(error, method, context)
 
         return guarded
@@ -96,12 +100,12 @@ class ErrorInterceptor(grpc.ServerInterceptor):
         def guarded(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
             try:
                 yield from behaviour(_decoded(request), context)
-            except Exception as error:
+            except (Exception, DeviceLostError) as error:
                 self.abort(error, method, context)
 
         return guarded
 
-    def abort(self, error: Exception, method: str, context: grpc.ServicerContext) -> NoReturn:
+    def abort(self, error: BaseException, method: str, context: grpc.ServicerContext) -> NoReturn:
         """Ends a call with the status of `error`."""
         status = self.status(error)
         if status.code == grpc.StatusCode.INTERNAL.value[0]:
@@ -128,7 +132,7 @@ class ErrorInterceptor(grpc.ServerInterceptor):
             log.error("a request of a stream failed: %s", status.message, exc_info=error)
         return status.message
 
-    def status(self, error: Exception) -> status_pb2.Status:
+    def status(self, error: BaseException) -> status_pb2.Status:
         """What the client is told about `error`."""
         matching = (entry[1:] for entry in CODES if isinstance(error, entry[0]))
         code, reason = next(matching, (grpc.StatusCode.INTERNAL, "INTERNAL"))
@@ -175,7 +179,7 @@ def _tolerant(deserialize: Callable[[bytes], Message]) -> Callable[[bytes], Mess
 def _decoded(request: Any) -> Any:
     """A request, or the iterator of them, whose reader looks at each."""
     if isinstance(request, _Undecodable):
-        raise ValueError("the request is not a valid message (text must be UTF-8)")
+        raise RequestError("the request is not a valid message (text must be UTF-8)")
     return request
 
 

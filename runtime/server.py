@@ -26,6 +26,7 @@ from nuwa.v1 import generation_pb2, generation_pb2_grpc
 from .auth import AuthInterceptor
 from .bundle import manifest_hash
 from .engine_protocol import Engine
+from .errors import DeviceLostError
 from .gauges import Gauges
 from .health import MAX_WATCHERS, Health
 from .health import NAME as HEALTH
@@ -139,9 +140,13 @@ class Server:
         from .engine import load_engine  # with the backends' libraries
 
         settings = self.settings
-        return load_engine(
-            path, slots=settings.slots, threads=settings.threads, backend=settings.backend
-        )
+        try:
+            return load_engine(
+                path, slots=settings.slots, threads=settings.threads, backend=settings.backend
+            )
+        except DeviceLostError:
+            self._on_death()
+            raise
 
     def _schedule(self, engine: Engine) -> Scheduler:
         return Scheduler(

@@ -27,7 +27,7 @@ from nuwa.spec.tasks import Task
 from .. import media
 from ..convert import Job
 from ..core import Done, Event, Frame, QueueFullError, Timings
-from ..errors import FieldError, NotFoundError, NotReadyError
+from ..errors import FieldError, NotFoundError, NotReadyError, RequestError
 from ..intake import Intake
 from .models import TaskModel, find, models_of
 from .requests import InferJob, read_request
@@ -282,7 +282,7 @@ class _Stream:
 
     def _take(self, request: Any) -> None:
         if not isinstance(request, pb.ModelInferRequest):
-            self._put(_Failure("", ValueError("the request is not a valid message")))
+            self._put(_Failure("", RequestError("the request is not a valid message")))
             return
         with self._lock:
             busy = self._open > CALLS_PER_STREAM

@@ -8,7 +8,7 @@ import pytest
 
 from nuwa.runtime import media
 from nuwa.runtime.convert import read_image_request
-from nuwa.runtime.errors import FieldError
+from nuwa.runtime.errors import FieldError, RequestError
 from nuwa.runtime.server import SERVICE
 from nuwa.v1 import generation_pb2 as pb
 
@@ -366,7 +366,7 @@ def test_unknown_methods_are_unimplemented(channel):
 
 def test_long_messages_fit_into_headers(stub, engine, monkeypatch):
     def refuse(request):
-        raise ValueError("wörd " * 5000)
+        raise RequestError("wörd " * 5000)
 
     monkeypatch.setattr(engine, "check", refuse)
     with pytest.raises(grpc.RpcError) as failure:

@@ -104,6 +104,17 @@ def test_an_unset_seed_is_random_and_reported(stub):
     assert again.frame == first.frame
 
 
+def test_a_fault_of_ours_is_not_told_as_the_callers(stub, monkeypatch, caplog):
+    def broken(*arguments):
+        raise ValueError("a secret of ours")
+
+    monkeypatch.setattr(media, "upscale", broken)
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.GenerateImage(image())
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    assert "a secret" not in caught.value.details() and "a secret of ours" in caplog.text
+
+
 def test_a_clip_has_the_models_length_unless_told(stub):
     assert sum(e.HasField("frame") for e in stub.GenerateVideo(video())) == 10
 
