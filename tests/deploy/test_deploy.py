@@ -72,7 +72,7 @@ def test_systemd_waits_for_the_drain():
 
 def test_the_dashboard_asks_for_metrics_that_there_are():
     with Server(FakeEngine()) as server, Client(server.address) as client:
-        client.generate_image("t2i", "a 3")
+        client.generate_image("t2i", "a 3", samples=2, rank_by="first")
         text = generate_latest(server.metrics.registry).decode()
     there = {line.split("{")[0].split(" ")[0] for line in text.splitlines() if line[0] != "#"}
     there |= {f"nuwa_errors{suffix}" for suffix in ("_total",)}  # there was none yet
