@@ -549,7 +549,10 @@ def main() -> int:
     if args.bundle:
         with open(f"{args.bundle}/manifest.json", "rb") as file:
             manifest = file.read()
+    from hardware import hardware  # beside this script
+
     report, faults = run(args.count, args.seed, manifest)
+    report["hardware"] = hardware(1)
     for fault in faults[:20]:
         print(fault, file=sys.stderr)
     print(json.dumps(report, indent=2))
