@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from rich.progress import track
 
+from .precision import fast_bf16
 from .sources import Source
 from .vqgan import VQGAN, one_hot, to_signed
 
@@ -115,7 +116,8 @@ def encode_maps(vqgan: VQGAN, maps: Pixels) -> Codes:
 
 def _encode(vqgan: VQGAN, inputs: torch.Tensor) -> Codes:
     device = next(vqgan.parameters()).device
-    with torch.autocast(device.type, dtype=torch.bfloat16):
+    bf16 = fast_bf16(device.type)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
         codes = vqgan.encode(inputs.to(device)).codes
     return codes.flatten(1).cpu().numpy().astype(np.int16)
 

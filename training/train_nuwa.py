@@ -28,6 +28,7 @@ from .checkpoint import Checkpoint, save_checkpoint
 from .clips import Clips
 from .decode import generate
 from .initialise import initialise, load_start
+from .muon import Muon
 from .nuwa import NUWA, Volume
 from .parallel import Team
 from .pictures import contact_sheet, save_png
@@ -335,7 +336,7 @@ def _optimizers(model: NUWA, options: NUWAOptions) -> list[torch.optim.Optimizer
     rest = [p for p in model.parameters() if id(p) not in chosen]
     return [
         torch.optim.AdamW(rest, options.adam_lr, (0.9, 0.98), weight_decay=0.0),
-        torch.optim.Muon(matrices, options.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, options.lr, weight_decay=0.01),
     ]
 
 

@@ -33,7 +33,11 @@ def add_run(parser: argparse.ArgumentParser, *, steps: int, run: str, model: boo
     add_threads(parser)
     parser.add_argument("--checkpoint-every", type=int, default=100, help="steps (%(default)s)")
     parser.add_argument("--sample-every", type=int, default=200, help="steps (%(default)s)")
-    parser.add_argument("--fp32", action="store_true", help="no bf16 autocast")
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument(
+        "--bf16", action="store_true", help="autocast to bf16 (where the machine multiplies in it)"
+    )
+    precision.add_argument("--fp32", action="store_true", help="no bf16 autocast")
 
 
 def trainer_options(args: argparse.Namespace) -> TrainerOptions:
@@ -78,7 +82,7 @@ def source(args: argparse.Namespace, resolution: int | None = None) -> Source:
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
-    """One flag for each field of an options dataclass; bf16 is --fp32 of add_run."""
+    """One flag for each field of an options dataclass; bf16 is that of add_run."""
     defaults = kind()
     for field in dataclasses.fields(kind):
         if field.name == "bf16":
@@ -93,6 +97,9 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
 
 
 def options(args: argparse.Namespace, kind: type) -> Any:
-    """The options dataclass that add_options and --fp32 describe."""
+    """The options dataclass that add_options and add_run describe."""
+    from ..precision import fast_bf16
+
     names = [field.name for field in dataclasses.fields(kind) if field.name != "bf16"]
-    return kind(bf16=not args.fp32, **{name: getattr(args, name) for name in names})
+    bf16 = args.bf16 or (not args.fp32 and fast_bf16(args.device.partition(":")[0]))
+    return kind(bf16=bf16, **{name: getattr(args, name) for name in names})

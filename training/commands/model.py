@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nuwa.spec.config import ModelConfig
 from nuwa.spec.text import TextTokenizer
@@ -13,16 +14,22 @@ from nuwa.spec.text import TextTokenizer
 from ..sources import Source
 from . import arguments, record
 
+if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
+    from ..vqgan import VQGAN
+
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     from ..train_nuwa import NUWAOptions
 
     arguments.add_run(parser, steps=3000, run="runs/model")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a trained VQ-GAN")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="folder of a trained VQ-GAN; without, those of --start"
+    )
     parser.add_argument(
         "--sketch-tokenizer",
         type=Path,
-        help="folder of a VQ-GAN of class maps; without, no S2I, S2V",
+        help="folder of a VQ-GAN of class maps; with --tokenizer and without it, no S2I, S2V",
     )
     parser.add_argument("--start", type=Path, help="begin at this checkpoint's weights")
     parser.add_argument(
@@ -40,7 +47,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def train_model(args: argparse.Namespace) -> int:
-    from ..checkpoint import load_checkpoint, load_tokenizer
+    from ..checkpoint import load_checkpoint
     from ..clips import Clips, FreshClips, encode_frames, store_clips
     from ..parallel import join
     from ..rollouts import load_rollouts
@@ -48,11 +55,8 @@ def train_model(args: argparse.Namespace) -> int:
     from ..trainer import train
 
     team = join(args.device)
-    vqgan = load_tokenizer(args.tokenizer)
-    sketch_vqgan = None
-    if args.sketch_tokenizer is not None:
-        sketch_vqgan = load_tokenizer(args.sketch_tokenizer)
     start = None if args.start is None else load_checkpoint(args.start)
+    vqgan, sketch_vqgan = _tokenizers(args, start)
     config, source = arguments.config(args), arguments.source(args, vqgan.config.resolution)
     with team.leader_first():
         text = start.text_tokenizer if start else _text_tokenizer(args.run, config, source)
@@ -105,6 +109,21 @@ def train_model(args: argparse.Namespace) -> int:
     if team.leads:
         print(f"checkpoint: {args.run / 'checkpoint'}")
     return 0
+
+
+def _tokenizers(args: argparse.Namespace, start: Checkpoint | None) -> tuple[VQGAN, VQGAN | None]:
+    """Of pictures and of sketches. ValueError if neither option names the first."""
+    from ..checkpoint import load_tokenizer
+
+    if args.tokenizer is None and start is None:
+        raise ValueError("give --tokenizer, or --start with a checkpoint whose tokenizers to take")
+    vqgan, sketch_vqgan = (None, None) if start is None else (start.vqgan, start.sketch_vqgan)
+    if args.tokenizer is not None:
+        vqgan, sketch_vqgan = load_tokenizer(args.tokenizer), None
+    if args.sketch_tokenizer is not None:
+        sketch_vqgan = load_tokenizer(args.sketch_tokenizer)
+    assert vqgan is not None
+    return vqgan, sketch_vqgan
 
 
 def _text_tokenizer(run: Path, config: ModelConfig, source: Source) -> TextTokenizer:

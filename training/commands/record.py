@@ -74,8 +74,11 @@ def command_line() -> str:
 
 
 def _run_of(checkpoint: Path | None) -> dict:
-    """run.json beside this folder, or nothing."""
+    """run.json beside this folder, else what a checkpoint says of itself, or nothing."""
     if checkpoint is None:
         return {}
-    path = checkpoint.parent / "run.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    for path in (checkpoint.parent / "run.json", checkpoint / "training.json"):
+        if path.exists():
+            found: dict = json.loads(path.read_text())
+            return found
+    return {}
