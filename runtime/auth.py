@@ -8,14 +8,10 @@ from typing import Any
 import grpc
 
 from .errors import ForbiddenError, UnauthenticatedError
+from .lanes import ADMIN, refusal
 from .tokens import Tokens
 
 OPEN = ("/grpc.health.v1.Health/",)  # probes of orchestrators have no token
-ADMIN = (
-    "/inference.GRPCInferenceService/RepositoryModel",
-    "/nuwa.v1.ModelService/ReloadModel",
-    "/nuwa.v1.ModelService/UnloadModel",
-)
 
 
 def scope_of(method: str) -> str | None:
@@ -40,13 +36,5 @@ class AuthInterceptor(grpc.ServerInterceptor):
         try:
             self._tokens.check(details.invocation_metadata, scope)
         except (UnauthenticatedError, ForbiddenError) as error:
-            return self._refusal(error)
+            return refusal(self._refuse, error)
         return continuation(details)
-
-    def _refusal(self, error: Exception) -> Any:
-        def refuse(requests: Any, context: grpc.ServicerContext) -> Any:
-            self._refuse(error, context)
-            yield
-
-        # Of this kind nothing is read before it is refused, whatever the method takes.
-        return grpc.stream_stream_rpc_method_handler(refuse)

@@ -1,6 +1,6 @@
 """grpc.health.v1: Check and Watch, without work for the engine.
 
-A watcher holds a thread of the server, so there are only so many. The servicer of grpcio's own
+A watcher holds a thread of the server (lanes.py says how many may). The servicer of grpcio's own
 package, which needs none, sends under a lock that its callbacks take too, and so can stop a server.
 """
 
@@ -13,7 +13,6 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-MAX_WATCHERS = 16
 LOOK_SECONDS = 5.0  # how often a watcher is looked after if nothing changes
 
 _STATUS = health_pb2.HealthCheckResponse
@@ -26,7 +25,6 @@ class Health(health_pb2_grpc.HealthServicer):
         self._statuses: dict[str, int] = {}
         self._changed = threading.Condition()
         self._ended = False
-        self._room = threading.BoundedSemaphore(MAX_WATCHERS)
 
     def set(self, statuses: dict[str, bool]) -> None:
         """Whether services are well; nothing after end()."""
@@ -54,23 +52,16 @@ class Health(health_pb2_grpc.HealthServicer):
     def Watch(
         self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
     ) -> Iterator[health_pb2.HealthCheckResponse]:
-        if not self._room.acquire(blocking=False):
-            context.abort(
-                grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_WATCHERS} watch already; use Check"
-            )
-        try:
-            context.add_callback(self._wake)
-            told: int | None = None
-            while context.is_active():
-                with self._changed:
-                    status = self._statuses.get(request.service, _STATUS.SERVICE_UNKNOWN)
-                    if status == told:
-                        self._changed.wait(LOOK_SECONDS)
-                        continue
-                told = status
-                yield _STATUS(status=status)  # not under the lock: it may take as long as it likes
-        finally:
-            self._room.release()
+        context.add_callback(self._wake)
+        told: int | None = None
+        while context.is_active():
+            with self._changed:
+                status = self._statuses.get(request.service, _STATUS.SERVICE_UNKNOWN)
+                if status == told:
+                    self._changed.wait(LOOK_SECONDS)
+                    continue
+            told = status
+            yield _STATUS(status=status)  # not under the lock: it may take as long as it likes
 
     def _wake(self) -> None:
         with self._changed:

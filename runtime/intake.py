@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import grpc
@@ -23,6 +21,7 @@ from .host import Host, Loaded
 from .logs import fields
 from .media import DEFAULT_LIMITS, Limits
 from .metrics import Metrics
+from .patience import Patience
 from .tracing import Tracing
 
 log = logging.getLogger("nuwa.runtime")
@@ -30,15 +29,6 @@ log = logging.getLogger("nuwa.runtime")
 PHASES = ("total", "queue", "encode", "decode", "pixels", "ranking")
 M = TypeVar("M")
 YEAR_SECONDS = 365 * 24 * 3600.0
-
-
-@dataclass(eq=False)
-class _Delivery:
-    """since: when the event was handed over that is being sent."""
-
-    context: grpc.ServicerContext
-    title: str
-    since: float | None = None
 
 
 class Follower(Protocol):
@@ -51,10 +41,8 @@ class Follower(Protocol):
 
 class Intake:
     """max_calls: generations at a time, waiting ones and slow readers included; identify: who makes
-    a call, for fairness, by default its address.
-
-    More are refused as QueueFullError, so that the server's threads never run out: with none left,
-    health checks would go unanswered and refusals would wait behind what they refuse.
+    a call, for fairness, by default its address; patience: of how long a client may take to read,
+    `slow_reader_timeout` seconds.
     """
 
     def __init__(
@@ -66,12 +54,14 @@ class Intake:
         identify: Callable[[grpc.ServicerContext], str] | None = None,
         metrics: Metrics | None = None,
         tracing: Tracing | None = None,
+        patience: Patience | None = None,
+        slow_reader_timeout: float = 60.0,
     ) -> None:
         self.host, self.limits = host, limits
+        self._patience, self._slow = patience or Patience(), slow_reader_timeout
         self._identify = identify or address_of
         self.metrics, self._tracing = metrics or Metrics(), tracing
         self._calls = threading.BoundedSemaphore(max_calls)
-        self._deliveries: set[_Delivery] = set()
         self._lock = threading.Lock()
         self._live: dict[grpc.ServicerContext, set[Handle]] = {}  # requests by their calls
 
@@ -90,6 +80,19 @@ class Intake:
             yield
         finally:
             self._calls.release()
+
+    def crowded(self, context: grpc.ServicerContext) -> None:
+        """QueueFullError if no model's queue has room for a request of this client."""
+        client, full = self._identify(context), None
+        for loaded in self.host.loaded:
+            try:
+                loaded.scheduler.check_room(client)
+                return
+            except QueueFullError as error:
+                full = full or (loaded, error)
+        if full is not None:
+            self.metrics.refused(full[0].name, full[1])
+            raise full[1]
 
     @contextmanager
     def model(self, name: str, context: grpc.ServicerContext) -> Iterator[Loaded]:
@@ -110,15 +113,10 @@ class Intake:
         self, context: grpc.ServicerContext, title: str, messages: Iterator[M]
     ) -> Iterator[M]:
         """The messages of an answer; watches whether the client takes each."""
-        delivery = _Delivery(context, title)
-        self._deliveries.add(delivery)
-        try:
-            for message in messages:
-                delivery.since = time.monotonic()
+        what = f"{title}: its reader took nothing for {self._slow:g} s"
+        for message in messages:
+            with self._patience.waiting(context, what, self._slow):
                 yield message  # returns when it is sent: a client that does not read delays that
-                delivery.since = None
-        finally:
-            self._deliveries.discard(delivery)
 
     def events(
         self,
@@ -171,16 +169,6 @@ class Intake:
         )
         self._cancel_with(context, handle)
         return handle
-
-    def cut_slow(self, seconds: float) -> None:
-        """Cancels calls whose client has not taken an answer for so long."""
-        now = time.monotonic()
-        for delivery in list(self._deliveries):
-            since = delivery.since
-            if since is not None and now - since > seconds:
-                self._deliveries.discard(delivery)
-                log.warning("%s: slow reader; cancelled", delivery.title)
-                delivery.context.cancel()
 
     def _followed(
         self,

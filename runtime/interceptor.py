@@ -20,6 +20,7 @@ from grpc_status import rpc_status
 
 from nuwa.spec.manifest import BundleError
 
+from .arrival import Arrival
 from .core import CancelledError, QueueFullError, UnsupportedTaskError
 from .errors import (
     DeadlineExceededError,
@@ -65,41 +66,71 @@ CODES: tuple[tuple[type[BaseException], grpc.StatusCode, str], ...] = (
 
 
 class ErrorInterceptor(grpc.ServerInterceptor):
-    """For the methods that generate; health and reflection pass untouched.
+    """arrival: how requests are read; on_error: hears the reason of each error.
 
-    on_error: hears the reason of each error.
+    All handlers become those of streams of requests (arrival.py). Of health and reflection, which
+    have statuses of their own, only what goes wrong in reading is told here.
     """
 
-    def __init__(self, on_error: Callable[[str], None] = lambda reason: None) -> None:
-        self._on_error = on_error
+    def __init__(
+        self, arrival: Arrival, on_error: Callable[[str], None] = lambda reason: None
+    ) -> None:
+        self._arrival, self._on_error = arrival, on_error
 
     def intercept_service(self, continuation: Callable, details: Any) -> Any:
         handler = continuation(details)
-        if handler is None or not details.method.startswith(GUARDED):
-            return handler
+        if handler is None:
+            return None
         codecs = (_tolerant(handler.request_deserializer), handler.response_serializer)
+        method = details.method
         if handler.request_streaming:
-            behaviour = self._guard_stream(handler.stream_stream, details.method)
+            behaviour = self._of_stream(handler.stream_stream, method)
             return grpc.stream_stream_rpc_method_handler(behaviour, *codecs)
         if handler.response_streaming:
-            behaviour = self._guard_stream(handler.unary_stream, details.method)
-            return grpc.unary_stream_rpc_method_handler(behaviour, *codecs)
-        behaviour = self._guard(handler.unary_unary, details.method)
-        return grpc.unary_unary_rpc_method_handler(behaviour, *codecs)
+            behaviour = self._guard_stream(handler.unary_stream, method)
+            return grpc.stream_stream_rpc_method_handler(behaviour, *codecs)
+        behaviour = self._guard(handler.unary_unary, method)
+        return grpc.stream_unary_rpc_method_handler(behaviour, *codecs)
+
+    def _request(self, requests: Iterator[Any], context: grpc.ServicerContext, method: str) -> Any:
+        try:
+            return _decoded(self._arrival.one(requests, context, method))
+        except Exception as error:
+            self.abort(error, method, context)
 
     def _guard(self, behaviour: Callable, method: str) -> Callable:
-        def guarded(request: Any, context: grpc.ServicerContext) -> Any:
+        def guarded(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+            request = self._request(requests, context, method)
+            if not method.startswith(GUARDED):
+                return behaviour(request, context)
             try:
-                return behaviour(_decoded(request), context)
+                return behaviour(request, context)
             except (Exception, DeviceLostError) as error:
                 self.abort(error, method, context)
 
         return guarded
 
     def _guard_stream(self, behaviour: Callable, method: str) -> Callable:
-        def guarded(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        def guarded(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+            request = self._request(requests, context, method)
+            if not method.startswith(GUARDED):
+                yield from behaviour(request, context)
+                return
             try:
-                yield from behaviour(_decoded(request), context)
+                yield from behaviour(request, context)
+            except (Exception, DeviceLostError) as error:
+                self.abort(error, method, context)
+
+        return guarded
+
+    def _of_stream(self, behaviour: Callable, method: str) -> Callable:
+        """Streams of the Open Inference Protocol may be idle, those of reflection not."""
+
+        def guarded(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+            if not method.startswith(GUARDED):
+                requests = map(_decoded, self._arrival.all(requests, context, method))
+            try:
+                yield from behaviour(requests, context)
             except (Exception, DeviceLostError) as error:
                 self.abort(error, method, context)
 

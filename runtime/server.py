@@ -11,7 +11,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from concurrent import futures
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,21 +22,24 @@ from grpc_reflection.v1alpha import reflection
 from nuwa.inference import grpc_service_pb2, grpc_service_pb2_grpc
 from nuwa.v1 import generation_pb2, generation_pb2_grpc
 
+from .arrival import Arrival
 from .auth import AuthInterceptor
 from .bundle import manifest_hash
 from .engine_protocol import Engine
 from .errors import DeviceLostError
 from .gauges import Gauges
-from .health import MAX_WATCHERS, Health
 from .health import NAME as HEALTH
+from .health import Health
 from .host import Host, Loaded
 from .intake import Intake
 from .interceptor import ErrorInterceptor
-from .kserve.service import MAX_STREAMS, InferenceService
+from .kserve.service import InferenceService
+from .lanes import SIZES, Lanes
 from .media import Limits
 from .metrics import Metrics
 from .notify import READY, STOPPING, notify
 from .pages import Pages
+from .patience import Patience
 from .reflected import Pools
 from .scheduler import Scheduler
 from .service import GenerationService, ModelService
@@ -56,7 +58,6 @@ VERSION = importlib.metadata.version("nuwa-runtime")
 DEFAULT_GRACE = 30.0
 AGE_GRACE = 600.0  # seconds that calls may go on in a connection that has reached its age
 SLOW_READERS = 16  # calls that may still be sending when their decoding is done
-SPARE_THREADS = 8  # for health, reflection and GetModel
 
 
 class Server:
@@ -86,18 +87,12 @@ class Server:
         self.host = Host(open_engine or self._open_engine, self._schedule, self._tell_health)
         if engine is not None:
             self.host.add(engine)
-        max_calls = settings.queue_size + settings.slots + SLOW_READERS
-        threads = max_calls + MAX_STREAMS + MAX_WATCHERS + SPARE_THREADS
-        errors = ErrorInterceptor(metrics.error)
-        tokens = None if settings.tokens is None else Tokens(settings.tokens)
-        self._server = grpc.server(
-            futures.ThreadPoolExecutor(threads, "nuwa-rpc"),
-            interceptors=_interceptors(errors, tokens),
-            options=_options(settings),
-        )
         tracing = self._tracing = None
         if settings.trace_endpoint is not None:
             tracing = self._tracing = Tracing(settings.trace_endpoint, VERSION)
+        tokens = None if settings.tokens is None else Tokens(settings.tokens)
+        patience = Patience()
+        max_calls = settings.queue_size + settings.slots + SLOW_READERS
         intake = self.intake = Intake(
             self.host,
             max_calls=max_calls,
@@ -107,6 +102,16 @@ class Server:
             identify=None if tokens is None else _named_by(tokens),
             metrics=metrics,
             tracing=tracing,
+            patience=patience,
+            slow_reader_timeout=settings.slow_reader_timeout,
+        )
+        arrival = Arrival(patience, settings.slow_sender_timeout, intake.crowded)
+        errors = ErrorInterceptor(arrival, metrics.error)
+        self._lanes = Lanes(SIZES | {"generations": max_calls}, _refuse_with(errors))
+        self._server = grpc.server(
+            self._lanes.refusing,
+            interceptors=_interceptors(self._lanes, errors, tokens),
+            options=_options(settings),
         )
         self._add_services(intake, errors)
         self.address = _listen(self._server, settings)
@@ -118,7 +123,7 @@ class Server:
             self.busy_seconds,
             settings.hang_timeout,
             self._on_health,
-            lambda: intake.cut_slow(settings.slow_reader_timeout),
+            patience.look,
         )
 
     def _add_services(self, intake: Intake, errors: ErrorInterceptor) -> None:
@@ -223,6 +228,7 @@ class Server:
         if grace:
             self._cut.wait(self.settings.lame_duck)
         self._server.stop(grace).wait()
+        self._lanes.close()
         self._watch.close()
         self.host.close()
         if self._pages is not None:
@@ -347,15 +353,20 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
     return options
 
 
-def _interceptors(errors: ErrorInterceptor, tokens: Tokens | None) -> list[grpc.ServerInterceptor]:
+def _interceptors(
+    lanes: Lanes, errors: ErrorInterceptor, tokens: Tokens | None
+) -> list[grpc.ServerInterceptor]:
     """The outermost first."""
     if tokens is None:
-        return [errors]
+        return [lanes, errors]
+    return [lanes, AuthInterceptor(tokens, _refuse_with(errors)), errors]
 
+
+def _refuse_with(errors: ErrorInterceptor) -> Callable[[Exception, grpc.ServicerContext], None]:
     def refuse(error: Exception, context: grpc.ServicerContext) -> None:
         errors.abort(error, "a call", context)
 
-    return [AuthInterceptor(tokens, refuse), errors]
+    return refuse
 
 
 def _named_by(tokens: Tokens) -> Callable[[grpc.ServicerContext], str]:

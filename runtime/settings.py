@@ -77,6 +77,9 @@ class ServerSettings(BaseModel):
     hang_timeout: float = Field(
         30.0, gt=0, description="in one call of the engine, before health says NOT_SERVING"
     )
+    slow_sender_timeout: float = Field(
+        30.0, gt=0, description="in which the request of a call has to come, or it is cancelled"
+    )
     slow_reader_timeout: float = Field(
         60.0, gt=0, description="in which a client takes no event, before its call is cancelled"
     )

@@ -1,4 +1,4 @@
-"""Looks after a running server: tells health checks of a hanging engine, cuts off slow readers."""
+"""Looks after a server: tells health checks of a hanging engine, ends waits for slow clients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Watch:
 
     hanging() gives the seconds of the engine's call that has lasted longest; when these become more
     than `patience` on_health(False) is called, and on_health(True) when they no longer are.
-    cut_slow() is called for its effect.
+    look_after() is called for its effect.
     """
 
     def __init__(
@@ -26,10 +26,10 @@ class Watch:
         hanging: Callable[[], float],
         patience: float,
         on_health: Callable[[bool], None],
-        cut_slow: Callable[[], None],
+        look_after: Callable[[], None],
     ) -> None:
         self._hanging, self._patience = hanging, patience
-        self._on_health, self._cut_slow = on_health, cut_slow
+        self._on_health, self._look_after = on_health, look_after
         self._well = True
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="nuwa-watch", daemon=True)
@@ -63,4 +63,4 @@ class Watch:
             self._on_health(well)
         if well:
             notify(WATCHDOG)
-        self._cut_slow()
+        self._look_after()

@@ -38,7 +38,6 @@ log = logging.getLogger("nuwa.runtime")
 NAME = "nuwa"
 FINAL = "triton_final_response"
 WANTS_STATUS = "triton_grpc_error"  # metadata: end the stream with a status at the first error
-MAX_STREAMS = 32  # open at a time; each holds one of the server's threads, even while it is idle
 CALLS_PER_STREAM = 16  # generations of one stream at a time
 UNSENT_ANSWERS = 16  # of one stream, before its generations wait for the client to read
 
@@ -50,7 +49,6 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         self, intake: Intake, *, ready: Callable[[], bool], told: Callable[[Exception], str]
     ) -> None:
         self._intake, self._host, self._ready, self._told = intake, intake.host, ready, told
-        self._streams = threading.BoundedSemaphore(MAX_STREAMS)
 
     def ServerLive(self, request: Any, context: grpc.ServicerContext) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
@@ -138,8 +136,6 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         self, request_iterator: Iterator[Any], context: grpc.ServicerContext
     ) -> Iterator[pb.ModelStreamInferResponse]:
         strict = dict(context.invocation_metadata()).get(WANTS_STATUS) == "true"
-        if not self._streams.acquire(blocking=False):
-            raise QueueFullError(f"the server has {MAX_STREAMS} streams open, as many as it can")
         stream = _Stream(self._answers, context)
         try:
             stream.start(request_iterator)
@@ -147,7 +143,6 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
             yield from self._intake.sending(context, "a stream", told)
         finally:
             stream.close()
-            self._streams.release()
 
     def _told_of(
         self, answers: Iterator[Any], context: grpc.ServicerContext, strict: bool

@@ -1,0 +1,56 @@
+"""How a call's request comes in: refused before it is read where there is no room for it.
+
+gRPC's own way of reading a request waits for it in one of the server's threads, for as long as the
+client likes. On the wire a call with one request is like one with a stream of them; so the server
+takes all calls as streams, and reads the first message itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+
+from .core import CancelledError
+from .errors import RequestError
+from .lanes import GENERATING
+from .patience import Patience
+
+
+class Arrival:
+    """seconds: in which a request has to come; crowded(context): QueueFullError if one more of this
+    client could not be taken, whatever it asks for.
+    """
+
+    def __init__(
+        self,
+        patience: Patience,
+        seconds: float,
+        crowded: Callable[[grpc.ServicerContext], None],
+    ) -> None:
+        self._patience, self._seconds, self._crowded = patience, seconds, crowded
+
+    def one(self, requests: Iterator[Any], context: grpc.ServicerContext, method: str) -> Any:
+        """The request of a call that has one. RequestError if there is none."""
+        if method in GENERATING:
+            self._crowded(context)
+        found = self._next(requests, context, method)
+        if found is None:
+            raise RequestError("the call has no request")
+        return found
+
+    def all(
+        self, requests: Iterator[Any], context: grpc.ServicerContext, method: str
+    ) -> Iterator[Any]:
+        """Those of a stream that may not be idle."""
+        while (request := self._next(requests, context, method)) is not None:
+            yield request
+
+    def _next(self, requests: Iterator[Any], context: grpc.ServicerContext, method: str) -> Any:
+        what = f"{method} sent no request for {self._seconds:g} s"
+        with self._patience.waiting(context, what, self._seconds):
+            try:
+                return next(requests, None)
+            except grpc.RpcError:  # how the iterator says that the call is over
+                raise CancelledError("the client left") from None

@@ -1,0 +1,149 @@
+"""Which threads answer a call, and how many calls of its kind may be open.
+
+Each kind has its own threads, so that idle streams, clients that are slow to send and loads of
+models keep neither generations nor health checks waiting. What is beyond a kind's number is refused
+at once, by threads that do nothing else.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
+from typing import Any
+
+import grpc
+
+from .core import QueueFullError
+
+NUWA, KSERVE = "/nuwa.v1.GenerationService/", "/inference.GRPCInferenceService/"
+GENERATING = frozenset(
+    {
+        f"{NUWA}GenerateImage",
+        f"{NUWA}StreamImage",
+        f"{NUWA}GenerateVideo",
+        f"{KSERVE}ModelInfer",
+    }
+)
+ADMIN = (
+    f"{KSERVE}RepositoryModel",
+    "/nuwa.v1.ModelService/ReloadModel",
+    "/nuwa.v1.ModelService/UnloadModel",
+)
+PROBES = (
+    "/grpc.health.v1.Health/Check",
+    f"{KSERVE}ServerLive",
+    f"{KSERVE}ServerReady",
+    f"{KSERVE}ModelReady",
+)
+WATCHES = ("/grpc.health.v1.Health/Watch",)
+STREAMS = (f"{KSERVE}ModelStreamInfer",)
+REFLECTION = ("/grpc.reflection.",)
+# By the first of these that a method begins with; else "other", such as metadata.
+KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("generations", tuple(GENERATING)),
+    ("probes", PROBES),
+    ("watches", WATCHES),
+    ("streams", STREAMS),
+    ("reflections", REFLECTION),
+    ("loads", ADMIN),
+)
+OTHER = "other"
+# Calls of a kind that may be open at a time, but for generations, of which settings decide.
+SIZES = {"probes": 32, "watches": 16, "streams": 32, "reflections": 16, "loads": 4, OTHER: 32}
+REFUSING_THREADS = 16
+
+
+def kind_of(method: str) -> str:
+    """Of a call of /package.Service/Method."""
+    return next((kind for kind, beginnings in KINDS if method.startswith(beginnings)), OTHER)
+
+
+class Lanes(grpc.ServerInterceptor):
+    """The outermost interceptor. sizes: by kind; refuse(error, context): ends a call with its
+    status.
+
+    `refusing` is the pool that the server itself is made with. close() when the server has ended.
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        refuse: Callable[[Exception, grpc.ServicerContext], Any],
+    ) -> None:
+        self.refusing = futures.ThreadPoolExecutor(REFUSING_THREADS, "nuwa-refusals")
+        self._lanes = {kind: _Lane(kind, size) for kind, size in sizes.items()}
+        self._refuse = refuse
+
+    def intercept_service(self, continuation: Callable, details: Any) -> Any:
+        handler = continuation(details)
+        if handler is None:
+            return None
+        lane = self._lanes[kind_of(details.method)]
+        return lane.wrapped(handler) if lane.enter() else refusal(self._refuse, lane.full)
+
+    def close(self) -> None:
+        """Does not wait for calls that are still open."""
+        for lane in self._lanes.values():
+            lane.pool.shutdown(wait=False)
+
+
+class _Lane:
+    def __init__(self, kind: str, size: int) -> None:
+        self.pool = futures.ThreadPoolExecutor(size, f"nuwa-{kind}")
+        self._room = threading.BoundedSemaphore(size)
+        self._problem = f"the server has {size} calls of this kind ({kind}) open, as many as it can"
+
+    @property
+    def full(self) -> Exception:
+        return QueueFullError(self._problem)
+
+    def enter(self) -> bool:
+        """Whether there is room; if so, what `wrapped` gives has to be called."""
+        return self._room.acquire(blocking=False)
+
+    def wrapped(self, handler: Any) -> Any:
+        """A handler of streams of requests, in this lane's threads, which leaves it at its end.
+
+        Only those are called for certain: of one for a single request gRPC calls nothing if the
+        client leaves before it has sent it.
+        """
+        assert handler.request_streaming, "interceptor.py makes all so"
+        codecs = handler.request_deserializer, handler.response_serializer
+        behaviour: Any
+        if handler.response_streaming:
+            behaviour = self._leaving_stream(handler.stream_stream)
+            make = grpc.stream_stream_rpc_method_handler
+        else:
+            behaviour = self._leaving(handler.stream_unary)
+            make = grpc.stream_unary_rpc_method_handler
+        behaviour.experimental_thread_pool = self.pool
+        return make(behaviour, *codecs)
+
+    def _leaving(self, behaviour: Callable) -> Callable:
+        def leaving(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+            try:
+                return behaviour(requests, context)
+            finally:
+                self._room.release()
+
+        return leaving
+
+    def _leaving_stream(self, behaviour: Callable) -> Callable:
+        def leaving(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+            try:
+                yield from behaviour(requests, context)
+            finally:
+                self._room.release()
+
+        return leaving
+
+
+def refusal(refuse: Callable[[Exception, grpc.ServicerContext], Any], error: Exception) -> Any:
+    """A handler that ends its call with this error, and reads nothing before."""
+
+    def refusing(requests: Any, context: grpc.ServicerContext) -> Any:
+        refuse(error, context)
+        yield
+
+    return grpc.stream_stream_rpc_method_handler(refusing)
