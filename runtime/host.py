@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +64,19 @@ class Host:
         self._last_version: dict[str, int] = {}
         self._retired: list[Loaded] = []  # whose last calls have not ended
         self._paths: dict[str, Path] = {}  # of all that ever were, by name
+        self._expected: set[str] = set()
         self._closing = False
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Models that will be loaded next; until they are, who asks for them is told to wait."""
+        with self._lock:
+            self._expected |= set(names)
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is a model, and none that is still expected."""
+        with self._lock:
+            return bool(self._models) and not self._expected
 
     @property
     def loaded(self) -> list[Loaded]:
@@ -86,7 +98,8 @@ class Host:
     def find(self, model: str = "") -> Loaded:
         """The one that is meant by "NAME", "NAME/VERSION" or "", which is the first model.
 
-        NotFoundError names those there are; NotReadyError while there is none at all.
+        NotFoundError names those there are; NotReadyError while there is none at all, or this one
+        is still expected.
         """
         with self._lock:
             return self._find(model)
@@ -117,6 +130,7 @@ class Host:
             added = Loaded(name, version, engine, scheduler, path)
             scheduler.start()
             self._models.setdefault(name, {})[version] = added
+            self._expected.discard(name)
             if path is not None:
                 self._paths[name] = path
         log.info("%s: %s on %s", added.title, path or engine.info.name, engine.info.backend)
@@ -174,6 +188,8 @@ class Host:
             raise NotReadyError("no model is loaded")
         name, separator, version = model.partition(SEPARATOR)
         versions = self._models.get(name) if name else next(iter(self._models.values()))
+        if versions is None and name in self._expected:
+            raise NotReadyError(f"model {name!r} is being loaded")
         if versions is None or (separator and not name):
             raise NotFoundError(
                 f"there is no model {model!r}; this server has {', '.join(self._models)}"

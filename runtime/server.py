@@ -57,6 +57,7 @@ KSERVE = grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].fu
 VERSION = importlib.metadata.version("nuwa-runtime")
 DEFAULT_GRACE = 30.0
 AGE_GRACE = 600.0  # seconds that calls may go on in a connection that has reached its age
+SIGNAL_SECONDS = 0.1  # within which a signal is noticed while models are loaded
 SLOW_READERS = 16  # calls that may still be sending when their decoding is done
 
 
@@ -210,7 +211,7 @@ class Server:
     def is_ready(self) -> bool:
         """Whether requests are taken, as health checks are told."""
         there = self._started and self._well and not (self._stopped or self.died)
-        return there and bool(self.host.loaded)
+        return there and self.host.complete
 
     def busy_seconds(self) -> float:
         """Of the call of an engine that has lasted longest, 0 while none is under way."""
@@ -263,12 +264,13 @@ def serve_until_signal(
     load: Callable[[], None] = lambda: None,
     load_seconds: float = 0.0,
     grace: float = DEFAULT_GRACE,
-) -> None:
+) -> bool:
     """Starts, loads, prints one line when ready, and returns after SIGTERM or SIGINT and a drain.
 
-    load: what loads models; what it raises comes through. A second signal cuts the drain, SIGHUP
-    loads again what has changed. Also returns when nothing can be generated any more, which
-    `server.died` says. Only for the main thread.
+    load: what loads models, in a thread of its own; what it raises comes through. A second signal
+    cuts the drain, SIGHUP loads again what has changed. Also returns when nothing can be generated
+    any more, which `server.died` says. False if it was told to end while it was still loading: then
+    the process should end without waiting for that thread. Only for the main thread.
     """
     asked = server.asked_to_end
     previous = {}
@@ -287,11 +289,16 @@ def serve_until_signal(
     try:
         server.start()
         started = time.perf_counter()
-        try:
-            load()
-        except BaseException:
+        loading = _Loading(load)
+        while not loading.ended.wait(SIGNAL_SECONDS):
+            if asked.is_set():
+                log.info("told to end while loading")
+                notify(STOPPING)
+                server.stop()
+                return False
+        if loading.failure is not None:
             server.stop()
-            raise
+            raise loading.failure
         if not asked.is_set():
             _say_ready(server, load_seconds + time.perf_counter() - started)
             notify(READY)
@@ -302,9 +309,27 @@ def serve_until_signal(
         started = time.perf_counter()
         server.stop(grace)
         log.info("stopped after %.2f s", time.perf_counter() - started)
+        return True
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+class _Loading:
+    """Calls `load` in a thread. ended: when it has returned, or raised `failure`."""
+
+    def __init__(self, load: Callable[[], None]) -> None:
+        self.ended = threading.Event()
+        self.failure: BaseException | None = None
+        self._load = load
+        threading.Thread(target=self._run, name="nuwa-load", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._load()
+        except BaseException as error:
+            self.failure = error
+        self.ended.set()
 
 
 def _say_ready(server: Server, load_seconds: float) -> None:

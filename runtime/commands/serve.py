@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
     logs.configure(settings.log_format, logging.DEBUG if args.debug else logging.INFO)
     server = Server(settings=settings)
+    server.host.expect(settings.bundles)
 
     def load() -> None:
         if settings.bundle is not None:
@@ -85,5 +86,7 @@ def run(args: argparse.Namespace) -> int:
                 return
             server.load(name, path)
 
-    serve_until_signal(server, load=load, grace=settings.grace)
+    if not serve_until_signal(server, load=load, grace=settings.grace):
+        logging.shutdown()
+        os._exit(0)  # a library is at work, in a thread that cannot be told to end
     return 1 if server.died else 0  # so that who supervises it starts it again

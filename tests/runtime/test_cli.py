@@ -7,7 +7,9 @@ import json
 import signal
 import subprocess
 import sys
+import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -563,6 +565,31 @@ def test_serve_serves_until_told_to_stop(serving, tmp_path):
     errors = serving.stderr.read()
     assert "t2i: 1 frames, 4 steps" in errors and "Traceback" not in errors
     assert out.exists()
+
+
+SLOW_LOAD = SERVE.replace("FakeEngine(slots)\n", "time.sleep(60)\n").replace("sys, ", "sys, time, ")
+
+
+def test_serve_ends_at_once_when_told_so_while_it_loads(request):
+    root = request.config.rootpath
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW_LOAD], cwd=root, stderr=subprocess.PIPE, text=True
+    ) as process:
+        started = time.monotonic()
+        while time.monotonic() - started < 20:
+            time.sleep(0.2)
+            try:  # until its handler is there, the signal would just kill it
+                caught = f"/proc/{process.pid}/status"
+                bits = int(Path(caught).read_text().split("SigCgt:")[1].split()[0], 16)
+            except (OSError, IndexError):
+                break
+            if bits >> (signal.SIGTERM - 1) & 1:
+                break
+        process.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        assert process.wait(20) == 0
+        assert time.monotonic() - started < 10
+        assert "told to end while loading" in process.stderr.read()
 
 
 def test_serve_tells_of_a_taken_port(engine, capsys):

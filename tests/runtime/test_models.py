@@ -6,6 +6,7 @@ import dataclasses
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import grpc
@@ -325,15 +326,44 @@ def test_a_bundle_that_cannot_be_loaded_at_the_start_ends_the_server(bundles):
         Client(server.address, ready_timeout=0.3)
 
 
-def test_a_signal_while_it_loads_ends_it(bundles, capsys):
-    server = Server(open_engine=bundles.open)
+def test_it_is_ready_when_all_that_it_is_to_serve_is_loaded(bundles):
+    with (
+        Server(open_engine=bundles.open) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        server.host.expect(["large"])
+        health = health_pb2_grpc.HealthStub(channel)
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        request = health_pb2.HealthCheckRequest(service=SERVICE)
+        server.load("", Path("b/small"))
+        assert health.Check(request).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert stub.GenerateImage(image(model="small")).frame.data
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.GenerateImage(image(model="large"))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert caught.value.details() == "model 'large' is being loaded"
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.GenerateImage(image(model="other"))
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        server.load("large", Path("b/x"))
+        assert health.Check(request).status == health_pb2.HealthCheckResponse.SERVING
+        assert stub.GenerateImage(image(model="large")).frame.data
+
+
+def test_a_signal_while_it_loads_ends_it_at_once(bundles, capsys):
+    server, release = Server(open_engine=bundles.open), threading.Event()
 
     def load():
         os.kill(os.getpid(), signal.SIGTERM)
+        release.wait(30)
         server.load("", Path("b/small"))
 
-    serve_until_signal(server, load=load)
+    started = time.monotonic()
+    assert not serve_until_signal(server, load=load)
+    assert time.monotonic() - started < 5
+    release.set()
     assert "ready" not in capsys.readouterr().out
+    assert not server.host.loaded
 
 
 def test_a_hangup_loads_what_has_changed(bundles, caplog):
