@@ -43,6 +43,8 @@ class Seen:
     """Seconds of calls that were answered and of those that were refused; statuses of all."""
 
     task: str
+    began: float = field(default_factory=time.perf_counter)
+    last: float = 0.0
     answered: list[float] = field(default_factory=list)
     refused: list[float] = field(default_factory=list)
     statuses: Counter = field(default_factory=Counter)
@@ -58,14 +60,19 @@ class Seen:
                 clip = pb.GenerateVideoRequest(task=pb.TASK_T2V, prompt=CLIP, sampling=sampling)
                 async for _ in stub.GenerateVideo(clip, timeout=120):
                     pass
-            self.answered.append(time.perf_counter() - started)
+            self.last = time.perf_counter()
+            self.answered.append(self.last - started)
             self.statuses["OK"] += 1
         except grpc.aio.AioRpcError as error:
             self.statuses[error.code().name] += 1
             if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
                 self.refused.append(time.perf_counter() - started)
 
-    def summary(self, seconds: float) -> dict:
+    def summary(self) -> dict:
+        """Over the time from the first call to the last answer, so that what is still under way
+        when the clients stop asking counts with the time it takes.
+        """
+        seconds = self.last - self.began
         return {
             "seconds": seconds,
             "answered_per_second": len(self.answered) / seconds,
@@ -118,14 +125,14 @@ async def open_loop(address: str, task: str, rate: float, seconds: float, seed: 
 async def measure(address: str, args: argparse.Namespace) -> dict:
     await closed_loop(address, args.task, args.slots, 5.0)  # warm-up
     seconds = args.seconds / 5
-    alone = (await closed_loop(address, args.task, args.slots, seconds)).summary(seconds)
+    alone = (await closed_loop(address, args.task, args.slots, seconds)).summary()
     # Whom the queue has room for waits for all before it; so the queue is full here too, as far as
     # one address may fill it.
     room = args.queue_size - args.queue_size // SHARE_FOR_OTHERS
     full = await closed_loop(address, args.task, args.slots + room, seconds)
-    at_capacity = full.summary(seconds)
+    at_capacity = full.summary()
     rate = 10 * at_capacity["answered_per_second"]
-    overloaded = (await open_loop(address, args.task, rate, args.seconds)).summary(args.seconds)
+    overloaded = (await open_loop(address, args.task, rate, args.seconds)).summary()
     return {"alone": alone, "at_capacity": at_capacity, "rate": rate, "overloaded": overloaded}
 
 

@@ -30,7 +30,7 @@ from nuwa.runtime.core import GenerationRequest
 from nuwa.runtime.engine import load_engine
 from nuwa.runtime.handle import Handle
 from nuwa.runtime.scheduler import Scheduler
-from nuwa.runtime.server import resident_megabytes
+from nuwa.runtime.status_page import resident_megabytes
 from nuwa.spec.tasks import Task
 
 CANCELLED = 0.2

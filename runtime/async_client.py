@@ -20,10 +20,10 @@ from nuwa.v1 import generation_pb2 as pb
 from nuwa.v1 import generation_pb2_grpc
 
 from . import requests, results
-from .client import PLAIN, Access, ClientError, channel_options, nobody_at, server_errors
-from .core import Frame, ModelInfo
+from .client import PLAIN, Access, ClipGathering, channel_options, nobody_at, server_errors
+from .core import ModelInfo
 from .requests import ImageOptions, VideoOptions
-from .results import ClipDone, ClipEvent, ClipResult, ImageEvent, ImageResult
+from .results import ClipEvent, ClipResult, ImageEvent, ImageResult
 
 
 class AsyncClient:
@@ -147,15 +147,7 @@ class AsyncClient:
 
         on_event hears of each event.
         """
-        frames: list[Frame] = []
-        done: ClipDone | None = None
+        clip = ClipGathering(on_event)
         async for event in self.stream_video(task, prompt, deadline=deadline, **options):
-            if on_event is not None:
-                on_event(event)
-            if isinstance(event, Frame):
-                frames.append(event)
-            elif isinstance(event, ClipDone):
-                done = event
-        if done is None:
-            raise ClientError("the server ended the stream before it was done")
-        return results.clip_result(frames, done)
+            clip.take(event)
+        return clip.result()

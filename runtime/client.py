@@ -237,18 +237,33 @@ class BaseClient(ABC):
 
         on_event hears of each event.
         """
-        frames: list[Frame] = []
-        done: ClipDone | None = None
+        clip = ClipGathering(on_event)
         for event in self.stream_video(task, prompt, deadline=deadline, **options):
-            if on_event is not None:
-                on_event(event)
-            if isinstance(event, Frame):
-                frames.append(event)
-            elif isinstance(event, ClipDone):
-                done = event
-        if done is None:
+            clip.take(event)
+        return clip.result()
+
+
+class ClipGathering:
+    """The events of a clip, put together. on_event hears of each."""
+
+    def __init__(self, on_event: Callable[[ClipEvent], object] | None) -> None:
+        self._on_event = on_event
+        self._frames: list[Frame] = []
+        self._done: ClipDone | None = None
+
+    def take(self, event: ClipEvent) -> None:
+        if self._on_event is not None:
+            self._on_event(event)
+        if isinstance(event, Frame):
+            self._frames.append(event)
+        elif isinstance(event, ClipDone):
+            self._done = event
+
+    def result(self) -> ClipResult:
+        """ClientError if the clip is not whole."""
+        if self._done is None:
             raise ClientError("the server ended the stream before it was done")
-        return results.clip_result(frames, done)
+        return results.clip_result(self._frames, self._done)
 
 
 class Client(BaseClient):

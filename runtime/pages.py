@@ -1,4 +1,4 @@
-"""Metrics over HTTP: /metrics for Prometheus."""
+"""Over HTTP: /metrics for Prometheus, and / for people."""
 
 from __future__ import annotations
 
@@ -11,12 +11,23 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import make_wsgi_app
 
+HEADERS = [
+    ("Cache-Control", "no-store"),
+    ("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'"),
+    ("X-Content-Type-Options", "nosniff"),
+]
+
 
 class Pages:
-    """start() and close(). OSError if the port cannot be had; `address` says which it is."""
+    """start() and close(). OSError if the port cannot be had; `address` says which it is.
 
-    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
-        self._metrics = make_wsgi_app(registry)
+    status: the page for people, as HTML.
+    """
+
+    def __init__(
+        self, registry: CollectorRegistry, status: Callable[[], str], host: str, port: int
+    ) -> None:
+        self._metrics, self._status = make_wsgi_app(registry), status
         try:
             self._server = make_server(
                 host, port, self._answer, server_class=_Server, handler_class=_Quiet
@@ -42,8 +53,11 @@ class Pages:
         path = environ.get("PATH_INFO", "")
         if path == "/metrics":
             return self._metrics(environ, start)
+        if path == "/":
+            start("200 OK", [("Content-Type", "text/html; charset=utf-8"), *HEADERS])
+            return [self._status().encode()]
         start("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
-        return [b"there is /metrics here\n"]
+        return [b"there are / and /metrics here\n"]
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):

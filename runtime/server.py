@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import grpc
@@ -30,6 +28,7 @@ from .errors import DeviceLostError
 from .gauges import Gauges
 from .health import NAME as HEALTH
 from .health import Health
+from .history import History, taken
 from .host import Host, Loaded
 from .intake import Intake
 from .interceptor import ErrorInterceptor
@@ -37,13 +36,13 @@ from .kserve.service import InferenceService
 from .lanes import SIZES, Lanes
 from .media import Limits
 from .metrics import Metrics
-from .notify import READY, STOPPING, notify
 from .pages import Pages
 from .patience import Patience
 from .reflected import Pools
 from .scheduler import Scheduler
 from .service import GenerationService, ModelService
 from .settings import LOOPBACK, ServerSettings
+from .status_page import Facts, ModelRow, page, resident_megabytes
 from .tls import Certificates
 from .tokens import Tokens
 from .tracing import Tracing
@@ -55,9 +54,7 @@ SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_n
 MODELS = generation_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
 KSERVE = grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 VERSION = importlib.metadata.version("nuwa-runtime")
-DEFAULT_GRACE = 30.0
 AGE_GRACE = 600.0  # seconds that calls may go on in a connection that has reached its age
-SIGNAL_SECONDS = 0.1  # within which a signal is noticed while models are loaded
 SLOW_READERS = 16  # calls that may still be sending when their decoding is done
 
 
@@ -117,9 +114,12 @@ class Server:
         self._add_services(intake, errors)
         self.address = _listen(self._server, settings)
         metrics.collect(Gauges(self))
+        self._born = time.monotonic()
+        self._history = History(taken(metrics.registry))
         self._pages: Pages | None = None
         if settings.metrics_port is not None:
-            self._pages = Pages(metrics.registry, settings.metrics_host, settings.metrics_port)
+            host, port = settings.metrics_host, settings.metrics_port
+            self._pages = Pages(metrics.registry, self.status_page, host, port)
         self._watch = Watch(
             self.busy_seconds,
             settings.hang_timeout,
@@ -178,6 +178,7 @@ class Server:
         self._watch.start()
         if self._pages is not None:
             self._pages.start()
+            self._history.start()
 
     def load(self, name: str, path: Path, *, beside: bool = False) -> Loaded:
         """As Host.load."""
@@ -213,6 +214,26 @@ class Server:
         there = self._started and self._well and not (self._stopped or self.died)
         return there and self.host.complete
 
+    def status_page(self) -> str:
+        """What the server does, for people, as HTML."""
+        models = [
+            ModelRow(
+                each.title,
+                ", ".join(task.upper() for task in each.engine.info.tasks),
+                each.engine.info.backend,
+                each.engine.info.precision,
+                each.engine.slots,
+                each.scheduler.active,
+                each.scheduler.queued,
+                each.scheduler.queue_size,
+                each.engine.info.bundle_hash,
+            )
+            for each in self.host.loaded
+        ]
+        up = time.monotonic() - self._born
+        facts = Facts(VERSION, self.address, self.is_ready(), up, resident_megabytes(), models)
+        return page(facts, self._history.points, self.metrics.registry)
+
     def busy_seconds(self) -> float:
         """Of the call of an engine that has lasted longest, 0 while none is under way."""
         return max((each.scheduler.pulse.longest() for each in self.host.running), default=0.0)
@@ -234,6 +255,7 @@ class Server:
         self.host.close()
         if self._pages is not None:
             self._pages.close()
+        self._history.close()
         if self._tracing is not None:
             self._tracing.close()
 
@@ -256,105 +278,6 @@ class Server:
         """Cuts the grace of a stop() that another thread is in."""
         self._cut.set()
         self._server.stop(0)
-
-
-def serve_until_signal(
-    server: Server,
-    *,
-    load: Callable[[], None] = lambda: None,
-    load_seconds: float = 0.0,
-    grace: float = DEFAULT_GRACE,
-) -> bool:
-    """Starts, loads, prints one line when ready, and returns after SIGTERM or SIGINT and a drain.
-
-    load: what loads models, in a thread of its own; what it raises comes through. A second signal
-    cuts the drain, SIGHUP loads again what has changed. Also returns when nothing can be generated
-    any more, which `server.died` says. False if it was told to end while it was still loading: then
-    the process should end without waiting for that thread. Only for the main thread.
-    """
-    asked = server.asked_to_end
-    previous = {}
-
-    def on_signal(number: int, _frame: FrameType | None) -> None:
-        # Not from within the handler: it may have interrupted a lock that these need.
-        if number == signal.SIGHUP:
-            threading.Thread(target=server.reload, name="nuwa-reload", daemon=True).start()
-            return
-        if asked.is_set():
-            threading.Thread(target=server.hasten, daemon=True).start()
-        asked.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        previous[number] = signal.signal(number, on_signal)
-    try:
-        server.start()
-        started = time.perf_counter()
-        loading = _Loading(load)
-        while not loading.ended.wait(SIGNAL_SECONDS):
-            if asked.is_set():
-                log.info("told to end while loading")
-                notify(STOPPING)
-                server.stop()
-                return False
-        if loading.failure is not None:
-            server.stop()
-            raise loading.failure
-        if not asked.is_set():
-            _say_ready(server, load_seconds + time.perf_counter() - started)
-            notify(READY)
-        asked.wait()
-        notify(STOPPING)
-        duck = server.settings.lame_duck
-        log.info("draining: %g s more for new calls, then %g s for those at hand", duck, grace)
-        started = time.perf_counter()
-        server.stop(grace)
-        log.info("stopped after %.2f s", time.perf_counter() - started)
-        return True
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-class _Loading:
-    """Calls `load` in a thread. ended: when it has returned, or raised `failure`."""
-
-    def __init__(self, load: Callable[[], None]) -> None:
-        self.ended = threading.Event()
-        self.failure: BaseException | None = None
-        self._load = load
-        threading.Thread(target=self._run, name="nuwa-load", daemon=True).start()
-
-    def _run(self) -> None:
-        try:
-            self._load()
-        except BaseException as error:
-            self.failure = error
-        self.ended.set()
-
-
-def _say_ready(server: Server, load_seconds: float) -> None:
-    told = []
-    for each in server.host.loaded:
-        info = each.engine.info
-        told.append(f"{each.name} ({', '.join(info.tasks)}) on {info.backend}")
-    print(
-        f"nuwa: ready on {server.address}: {'; '.join(told)}, loaded in {load_seconds:.2f} s, "
-        + (f"metrics on {server.metrics_address}, " if server.metrics_address else "")
-        + f"{resident_megabytes():.0f} MB",
-        flush=True,
-    )
-
-
-def resident_megabytes() -> float:
-    """Memory of this process that is in RAM, in units of 10**6 bytes; 0 where /proc is missing."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as status:
-            for line in status:
-                if line.startswith("VmRSS:"):
-                    return int(line.split()[1]) * 1024 / 1e6
-    except OSError:
-        pass
-    return 0.0
 
 
 def _options(settings: ServerSettings) -> list[tuple[str, int]]:

@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
     if settings.bundle is None and not settings.bundles:
         raise ValueError("which bundle? name its folder, as an argument or as a setting")
     from .. import logs
-    from ..server import Server, serve_until_signal
+    from ..server import Server
+    from ..until_signal import serve_until_signal
 
     logs.configure(settings.log_format, logging.DEBUG if args.debug else logging.INFO)
     server = Server(settings=settings)

@@ -21,7 +21,8 @@ from nuwa.runtime.client import Client, ClientError
 from nuwa.runtime.errors import NotFoundError, NotReadyError
 from nuwa.runtime.host import Host
 from nuwa.runtime.scheduler import Scheduler
-from nuwa.runtime.server import SERVICE, Server, serve_until_signal
+from nuwa.runtime.server import SERVICE, Server
+from nuwa.runtime.until_signal import serve_until_signal
 from nuwa.v1 import generation_pb2 as pb
 from nuwa.v1 import generation_pb2_grpc
 

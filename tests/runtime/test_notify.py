@@ -7,7 +7,8 @@ import socket
 import threading
 
 from nuwa.runtime.notify import READY, notify
-from nuwa.runtime.server import Server, serve_until_signal
+from nuwa.runtime.server import Server
+from nuwa.runtime.until_signal import serve_until_signal
 
 from .fake_engine import FakeEngine
 

@@ -18,7 +18,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from nuwa.runtime.client import Client, ClientError
 from nuwa.runtime.errors import DeviceLostError
-from nuwa.runtime.server import SERVICE, Server, serve_until_signal
+from nuwa.runtime.server import SERVICE, Server
+from nuwa.runtime.until_signal import serve_until_signal
 from nuwa.v1 import generation_pb2 as pb
 from nuwa.v1 import generation_pb2_grpc
 
@@ -132,7 +133,8 @@ def test_listening_beyond_loopback_needs_a_word_and_is_warned_about(caplog):
 RUN = """
 import sys, threading
 from tests.runtime.fake_engine import FakeEngine
-from nuwa.runtime.server import Server, serve_until_signal
+from nuwa.runtime.server import Server
+from nuwa.runtime.until_signal import serve_until_signal
 engine = FakeEngine()
 engine.gate.clear()
 threading.Thread(target=lambda: (sys.stdin.readline(), engine.gate.set()), daemon=True).start()

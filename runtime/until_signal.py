@@ -1,0 +1,106 @@
+"""Runs a server until a signal comes: loads, says when it is ready, drains."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+
+from .notify import READY, STOPPING, notify
+from .server import Server
+from .status_page import resident_megabytes
+
+log = logging.getLogger("nuwa.runtime")
+
+DEFAULT_GRACE = 30.0
+SIGNAL_SECONDS = 0.1  # within which a signal is noticed while models are loaded
+
+
+def serve_until_signal(
+    server: Server,
+    *,
+    load: Callable[[], None] = lambda: None,
+    load_seconds: float = 0.0,
+    grace: float = DEFAULT_GRACE,
+) -> bool:
+    """Starts, loads, prints one line when ready, and returns after SIGTERM or SIGINT and a drain.
+
+    load: what loads models, in a thread of its own; what it raises comes through. A second signal
+    cuts the drain, SIGHUP loads again what has changed. Also returns when nothing can be generated
+    any more, which `server.died` says. False if it was told to end while it was still loading: then
+    the process should end without waiting for that thread. Only for the main thread.
+    """
+    asked = server.asked_to_end
+    previous = {}
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        # Not from within the handler: it may have interrupted a lock that these need.
+        if number == signal.SIGHUP:
+            threading.Thread(target=server.reload, name="nuwa-reload", daemon=True).start()
+            return
+        if asked.is_set():
+            threading.Thread(target=server.hasten, daemon=True).start()
+        asked.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        previous[number] = signal.signal(number, on_signal)
+    try:
+        server.start()
+        started = time.perf_counter()
+        loading = _Loading(load)
+        while not loading.ended.wait(SIGNAL_SECONDS):
+            if asked.is_set():
+                log.info("told to end while loading")
+                notify(STOPPING)
+                server.stop()
+                return False
+        if loading.failure is not None:
+            server.stop()
+            raise loading.failure
+        if not asked.is_set():
+            _say_ready(server, load_seconds + time.perf_counter() - started)
+            notify(READY)
+        asked.wait()
+        notify(STOPPING)
+        duck = server.settings.lame_duck
+        log.info("draining: %g s more for new calls, then %g s for those at hand", duck, grace)
+        started = time.perf_counter()
+        server.stop(grace)
+        log.info("stopped after %.2f s", time.perf_counter() - started)
+        return True
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _Loading:
+    """Calls `load` in a thread. ended: when it has returned, or raised `failure`."""
+
+    def __init__(self, load: Callable[[], None]) -> None:
+        self.ended = threading.Event()
+        self.failure: BaseException | None = None
+        self._load = load
+        threading.Thread(target=self._run, name="nuwa-load", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._load()
+        except BaseException as error:
+            self.failure = error
+        self.ended.set()
+
+
+def _say_ready(server: Server, load_seconds: float) -> None:
+    told = []
+    for each in server.host.loaded:
+        info = each.engine.info
+        told.append(f"{each.name} ({', '.join(info.tasks)}) on {info.backend}")
+    print(
+        f"nuwa: ready on {server.address}: {'; '.join(told)}, loaded in {load_seconds:.2f} s, "
+        + (f"metrics on {server.metrics_address}, " if server.metrics_address else "")
+        + f"{resident_megabytes():.0f} MB",
+        flush=True,
+    )
