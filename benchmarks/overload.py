@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 
 import grpc
 import grpc.aio
@@ -123,25 +124,35 @@ async def open_loop(address: str, task: str, rate: float, seconds: float, seed: 
 
 
 async def measure(address: str, args: argparse.Namespace) -> dict:
+    """Capacity is measured before and after, as a machine's speed drifts in so many minutes."""
     await closed_loop(address, args.task, args.slots, 5.0)  # warm-up
     seconds = args.seconds / 5
     alone = (await closed_loop(address, args.task, args.slots, seconds)).summary()
     # Whom the queue has room for waits for all before it; so the queue is full here too, as far as
     # one address may fill it.
-    room = args.queue_size - args.queue_size // SHARE_FOR_OTHERS
-    full = await closed_loop(address, args.task, args.slots + room, seconds)
-    at_capacity = full.summary()
-    rate = 10 * at_capacity["answered_per_second"]
+    clients = args.slots + args.queue_size - args.queue_size // SHARE_FOR_OTHERS
+    before = (await closed_loop(address, args.task, clients, seconds)).summary()
+    rate = 10 * before["answered_per_second"]
     overloaded = (await open_loop(address, args.task, rate, args.seconds)).summary()
-    return {"alone": alone, "at_capacity": at_capacity, "rate": rate, "overloaded": overloaded}
+    after = (await closed_loop(address, args.task, clients, seconds)).summary()
+    return {
+        "alone": alone,
+        "at_capacity": [before, after],
+        "rate": rate,
+        "overloaded": overloaded,
+    }
 
 
 def judge(found: dict) -> dict[str, bool]:
-    full, over = found["at_capacity"], found["overloaded"]
+    over = found["overloaded"]
+    capacity = mean(each["answered_per_second"] for each in found["at_capacity"])
+    p99 = mean(each["answered"]["p99"] for each in found["at_capacity"])
+    found["throughput_over_capacity"] = over["answered_per_second"] / capacity
+    found["p99_over_that_at_capacity"] = over["answered"]["p99"] / p99
     return {
         "refused within 50 ms (p99)": over["refused"].get("p99", 0.0) <= TOLD_WITHIN,
-        "p99 of accepted <= 1.5 x": over["answered"]["p99"] <= SLOWER * full["answered"]["p99"],
-        "throughput >= 95 %": over["answered_per_second"] >= KEPT * full["answered_per_second"],
+        "p99 of accepted <= 1.5 x": found["p99_over_that_at_capacity"] <= SLOWER,
+        "throughput >= 95 %": found["throughput_over_capacity"] >= KEPT,
         "nothing lost": set(over["statuses"]) <= {"OK", "RESOURCE_EXHAUSTED"},
     }
 
