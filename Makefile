@@ -44,7 +44,10 @@ CLIENTS := tritonclient[grpc]==2.73.0 grpc-requests==0.1.21 buf-bin==1.75.0
 build/clients:
 	-$(PYTHON) -m venv $@ && $@/bin/python -m pip install --quiet $(CLIENTS)
 
-test: $(STAMP) $(TENSORRT_STAMP) build/onnxruntime build/clients
+build/perf_analyzer:
+	-PYTHON=$(PYTHON) tests/interop/fetch_perf_analyzer.sh $@
+
+test: $(STAMP) $(TENSORRT_STAMP) build/onnxruntime build/clients build/perf_analyzer
 	$(BIN)/python -m pytest -m "not gpu"
 
 # mypy cannot see through an editable install, so it checks a regular one.

@@ -1,6 +1,7 @@
-"""Clients that others wrote, unmodified: Triton's, one that reflects, and buf.
+"""Clients that others wrote, unmodified: Triton's, one that reflects, buf, and perf_analyzer.
 
-They live in build/clients, an environment that `make test` makes where packages can be had.
+They live in build/clients, an environment that `make test` makes where packages can be had, and in
+build/perf_analyzer.
 """
 
 from __future__ import annotations
@@ -123,3 +124,30 @@ def test_the_interface_breaks_no_client_of_an_earlier_commit(commit):
         pytest.skip(f"there is no commit {commit} here")
     against = f"{ROOT / '.git'}#subdir=proto,ref={commit}"
     assert ran(program("buf"), "breaking", str(ROOT / "proto"), "--against", against) == ""
+
+
+@pytest.mark.parametrize(
+    ("model", "answers", "how"),
+    [
+        ("fake_t2i", 1, []),
+        ("fake_t2v", 4, ["--streaming", "--request-parameter", "frame_count:3:int"]),
+    ],
+    ids=["unary", "streams"],
+)
+def test_perf_analyzer(server, tmp_path, model, answers, how):
+    """A clip of three frames is an answer for each, and an empty one that says that it is over."""
+    analyzer = ROOT / "build" / "perf_analyzer" / "perf_analyzer"
+    if not analyzer.exists():
+        pytest.skip(f"{analyzer} is not installed; `make build/perf_analyzer`")
+    requests, out = 10, tmp_path / "profile.json"
+    told = ran(
+        str(analyzer),
+        *("-m", model, "-i", "grpc", "-u", server.address),
+        *("--shape", "PROMPT:1", "--string-data", "a 3"),
+        *("--request-count", str(requests), "--profile-export-file", str(out)),
+        *how,
+    )
+    assert f"Request count: {requests}" in told
+    assert f"Successful request count: {requests}" in told, "what our statistics say"
+    seen = json.loads(out.read_text())["experiments"][0]["requests"]
+    assert [len(each["response_timestamps"]) for each in seen] == [answers] * requests
