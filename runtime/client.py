@@ -33,7 +33,7 @@ from .errors import NotFoundError
 from .host import SEPARATOR
 from .requests import ImageOptions, VideoOptions
 from .results import ClipDone, ClipEvent, ClipResult, ImageEvent, ImageResult
-from .scheduler import Scheduler
+from .scheduler import DEFAULT_QUEUE_SIZE, Scheduler
 
 MOST_ATTEMPTS = 5  # that gRPC makes
 
@@ -353,8 +353,8 @@ class Client(BaseClient):
 class LocalClient(BaseClient):
     """An engine in this process behind its own scheduler; errors come as they are raised."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._scheduler = Scheduler(engine)
+    def __init__(self, engine: Engine, *, queue_size: int = DEFAULT_QUEUE_SIZE) -> None:
+        self._scheduler = Scheduler(engine, queue_size=queue_size)
         self._scheduler.start()
 
     def close(self) -> None:

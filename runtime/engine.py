@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -135,11 +136,13 @@ class Prepared:
 class Engine:
     """Decodes samples of requests in up to `slots` slots; for its threads see engine_protocol.py.
 
-    backend: has cache_slots(slots) and condition_slots(slots).
+    backend: has cache_slots(slots) and condition_slots(slots). on_step: where set, called with the
+    rows and the seconds of each of the backend's steps.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, *, slots: int) -> None:
         self.slots = slots
+        self.on_step: Callable[[int, float], None] | None = None
         self.info = model_info(bundle, backend.name)
         self.rankers = find_rankers(bundle)
         self._backend = backend
@@ -262,12 +265,16 @@ class Engine:
         """Runs a call; where it fails, each part alone, so that only those at fault do."""
         if not parts:
             return []
+        began = time.perf_counter()
         try:
             finite = self._backend.step(parts)
         except Exception as error:
             if len(parts) == 1:
                 return [error]
             return [self._run([part])[0] for part in parts]
+        if self.on_step is not None:
+            rows = sum(part.count * len(part.stream.lanes) for part in parts)
+            self.on_step(rows, time.perf_counter() - began)
         return [None if fine else FloatingPointError(NOT_FINITE) for fine in finite]
 
     def _advance(self, slot: int, part: Part, error: Exception | None) -> SlotStep:

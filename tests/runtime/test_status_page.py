@@ -15,6 +15,7 @@ from nuwa.runtime import history, status_page
 from nuwa.runtime.history import Buckets, History, Point
 from nuwa.runtime.server import Server
 from nuwa.runtime.status_page import Facts, ModelRow, page
+from nuwa.v1 import generation_pb2 as pb
 
 from .messages import image, video, wait_until
 
@@ -66,7 +67,7 @@ def test_it_tells_what_was_generated(stub, server):
     stub.GenerateImage(image())
     list(stub.GenerateVideo(video(frame_count=3)))
     with pytest.raises(grpc.RpcError):
-        stub.GenerateImage(image(prompt=""))
+        stub.GenerateImage(image(output=pb.Output(scale_factor=99)))
     text = read(server)
     cells = Cells(text)
     assert ">ready<" in text

@@ -1,0 +1,74 @@
+"""Sends a workload's requests to a server, or to an engine in this process, and watches them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..client import BaseClient, ClientError
+from ..core import Frame, ModelInfo, Timings
+from ..interceptor import CODES
+from ..results import ClipDone
+from .observation import OK, Observation
+from .workload import Workload
+
+Ask = Callable[[int, float], Observation]  # (number of the query, when it was due)
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Called with a query's number and when it was due. For any number of threads.
+
+    deadline: seconds for one request; client: one that does not retry.
+    """
+
+    client: BaseClient
+    workload: Workload
+    info: ModelInfo
+    deadline: float | None = None
+
+    def __call__(self, number: int, scheduled: float) -> Observation:
+        query = self.workload.query(number, self.info)
+        frames: list[float] = []
+        timings, status = Timings(), OK
+        sent = time.perf_counter()
+        try:
+            if query.task.is_video:
+                for event in self.client.stream_video(
+                    query.task, query.prompt, deadline=self.deadline, **query.options
+                ):
+                    if isinstance(event, Frame):
+                        frames.append(time.perf_counter())
+                    elif isinstance(event, ClipDone):
+                        timings = event.timings
+            else:
+                image = self.client.generate_image(
+                    query.task, query.prompt, deadline=self.deadline, **query.options
+                )
+                timings = image.timings
+        except Exception as error:
+            status = reason_of(error)
+        ended = time.perf_counter()
+        if status == OK and not frames:
+            frames = [ended]
+        return Observation(scheduled, sent, ended, status, tuple(frames), timings)
+
+    def check(self) -> None:
+        """Asks once; what is wrong with the request, or with the server, is raised as it is."""
+        query = self.workload.query(0, self.info)
+        if query.task.is_video:
+            self.client.generate_video(
+                query.task, query.prompt, deadline=self.deadline, **query.options
+            )
+        else:
+            self.client.generate_image(
+                query.task, query.prompt, deadline=self.deadline, **query.options
+            )
+
+
+def reason_of(error: Exception) -> str:
+    """As a server's error names it, wherever it was raised."""
+    if isinstance(error, ClientError):
+        return error.reason or error.code.name
+    return next((entry[2] for entry in CODES if isinstance(error, entry[0])), type(error).__name__)

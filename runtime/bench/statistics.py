@@ -1,0 +1,321 @@
+"""What a sample of latencies or rates supports saying, and how many values the rest would take.
+
+Quantiles and their intervals are order statistics: values that were measured, whatever their
+distribution, never extrapolated. All but `steady` take values for independent draws; what drifts
+between rounds is compare.py's. Knows no unit: results are in that of the values.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+SHARES = (0.5, 0.9, 0.95, 0.99)
+LEAST_WINDOWS = 3  # that a series must be steady for
+
+
+@dataclass(frozen=True)
+class Quantile:
+    """low, high: its interval. needs: how many values it takes, where there are too few for it; the
+    others are None then.
+    """
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    needs: int | None = None
+
+    def to_json(self) -> dict[str, float]:
+        """What is not None."""
+        known = dataclasses.asdict(self).items()
+        return {name: value for name, value in known if value is not None}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """deviation: the sample's standard deviation, None for a single value; quantiles: by share."""
+
+    count: int
+    mean: float
+    deviation: float | None
+    least: float
+    most: float
+    quantiles: dict[float, Quantile]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts that `from_json` reads back to an equal summary; shares become strings."""
+        shares = {str(share): each.to_json() for share, each in self.quantiles.items()}
+        return dataclasses.asdict(self) | {"quantiles": shares}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Summary:
+        """KeyError for what is missing; what is no part of a summary is passed over."""
+        shares = {float(share): Quantile(**each) for share, each in data["quantiles"].items()}
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: data[name] for name in names} | {"quantiles": shares})
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """value: the estimate; discarded: how many slower queries it leaves out; needs: how many
+    it takes, where there are too few queries.
+    """
+
+    value: float | None = None
+    discarded: int = 0
+    needs: int | None = None
+
+
+@dataclass(frozen=True)
+class Bound:
+    """met: whether it is shown to hold, or not to; None where neither is. more: the queries that
+    would show that it holds if all of them kept it; 0 where met is not None.
+    """
+
+    met: bool | None
+    more: int = 0
+
+
+def summary(
+    values: npt.ArrayLike, shares: Sequence[float] = SHARES, confidence: float = 0.95
+) -> Summary:
+    """Of one value at least. Quantiles that the sample cannot support are refused."""
+    ordered = _ordered(values)
+    return Summary(
+        len(ordered),
+        float(ordered.mean()),
+        float(ordered.std(ddof=1)) if len(ordered) > 1 else None,
+        float(ordered[0]),
+        float(ordered[-1]),
+        {share: _supported(ordered, share, confidence) for share in shares},
+    )
+
+
+def quantile(values: npt.ArrayLike, share: float) -> float:
+    """Nearest rank: the smallest value with at least `share` of all at or below it."""
+    _check_share(share)
+    ordered = _ordered(values)
+    # A decimal, as 0.07 * 100 is more than 7 in floats.
+    return float(ordered[math.ceil(Decimal(str(float(share))) * len(ordered)) - 1])
+
+
+def interval(
+    values: npt.ArrayLike, share: float, confidence: float = 0.95
+) -> tuple[float, float] | None:
+    """Two values of the sample with the quantile between them, whatever the distribution.
+
+    With equal tails: the quantile is below the lower one, and above the upper one, with a chance of
+    at most (1 - confidence) / 2 each. None with fewer than `needed`.
+    """
+    ordered = _ordered(values)
+    if len(ordered) < needed(share, confidence):
+        return None
+    low, high = _ranks(len(ordered), share, confidence)
+    return float(ordered[low - 1]), float(ordered[high - 1])
+
+
+def needed(share: float, confidence: float = 0.95) -> int:
+    """The least number of values that the quantile is reported from: its `interval` exists.
+
+    Both ends must be values of the sample, and so the chance that all values are on one side of the
+    quantile at most (1 - confidence) / 2. At 95 %: 6 for the median, 36 for p90, 72 for p95, 368
+    for p99 (an upper bound alone would take 299).
+    """
+    _check_share(share)
+    _check_confidence(confidence)
+    return math.ceil(math.log((1 - confidence) / 2) / math.log(max(share, 1 - share)))
+
+
+def mean_interval(values: npt.ArrayLike, confidence: float = 0.95) -> tuple[float, float] | None:
+    """Student's t interval of the mean; None for a single value.
+
+    Of skewed values such as latencies it takes some dozens for it to be right that often.
+    """
+    ordered = _ordered(values)
+    count = len(ordered)
+    if count < 2:
+        return None
+    half = student_t(confidence, count - 1) * float(ordered.std(ddof=1)) / math.sqrt(count)
+    mean = float(ordered.mean())
+    return mean - half, mean + half
+
+
+def early_stopping(values: npt.ArrayLike, share: float, confidence: float = 0.99) -> EarlyStopping:
+    """MLPerf's estimate of a quantile of latency: SingleStream's of 0.9, MultiStream's of 0.99.
+
+    The largest t is sought such that t queries over a bound, of as many as there are, would still
+    show that it holds for `share` of all; the t - 1 slowest are discarded, and the slowest of the
+    rest is the estimate. Refused where t is 0. Source: MLCommons, inference_rules.adoc, "Early
+    Stopping Criterion", tolerance 0.
+    """
+    ordered = _ordered(values)
+    count = len(ordered)
+    enough = 1 + least_under(1, share, confidence)
+    if count < enough:
+        return EarlyStopping(needs=enough)
+    over = -1 + _first(lambda over: binomial_cdf(over, count, 1 - share) > 1 - confidence, 0, count)
+    return EarlyStopping(float(ordered[count - over]), over - 1)
+
+
+def latency_bound(under: int, over: int, share: float = 0.99, confidence: float = 0.99) -> Bound:
+    """MLPerf's rule for the Server scenario: do `share` of all queries keep the latency bound?
+
+    under, over: how many of those that ended did, and did not. They do if there are enough by
+    `least_under`. That they do not is said, as MLPerf never does, where a system that just keeps
+    the bound would have so many over it with a chance of at most 1 - confidence.
+    """
+    more = least_under(over, share, confidence) - under
+    if more <= 0:
+        return Bound(True)
+    if over and beta_cdf(1 - share, over, under + 1) <= 1 - confidence:
+        return Bound(False)
+    return Bound(None, more)
+
+
+def least_under(over: int, share: float, confidence: float = 0.99) -> int:
+    """MLPerf's h_min(t): how many queries must be under a latency bound if t = `over` are not.
+
+    The least h such that a system that is within the bound for only `share` of its queries has at
+    most t of h + t over it with a chance of at most 1 - confidence.
+    """
+    _check_share(share)
+    _check_confidence(confidence)
+    if over < 0:
+        raise ValueError(f"{over} queries over the bound: at least 0")
+
+    def shown(under: int) -> bool:
+        return binomial_cdf(over, under + over, 1 - share) <= 1 - confidence
+
+    most = 1
+    while not shown(most):
+        most *= 2
+    return _first(shown, 0, most)
+
+
+def steady(values: npt.ArrayLike, window: int, tolerance: float) -> int | None:
+    """Where the warm-up of a series ends: an index, a multiple of `window`.
+
+    The first from which the medians of all windows to come are within `tolerance` (a share) of the
+    median of all that is to come. None if no such index has LEAST_WINDOWS whole windows after it.
+    A few slow values in a window do not move its median, and so do not make it warm-up.
+    """
+    if window < 1 or not 0 < tolerance < 1:
+        raise ValueError(f"window {window}, tolerance {tolerance}: at least 1, and above 0 below 1")
+    series = _checked(values)
+    windows = len(series) // window
+    medians = np.median(series[: windows * window].reshape(windows, window), axis=1)
+    below, above = 1 - tolerance, 1 + tolerance
+    for first in range(windows - LEAST_WINDOWS + 1):
+        least, most = medians[first:].min(), medians[first:].max()
+        if below * most > above * least:
+            continue  # nothing is within the tolerance of both
+        middle = np.median(series[first * window :])
+        if below * middle <= least and most <= above * middle:
+            return first * window
+    return None
+
+
+def binomial_cdf(successes: int, trials: int, chance: float) -> float:
+    """The probability of at most so many successes."""
+    if successes < 0:
+        return 0.0
+    if successes >= trials:
+        return 1.0
+    return beta_cdf(1 - chance, trials - successes, successes + 1)
+
+
+def beta_cdf(x: float, a: float, b: float) -> float:
+    """The regularized incomplete beta function I_x(a, b), to about nine digits for a + b of 10^6.
+
+    By its continued fraction (DLMF 8.17.22), where that converges in about sqrt(max(a, b)) steps.
+    """
+    if not 0 < x < 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):
+        return 1 - beta_cdf(1 - x, b, a)
+    scale = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    logarithm = scale + a * math.log(x) + b * math.log1p(-x) - math.log(a)
+    return math.exp(logarithm) * _beta_fraction(x, a, b)
+
+
+def student_t(confidence: float, freedom: float) -> float:
+    """The t that Student's variable with so many degrees of freedom is within, on both sides."""
+    _check_confidence(confidence)
+    low, high = 0.0, 1.0  # of t^2 / (freedom + t^2), which is of a beta distribution
+    for _ in range(100):
+        middle = (low + high) / 2
+        if beta_cdf(middle, 0.5, freedom / 2) < confidence:
+            low = middle
+        else:
+            high = middle
+    return math.sqrt(freedom * low / (1 - low))
+
+
+def _beta_fraction(x: float, a: float, b: float) -> float:
+    """By Lentz's method: c and d are the ratios of successive numerators and denominators."""
+    c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1))
+    value = d
+    for m in itertools.count(1):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        for term in (even, odd):
+            c, d = 1 + term / c, 1 / (1 + term * d)
+            value *= c * d
+        if abs(c * d - 1) < 1e-14:
+            break
+    return value
+
+
+@lru_cache(maxsize=256)
+def _ranks(count: int, share: float, confidence: float) -> tuple[int, int]:
+    """Of the ends of `interval`, from 1, for at least `needed` values."""
+    tail = (1 - confidence) / 2
+    low = _first(lambda rank: binomial_cdf(rank, count, share) > tail, 1, count)
+    # The quantile is above as many values as there are successes.
+    high = _first(lambda rank: beta_cdf(share, rank, count - rank + 1) <= tail, 1, count)
+    return low, high
+
+
+def _supported(ordered: np.ndarray, share: float, confidence: float) -> Quantile:
+    ends = interval(ordered, share, confidence)
+    if ends is None:
+        return Quantile(needs=needed(share, confidence))
+    return Quantile(quantile(ordered, share), *ends)
+
+
+def _first(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The first of low .. high from which on it holds; high if it does not before."""
+    return low + bisect.bisect_left(range(low, high), True, key=holds)
+
+
+def _ordered(values: npt.ArrayLike) -> np.ndarray:
+    return np.sort(_checked(values))
+
+
+def _checked(values: npt.ArrayLike) -> np.ndarray:
+    array = np.asarray(values, np.float64)
+    if array.ndim != 1 or not array.size:
+        raise ValueError(f"values of shape {array.shape}: a list of at least one")
+    if not np.isfinite(array).all():
+        raise ValueError("some values are not finite")
+    return array
+
+
+def _check_share(share: float) -> None:
+    if not 0 < share < 1:
+        raise ValueError(f"a quantile of {share}: above 0 and below 1")
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"a confidence of {confidence}: above 0 and below 1")

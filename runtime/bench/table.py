@@ -1,0 +1,377 @@
+"""A result of `nuwa bench` in tables: what the terminal prints, and the page repeats.
+
+Every cell is text. Knows the result's shape, and neither colours nor pictures; any part of a result
+may be missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .schema import count, percentile, quantity, share
+
+STEPS = 10  # sizes of a step that are shown, of those that took most of the time
+UNITS = {"_bytes": "B", "_seconds": "s", "_watts": "W", "_joules": "J"}  # by a field's last word
+NOTHING = "–"
+INDENT = "\u00a0\u00a0"  # of a name that belongs to the one above
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table: its heads (none where a row is a name and a value), its cells, remarks below it.
+
+    The first column is words, the others are numbers.
+    """
+
+    title: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+def print(result: dict[str, Any], console: Console) -> None:
+    """Prints the result: what has to be moved and done first, then what was measured."""
+    console.print(Text(heading(result), style="bold"))
+    for line in subtitle(result):
+        console.print(Text(line, style="dim"))
+    for warning in warnings(result):
+        console.print(Text(warning, style="yellow"))
+    for section in sections(result):
+        console.print()
+        console.print(Text(section.title, style="bold"))
+        console.print(_drawn(section))
+        for note in section.notes:
+            console.print(Text(note, style="dim"))
+    for note in result.get("notes") or ():
+        console.print(Text(f"- {note}"))
+
+
+def heading(result: dict[str, Any]) -> str:
+    """What was measured, in a few words: "sprites, t2v, single-stream"."""
+    model, workload, scenario = (
+        result.get(part) or {} for part in ("model", "workload", "scenario")
+    )
+    names = (model.get("name"), workload.get("task"), scenario.get("name"))
+    return ", ".join(str(name) for name in names if name) or "nuwa bench"
+
+
+def subtitle(result: dict[str, Any]) -> list[str]:
+    """Where it was measured, and when."""
+    model, machine = result.get("model") or {}, result.get("machine") or {}
+    cores = machine.get("cores")
+    what = (
+        " on ".join(str(model[name]) for name in ("precision", "backend") if model.get(name)),
+        machine.get("processor"),
+        f"{cores} core{'s' if cores != 1 else ''}" if cores else None,
+        *(_plain(gpu) for gpu in machine.get("gpus") or ()),
+        (result.get("workload") or {}).get("target"),
+    )
+    lines = (", ".join(str(each) for each in what if each), result.get("when"))
+    return [line for line in lines if line]
+
+
+def warnings(result: dict[str, Any]) -> list[str]:
+    """What must be known before a number is believed."""
+    found = []
+    if (result.get("warm_up") or {}).get("steady") is False:
+        found.append(
+            "The warm-up did not become steady: what follows may still have been drifting."
+        )
+    outcomes = result.get("outcomes") or {}
+    others = {name: number for name, number in outcomes.items() if name != "ok" and number}
+    if others:
+        named = ", ".join(f"{name} {count(number)}" for name, number in others.items())
+        total = count(sum(outcomes.values()))
+        found.append(f"{count(sum(others.values()))} of {total} requests did not end ok: {named}.")
+    return found
+
+
+def sections(result: dict[str, Any]) -> list[Section]:
+    """Every table that has rows, the card first."""
+    made = (_card, _results, _phases, _steps, _load, _outcomes, _conditions)
+    return [section for section in (make(result) for make in made) if section.rows]
+
+
+def estimate(entry: dict[str, Any] | None, unit: str) -> str:
+    """A quantile as it is shown: its value, or how many samples it needs."""
+    if entry and entry.get("needs"):
+        return f"needs {count(entry['needs'])} samples"
+    return quantity((entry or {}).get("value"), unit)
+
+
+def interval(entry: dict[str, Any], unit: str) -> str:
+    """Its 95 % interval, or nothing."""
+    return between(entry.get("low"), entry.get("high"), unit)
+
+
+def between(low: float | None, high: float | None, unit: str) -> str:
+    """42.4 .. 43.7 ms; nothing where an end is missing."""
+    if low is None or high is None:
+        return ""
+    first, last = quantity(low, unit), quantity(high, unit)
+    same = first.partition(" ")[2] == last.partition(" ")[2]
+    return f"{first.partition(' ')[0] if same else first} .. {last}"
+
+
+def quantiles(metric: dict[str, Any] | None) -> list[tuple[str, dict[str, Any]]]:
+    """The metric's quantiles by key, lowest first."""
+    found = ((metric or {}).get("quantiles") or {}).items()
+    return sorted(((key, entry or {}) for key, entry in found), key=lambda each: float(each[0]))
+
+
+def words(name: str) -> str:
+    """A field's name for people."""
+    return name.replace("_", " ")
+
+
+def _card(result: dict[str, Any]) -> Section:
+    card = result.get("card") or {}
+    rates = card.get("rates") or {}
+    rows: list[tuple[str, str | None]] = [
+        ("steps", _steps_of(card)),
+        ("rows in a step", _span(card.get("rows_per_step"))),
+        ("weights, read at every step", _given(card, "weights_bytes", "B")),
+        ("operations of a row", _given(card, "flops_per_row", "FLOP")),
+        ("cache of a sequence", _given(card, "cache_bytes_per_sequence", "B")),
+        ("a generation moves", _given(card, "generation_bytes", "B")),
+        ("a generation computes", _computes(card)),
+        ("copying, measured", _given(rates, "copy_bytes_per_second", "B/s")),
+        ("multiplying, measured", _by_rows(rates.get("gemm"), "flops_per_second", "FLOP/s")),
+        ("floor of a step", _by_rows(card.get("floor_by_rows"), "seconds", "s")),
+        ("floor of a generation", _floor(card)),
+    ]
+    return Section("What it takes", (), tuple((name, value) for name, value in rows if value))
+
+
+def _steps_of(card: dict[str, Any]) -> str | None:
+    steps, alone = card.get("steps"), card.get("one_by_one_steps")
+    if steps is None:
+        return None
+    return count(steps) + (f" (one by one: {count(alone)})" if alone else "")
+
+
+def _computes(card: dict[str, Any]) -> str | None:
+    flops, moved = card.get("generation_flops"), card.get("generation_bytes")
+    if flops is None:
+        return None
+    density = f", {quantity(flops / moved, 'FLOP/B')}" if moved else ""
+    return quantity(flops, "FLOP") + density
+
+
+def _given(part: dict[str, Any], name: str, unit: str) -> str | None:
+    return None if part.get(name) is None else quantity(part[name], unit)
+
+
+def _span(rows: list[int] | None) -> str | None:
+    if not rows:
+        return None
+    return f"{count(min(rows))} .. {count(max(rows))}, mean {sum(rows) / len(rows):.1f}"
+
+
+def _by_rows(entries: list[dict[str, Any]] | None, name: str, unit: str) -> str | None:
+    """The values of the fewest and of the most rows."""
+    known = [entry for entry in entries or () if entry.get(name) is not None and entry.get("rows")]
+    known.sort(key=lambda entry: entry["rows"])
+    ends = known[:1] + known[1:][-1:]
+    return " .. ".join(
+        f"{quantity(entry[name], unit)} ({count(entry['rows'])} "
+        f"row{'s' if entry['rows'] != 1 else ''})"
+        for entry in ends
+    )
+
+
+def _floor(card: dict[str, Any]) -> str | None:
+    """The floor, and what moving and computing would take alone, where the card says it."""
+    if card.get("floor_seconds") is None:
+        return None
+    alone = {"moving": "floor_bytes_seconds", "computing": "floor_products_seconds"}
+    parts = [f"{name} {_given(card, key, 's')}" for name, key in alone.items() if card.get(key)]
+    return quantity(card["floor_seconds"], "s") + (f" ({', '.join(parts)})" if parts else "")
+
+
+def _results(result: dict[str, Any]) -> Section:
+    metrics = (result.get("metrics") or {}).items()
+    rows = tuple(row for name, metric in metrics for row in _metric(words(name), metric or {}))
+    return Section("Results", ("metric", "value", "95 % interval", "floor", "of floor"), rows)
+
+
+def _metric(name: str, metric: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """The rows of a metric, the first with its name; the floor stands beside the median."""
+    unit, value = metric.get("unit", ""), metric.get("value")
+    floor, fraction = metric.get("floor"), metric.get("floor_fraction")
+    beside = (
+        "" if floor is None else quantity(floor, unit),
+        "" if fraction is None else share(fraction),
+    )
+    statistics = list(_statistics(metric))
+    median = any(statistic == "p50" for statistic, *_ in statistics)
+    first = beside if not median else ("", "")
+    if value is not None or metric.get("needs"):
+        yield name, estimate(metric, unit), interval(metric, unit), *first
+    elif statistics:
+        samples = metric.get("count")
+        yield name, "" if samples is None else f"{count(samples)} samples", "", *first
+    for statistic, *cells in statistics:
+        yield INDENT + statistic, *cells, *(beside if statistic == "p50" else ("", ""))
+
+
+def _statistics(metric: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    unit = metric.get("unit", "")
+    if metric.get("mean") is not None:
+        yield "mean", quantity(metric["mean"], unit), ""
+    for key, entry in quantiles(metric):
+        yield percentile(key), estimate(entry, unit), interval(entry, unit)
+    span = between(metric.get("least"), metric.get("most"), unit)
+    if span:
+        yield "range", span, ""
+    if metric.get("deviation") is not None:
+        yield "deviation", quantity(metric["deviation"], unit), ""
+
+
+def _phases(result: dict[str, Any]) -> Section:
+    phases = {name: phase for name, phase in (result.get("phases") or {}).items() if phase}
+    whole = ((result.get("metrics") or {}).get("latency") or {}).get("mean")
+    rows = [_phase(name, phase, whole) for name, phase in phases.items()]
+    total = sum(phase.get("mean") or 0.0 for phase in phases.values())
+    overlap = whole is not None and total > 1.01 * whole
+    notes = ("Phases overlap: together they are longer than a request.",) if overlap else ()
+    heads = ("phase", "samples", "mean", "p50", "p99", "most", "of latency")
+    return Section("Phases of a request", heads, tuple(rows), notes)
+
+
+def _phase(name: str, phase: dict[str, Any], whole: float | None) -> tuple[str, ...]:
+    unit, mean = phase.get("unit", "s"), phase.get("mean")
+    found = phase.get("quantiles") or {}
+    return (
+        words(name),
+        count(phase.get("count")),
+        quantity(mean, unit),
+        estimate(found.get("0.5"), unit),
+        estimate(found.get("0.99"), unit),
+        quantity(phase.get("most"), unit),
+        share(mean / whole if mean is not None and whole else None),
+    )
+
+
+def _steps(result: dict[str, Any]) -> Section:
+    steps = [step for step in result.get("steps") or () if step.get("rows") is not None]
+
+    def taken(step: dict[str, Any]) -> float:
+        return (step.get("count") or 0) * (step.get("median") or 0.0)
+
+    shown = sorted(sorted(steps, key=taken)[-STEPS:], key=lambda step: step["rows"])
+    notes: tuple[str, ...] = ()
+    if len(shown) < len(steps):
+        part = sum(map(taken, shown)) / (sum(map(taken, steps)) or 1.0)
+        notes = (f"{len(shown)} of {len(steps)} sizes, {share(part)} of the time in steps.",)
+    heads = ("rows in a step", "steps", "median", "p99", "floor", "of the floor")
+    return Section("Steps", heads, tuple(map(_step, shown)), notes)
+
+
+def _step(step: dict[str, Any]) -> tuple[str, ...]:
+    median, floor = step.get("median"), step.get("floor")
+    return (
+        count(step["rows"]),
+        count(step.get("count")),
+        quantity(median, "s"),
+        quantity(step.get("p99"), "s"),
+        quantity(floor, "s"),
+        share(floor / median if floor is not None and median else None),
+    )
+
+
+def _load(result: dict[str, Any]) -> Section:
+    points = [point for point in result.get("load") or () if point.get("rate") is not None]
+    rows = [
+        (
+            quantity(point["rate"], "1/s"),
+            quantity(point.get("achieved"), "1/s"),
+            quantity(point.get("p50"), "s"),
+            quantity(point.get("p99"), "s"),
+            _verdict(point),
+        )
+        for point in sorted(points, key=lambda point: point["rate"])
+    ]
+    return Section(
+        "Load", ("requests offered", "achieved", "p50", "p99", "target met"), tuple(rows)
+    )
+
+
+def _verdict(point: dict[str, Any]) -> str:
+    if point.get("met") is not None:
+        return "yes" if point["met"] else "no"
+    return f"needs {count(point['needed'])} more" if point.get("needed") else NOTHING
+
+
+def _outcomes(result: dict[str, Any]) -> Section:
+    outcomes = result.get("outcomes") or {}
+    total = sum(outcomes.values())
+    rows = [
+        (name, count(number), share(number / total if total else None))
+        for name, number in outcomes.items()
+    ]
+    return Section("Outcomes", ("outcome", "requests", "share"), tuple(rows))
+
+
+def _conditions(result: dict[str, Any]) -> Section:
+    """All that the numbers depend on, as it is."""
+    rows: list[tuple[str, str]] = []
+    for part in ("warm_up", "memory", "power", "model", "workload", "scenario", "machine"):
+        told = _warm_up(result) if part == "warm_up" else None
+        rows += [told] if told else _pairs(result.get(part) or {}, words(part))
+    if result.get("command"):
+        rows.append(("command", result["command"]))
+    return Section("Conditions", (), tuple(rows))
+
+
+def _warm_up(result: dict[str, Any]) -> tuple[str, str] | None:
+    warm_up = result.get("warm_up") or {}
+    if warm_up.get("requests") is None:
+        return None
+    taken = _given(warm_up, "seconds", "s")
+    steady = {True: "steady", False: "not steady"}.get(warm_up.get("steady"))
+    parts = (f"{count(warm_up['requests'])} requests", taken, steady)
+    return "warm-up", ", ".join(part for part in parts if part)
+
+
+def _pairs(part: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    """Each plain value of nested objects, named by the way to it."""
+    for name, value in part.items():
+        if isinstance(value, dict):
+            yield from _pairs(value, f"{prefix}, {words(name)}")
+        elif value is not None:
+            yield f"{prefix}, {words(name)}", _plain(value, name)
+
+
+def _plain(value: Any, name: str = "") -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        unit = next((unit for end, unit in UNITS.items() if name.endswith(end)), None)
+        if unit:
+            return quantity(value, unit)
+        return str(value) if name == "seed" or abs(value) < 10_000 else count(value)
+    if isinstance(value, dict):
+        return ", ".join(_plain(inner) for inner in value.values() if inner is not None)
+    if isinstance(value, list):
+        return ", ".join(_plain(inner) for inner in value) or "none"
+    return str(value)
+
+
+def _drawn(section: Section) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD, show_header=bool(section.heads), show_edge=False, pad_edge=False
+    )
+    for index, head in enumerate(section.heads or ("", "")):
+        numbers = index > 0 and bool(section.heads)
+        table.add_column(Text(head), justify="right" if numbers else "left", overflow="fold")
+    for row in section.rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
