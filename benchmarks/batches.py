@@ -14,7 +14,6 @@ in a process of its own. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import statistics
@@ -34,7 +33,7 @@ from nuwa.runtime.backends.device_memory import CudaMemory
 from nuwa.runtime.core import GenerationRequest
 from nuwa.runtime.engine import Engine, load_engine
 from nuwa.spec import engines
-from nuwa.spec.config import PRESETS, ModelConfig, preset
+from nuwa.spec.config import PRESETS, ModelConfig
 from nuwa.spec.grid import Grid
 from nuwa.spec.manifest import PRECISIONS
 from nuwa.spec.plan import decode_plan
@@ -66,7 +65,7 @@ def main() -> int:
     if (options.bundle is None) == (options.random is None):
         parser.error("a BUNDLE or --random, one of the two")
     with tempfile.TemporaryDirectory() as folder:
-        bundle = options.bundle or random_bundle(options, Path(folder))
+        bundle = options.bundle or made(options, Path(folder))
         if len(options.batches) > 1:
             report = measure_apart(bundle, options)
         else:
@@ -79,19 +78,13 @@ def main() -> int:
     return 0
 
 
-def random_bundle(options: argparse.Namespace, folder: Path) -> Path:
-    """For text alone: no sketch tokenizer, no visual encoder."""
-    from random_model import write_random_checkpoint
-
-    from nuwa.export.bundle import export_bundle
+def made(options: argparse.Namespace, folder: Path) -> Path:
+    """The bundle of --random, which may be there already."""
+    from nuwa.export.random_bundle import random_bundle
 
     bundle = options.keep or folder / "bundle"
     if not bundle.exists():
-        model = preset(options.random)
-        tasks = (Task.T2I, Task.T2V)
-        model = dataclasses.replace(model, sketch=None, visual=None, tasks=tasks)
-        write_random_checkpoint(folder / "checkpoint", model)
-        export_bundle(folder / "checkpoint", bundle, precision=options.precision)
+        random_bundle(options.random, bundle, options.precision)
     return bundle
 
 

@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 from ceiling import Products, products
 from hardware import hardware
-from random_model import config, write_random_checkpoint
 
 from nuwa.export.bundle import export_bundle
 from nuwa.runtime.backends.base import AUTO, BACKENDS
@@ -35,6 +34,7 @@ from nuwa.spec.grid import Grid
 from nuwa.spec.manifest import PRECISIONS
 from nuwa.spec.plan import decode_plan
 from nuwa.spec.tasks import Task
+from nuwa.training.random_model import config, write_random_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 PEER = ROOT / "build" / "peer"

@@ -1,8 +1,8 @@
 """The `nuwa` command: finds a subcommand, runs it, and tells errors in one line.
 
-serve, generate, inspect and evaluate live in commands/; train and export come from the entry point
-group `nuwa.commands`, so that runtime imports neither. A subcommand is loaded only when chosen: to
-serve needs no torch, and help should not wait for it.
+serve, generate, inspect, evaluate and bench live in commands/; train and export come from the entry
+point group `nuwa.commands`, so that runtime imports neither. A subcommand is loaded only when
+chosen: to serve needs no torch, and help should not wait for it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ BUILT_IN = {
     "serve": "answer requests over gRPC with a bundle",
     "inspect": "show what a bundle holds",
     "evaluate": "score a bundle on a data set",
+    "bench": "measure how fast a bundle or a server is",
 }
 # What is said of the commands of other folders without loading them.
 KNOWN = {

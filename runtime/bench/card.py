@@ -1,8 +1,8 @@
 """What a generation must read and compute at least, before anything is measured: its card.
 
 From the manifest and the schedules of nuwa.spec alone; no graph is opened and nothing runs. Counted
-are the decoder's steps: matrices, keys and values, conditions. Activations, norms, biases and tables
-are left out, and so are encoders and pixels: nobody can do with less.
+are the decoder's steps: matrices, keys and values, conditions. Activations, norms, biases, tables,
+encoders and pixels are not, so it cannot be done with less.
 
 Legend: T rows of a step, h, w cells of a frame.
 """
@@ -32,7 +32,7 @@ from .rates import Rates
 WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}  # of a number in a step's matrices
 CACHE_BYTES = {"fp32": 4, "fp16": 2, "int8": 4}  # of one in the caches
 SHORTEST_TEXT = 2  # tokens: where it begins and ends
-REPORTS = ("evaluation*.json", "report.json")
+REPORTS = ("evaluate*.json", "evaluation*.json", "report.json")
 SETTINGS = ("evaluator", "level", "split", "samples", "seed", "unfinished")
 FIGURES = ("model", "low", "high", "real", "reconstructed", "samples")
 
@@ -257,7 +257,7 @@ def evaluation_of(
     place, own = scores or bundle, manifest_hash(bundle)
     files = [place] if place.is_file() else _reports(place)
     if not files:
-        return None, f"there is no {' or '.join(REPORTS)} in {place}"
+        return None, f"{place} has none of {', '.join(REPORTS)}"
     tasks: dict[str, Any] = {}
     reasons = []
     for file in files:

@@ -12,7 +12,17 @@ from typing import Any
 
 from .plots import Figure, figures
 from .schema import percentile, quantity, replace, share
-from .table import Section, estimate, heading, interval, sections, subtitle, warnings, words
+from .table import (
+    INDENT,
+    Section,
+    estimate,
+    heading,
+    interval,
+    sections,
+    subtitle,
+    warnings,
+    words,
+)
 
 STYLE = """
 :root { color-scheme: light dark;
@@ -52,7 +62,8 @@ th, td { text-align: right; padding: .28rem .9rem .28rem 0; white-space: nowrap;
 tr > :last-child { padding-right: 0; }
 td { border-top: 1px solid var(--faint); vertical-align: top; } .more td { border-top: 0; }
 tbody:first-child tr:first-child td { border-top: 0; }
-.word { text-align: left; } .pairs td + td { white-space: normal; overflow-wrap: anywhere; }
+th:first-child, td:first-child, .pairs td { text-align: left; }
+.pairs td + td { white-space: normal; overflow-wrap: anywhere; }
 .pairs td:first-child { color: var(--soft); } .table .about { margin-top: .5rem; }
 ul { margin: 0; padding-left: 1.1rem; }
 svg text { font: 12px system-ui, sans-serif; fill: var(--ink); }
@@ -76,7 +87,14 @@ svg .halo { paint-order: stroke; stroke: var(--card); stroke-width: 5px; stroke-
 .c4 { fill: var(--c4); } .c5 { fill: var(--c5); } .c6 { fill: var(--c6); } .c7 { fill: var(--c7); }
 .c8 { fill: var(--c8); }
 """.strip()
-MIDDLE = ("latency", "time_to_first_frame", "time_per_frame", "realtime_factor")
+MORE = ' class="more"'  # of a row that belongs to one above
+SHOWN = (
+    ("latency", "0.5"),
+    ("latency", "0.99"),
+    ("time_to_first_frame", "0.5"),
+    ("time_per_frame", "0.5"),
+    ("realtime_factor", "0.5"),
+)
 SWATCHES = {
     "line": '<path class="{kind}" d="M1 6H19"/>',
     "dot": '<circle class="{kind}" cx="10" cy="6" r="5"/>',
@@ -120,10 +138,8 @@ def _tiles(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         floor = latency.get("floor")
         beside = "" if floor is None else f"latency's floor {quantity(floor, 's')}"
         yield "of the floor's speed", share(latency["floor_fraction"]), beside
-    for name, key in (*((name, "0.5") for name in MIDDLE[:1]), ("latency", "0.99")):
+    for name, key in SHOWN:
         yield from _quantile(name, metrics.get(name) or {}, key)
-    for name in MIDDLE[1:]:
-        yield from _quantile(name, metrics.get(name) or {}, "0.5")
 
 
 def _quantile(name: str, metric: dict[str, Any], key: str) -> Iterator[tuple[str, str, str]]:
@@ -164,25 +180,19 @@ def _swatch(kind: str) -> str:
 
 def _table(section: Section) -> str:
     def cells(row: tuple[str, ...], tag: str) -> str:
-        left = len(row) if not section.heads else section.left
-        return "".join(
-            f'<{tag} class="word">{escape(cell)}</{tag}>'
-            if index < left
-            else f"<{tag}>{escape(cell)}</{tag}>"
-            for index, cell in enumerate(row)
-        )
+        return "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row)
 
     head = f"<thead><tr>{cells(section.heads, 'th')}</tr></thead>" if section.heads else ""
-    body = "".join(f"<tr{'' if row[0] else MORE}>{cells(row, 'td')}</tr>" for row in section.rows)
+    body = "".join(
+        f"<tr{MORE if row[0].startswith(INDENT) else ''}>{cells(row, 'td')}</tr>"
+        for row in section.rows
+    )
     notes = "".join(f'<p class="about">{escape(note)}</p>' for note in section.notes)
     kind = "" if section.heads else ' class="pairs"'
     return (
         f'<div class="table"><h2>{escape(section.title)}</h2><div class="scroll">'
         f"<table{kind}>{head}<tbody>{body}</tbody></table></div>{notes}</div>"
     )
-
-
-MORE = ' class="more"'  # of a row that goes on with the one above
 
 
 def _notes(result: dict[str, Any]) -> str:

@@ -190,8 +190,8 @@ def describe(hardware: Hardware | None = None) -> dict[str, Any]:
     cpuinfo = _cpuinfo(hardware)
     return {
         "processor": _processor(cpuinfo),
-        "cores": os.cpu_count(),
-        "usable_cores": _usable_cores(),
+        "cores": usable_cores(),
+        "machine_cores": os.cpu_count(),
         "cpu_quota_cores": cpu_quota(hardware),
         "instruction_sets": _instruction_sets(cpuinfo),
         "last_level_cache_bytes": last_level_cache(hardware),
@@ -456,10 +456,11 @@ def _instruction_sets(cpuinfo: dict[str, str]) -> list[str]:
     return [name for name, any_of in INSTRUCTION_SETS.items() if flags.intersection(any_of)]
 
 
-def _usable_cores() -> int | None:
+def usable_cores() -> int:
+    """Those that this process may run on; a quota of its time is another matter."""
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+    return os.cpu_count() or 1
 
 
 def _load_average() -> list[float] | None:
@@ -502,7 +503,7 @@ def _power_mode(hardware: Hardware) -> str | None:
     now = re.search(r"pmode:(\d+)", hardware.text("/var/lib/nvpmodel/status") or "")
     now = now or re.search(r"PM_CONFIG DEFAULT=(\d+)", table)
     names = {int(m[1]): m[2] for m in re.finditer(r"POWER_MODEL ID=(\d+) NAME=(\S+)", table)}
-    return None if now is None else names.get(int(now[1]), now[1])
+    return None if now is None else names.get(int(now[1]), str(int(now[1])))
 
 
 def _peak_of_process(hardware: Hardware) -> int | None:

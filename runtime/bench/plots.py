@@ -6,8 +6,9 @@ Every coordinate lies within the viewBox: axes end where their data do, and beyo
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -15,17 +16,21 @@ from typing import Any
 import numpy as np
 
 from .schema import PREFIXES, count, percentile, quantity, share
-from .table import interval, quantiles, words
+from .table import between, interval, quantiles, words
 
 WIDTH, LEFT, RIGHT = 640, 64, 620  # of a picture; where its axes begin and end
 CHARACTER = 7.2  # width of one, in the 12 units high type of ticks
 GAP = 12  # between labels
+TICKS = 10  # on an axis, at most
 WIDE = 8  # largest over least value from which an axis is logarithmic
 BINS = (6, 60)
 CURVE = 300  # points of a distribution that are drawn
 REQUESTS = 50
 PHASES = ("queue", "encode", "decode", "pixels", "ranking", "client")  # have colours of their own
 COLOURS = 9
+
+Part = dict[str, Any]
+Flag = tuple[float, str, str]  # place, text, class
 
 
 @dataclass(frozen=True)
@@ -40,13 +45,19 @@ class Figure:
 
 @dataclass(frozen=True)
 class Axis:
-    """Takes values of low .. high to places of start .. end."""
+    """Takes values of low .. high to places of start .. end; its ticks show factor times a value."""
 
     low: float
     high: float
     start: float
     end: float
     log: bool = False
+    factor: float = 1.0
+
+    @property
+    def seconds(self) -> str:
+        """The unit of an axis whose values are seconds."""
+        return "s" if self.factor == 1 else "ms"
 
     def at(self, value: float) -> float:
         """What lies outside is put at the end that is nearer."""
@@ -54,325 +65,333 @@ class Axis:
         part = min(max((here - low) / (high - low), 0.0), 1.0)
         return self.start + part * (self.end - self.start)
 
-    def ticks(self, room: Callable[[list[float]], float]) -> list[float]:
-        """Round values that are at least room(values) apart; as many as there can be, up to ten."""
+    def value(self, place: float) -> float:
+        """What is put there."""
+        low, high = self._even(self.low), self._even(self.high)
+        here = low + (place - self.start) / (self.end - self.start) * (high - low)
+        return 10.0**here if self.log else here
 
-        def fit(values: list[float]) -> bool:
-            places = [self.at(value) for value in values]
-            gaps = [abs(b - a) for a, b in zip(places, places[1:], strict=False)]
-            return len(values) <= 10 and min(gaps, default=math.inf) >= room(values)
-
-        fitting = [values for values in self._powers() if fit(values)] if self.log else []
+    def ticks(self, room: Callable[[list[str]], float]) -> dict[float, str]:
+        """Texts by place: round numbers at least room(texts) apart, as many as there can be."""
+        fitting = [marks for marks in self._marks(self._powers()) if _fit(marks, room)]
         if max(map(len, fitting), default=0) < 3:
-            fitting += [values for values in self._multiples() if fit(values)]
-        return max(fitting, key=len, default=[])
+            fitting += [marks for marks in self._marks(self._multiples()) if _fit(marks, room)]
+        return max(fitting, key=len, default={})
 
     def _even(self, value: float) -> float:
         return math.log10(max(value, 1e-12)) if self.log else value
 
-    def _multiples(self) -> Iterable[list[float]]:
-        power = 10.0 ** math.floor(math.log10(self.high - self.low))
+    def _marks(self, choices: Iterable[list[float]]) -> Iterator[dict[float, str]]:
+        for numbers in choices:
+            yield {self.at(number / self.factor): _tick(number) for number in numbers}
+
+    def _multiples(self) -> Iterator[list[float]]:
+        low, high = self.low * self.factor, self.high * self.factor
+        power = 10.0 ** math.floor(math.log10(high - low))
         for step in (factor * power for factor in (0.05, 0.1, 0.2, 0.25, 0.5, 1, 2, 5, 10)):
-            first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+            first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
             yield [index * step for index in range(first, last + 1)]
 
-    def _powers(self) -> Iterable[list[float]]:
-        first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+    def _powers(self) -> Iterator[list[float]]:
+        """Of ten, with 2 and 5 times them or without, or only some; none of an even axis."""
+        low, high = self.low * self.factor, self.high * self.factor
         for factors, stride in (((1, 2, 5), 1), ((1,), 1), ((1,), 2), ((1,), 3), ((1,), 6)):
-            powers = range(first - first % stride, last + 1, stride)
-            values = [factor * 10.0**power for power in powers for factor in factors]
-            yield [value for value in values if self.low <= value * 1.000001 <= self.high * 1.00001]
+            if self.log:
+                first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+                powers = range(first - first % stride, last + 1, stride)
+                numbers = [factor * 10.0**power for power in powers for factor in factors]
+                yield [
+                    number for number in numbers if low <= number * (1 + 1e-9) <= high * (1 + 2e-9)
+                ]
 
 
-def axis(values: Iterable[float], start: float, end: float, *, log: bool, zero: bool) -> Axis:
-    """One on which all values lie, with some room; zero: from 0, where it is not logarithmic."""
+def axis(
+    values: Iterable[float],
+    start: float,
+    end: float,
+    *,
+    log: bool = False,
+    zero: bool = True,
+    seconds: bool = False,
+) -> Axis:
+    """One on which all values lie, with some room. zero: from 0, where it is not logarithmic;
+    seconds: the values are, and are shown in ms if all are below one.
+    """
     known = list(values)
     low, high = min(known), max(known)
+    factor = 1000.0 if seconds and high < 1 else 1.0
     if log:
         slack = max((high / low) ** 0.04, 1.1)
-        return Axis(low / slack, high * slack, start, end, True)
+        return Axis(low / slack, high * slack, start, end, True, factor)
     slack = 0.04 * (high - (0.0 if zero else low)) or 0.05 * abs(high) or 1.0
-    return Axis(0.0 if zero else max(low - slack, 0.0), high + slack, start, end)
+    low = 0.0 if zero else max(low - slack, 0.0)
+    return Axis(low, high + slack, start, end, False, factor)
 
 
-def figures(result: dict[str, Any]) -> list[Figure]:
+def figures(result: Part) -> list[Figure]:
     """Every picture that has data."""
     made = (phases(result), distribution(result), load(result), roofline(result), timeline(result))
     return [figure for figure in made if figure]
 
 
-def phases(result: dict[str, Any]) -> Figure | None:
+def phases(result: Part) -> Figure | None:
     """The mean of each phase, one after the other, beside the mean latency."""
     given = (result.get("phases") or {}).items()
     means = {name: phase["mean"] for name, phase in given if phase and phase.get("mean")}
     if not means:
         return None
-    whole = ((result.get("metrics") or {}).get("latency") or {}).get("mean")
-    total = sum(means.values())
-    factor, unit = _time(max(total, whole or 0.0))
-    x, top, bottom = Axis(0.0, factor * max(total, whole or 0.0), LEFT, RIGHT), 40.0, 88.0
-    colours, marks, done = _colours(result), "", 0.0
-    for name, mean in means.items():
-        begin, finish = x.at(factor * done), x.at(factor * (done + mean))
-        tip = f"{words(name)} {quantity(mean, 's')}, {share(mean / total)} of all phases"
-        marks += _rect(begin, top, finish - begin, bottom - top, colours[name], tip)
-        done += mean
-    if whole and whole > done:
-        rest = f"in no phase {quantity(whole - done, 's')}"
-        begin = x.at(factor * done)
-        marks += _rect(begin, top, RIGHT - begin, bottom - top, "area rest", rest)
-    if whole:
-        label = f"mean latency {quantity(whole, 's')}"
-        at = x.at(factor * whole)
-        (place,) = apart([at], [_width(label)], LEFT, RIGHT)
-        marks += _line(at, 30, at, bottom, "mark") + _text(place, 22, label, "middle", "label")
-    key = tuple(
-        (colours[name], f"{words(name)} {quantity(mean, 's')}") for name, mean in means.items()
-    )
-    return Figure(
+    total, whole = sum(means.values()), _metric(result, "latency").get("mean") or 0.0
+    x = axis([total, whole], LEFT, RIGHT, seconds=True)
+    colours = _colours(result)
+    told = {name: f"{words(name)} {quantity(mean, 's')}" for name, mean in means.items()}
+    bars = ""
+    for (name, mean), end in zip(means.items(), itertools.accumulate(means.values()), strict=True):
+        tip = f"{told[name]}, {share(mean / total)} of all phases"
+        bars += _bar(x, end - mean, end, 40, 48, colours[name], tip)
+    if whole > total:
+        rest = f"in no phase {quantity(whole - total, 's')}"
+        bars += _bar(x, total, whole, 40, 48, "area rest", rest)
+    mean = [(x.at(whole), f"mean latency {quantity(whole, 's')}", "mark")] if whole else []
+    return _figure(
         "Where a request's time goes",
-        _svg("Phases", 132, _below(x, 34.0, bottom, f"time, {unit}"), marks),
-        key,
+        132,
+        (_below(x, 34, 88, f"time, {x.seconds}"), bars, _flags(mean, 20, 34, 88)),
+        [(colours[name], text) for name, text in told.items()],
         "Means of the phases one after the other, and the mean latency.",
     )
 
 
-def distribution(result: dict[str, Any], name: str = "latency") -> Figure | None:
+def distribution(result: Part, name: str = "latency") -> Figure | None:
     """How many requests took how long, and which share took at most so long, of a metric in s."""
     rounds = (result.get("rounds") or {}).get(name) or []
     seconds = [value for each in rounds for value in each or () if value is not None]
     if not seconds:
         return None
-    metric = (result.get("metrics") or {}).get(name) or {}
+    metric = _metric(result, name)
     known = [(key, entry) for key, entry in quantiles(metric) if entry.get("value") is not None]
-    floor = metric.get("floor")
-    factor, unit = _time(max(seconds))
-    reach = [*seconds, *(entry["value"] for _, entry in known), *([] if floor is None else [floor])]
-    log = min(reach) > 0 and max(reach) > WIDE * min(reach)
-    x = axis((factor * value for value in reach), LEFT, RIGHT, log=log, zero=False)
-    values = np.array(seconds) * factor
-    counts, edges = _histogram(values, x)
-    top, middle, upper, bottom = 52.0, 172.0, 200.0, 320.0
-    y_count = Axis(0.0, max(counts) * 1.05, middle, top)
-    y_share = Axis(0.0, 1.0, bottom, upper)
-
-    bars = ""
-    for number, begin, finish in zip(counts, edges, edges[1:], strict=False):
-        height = y_count.at(number)
-        bars += _rect(
-            begin, height, max(finish - begin - 1, 1), middle - height, "bar", count(number)
-        )
-    marks, labels = "", []
-    if floor is not None:
-        labels.append((x.at(factor * floor), f"floor {quantity(floor, 's')}", "floor"))
-    for key, entry in known:
-        place, height = x.at(factor * entry["value"]), y_share.at(float(key))
-        if entry.get("low") is not None and entry.get("high") is not None:
-            low, high = x.at(factor * entry["low"]), x.at(factor * entry["high"])
-            marks += _line(low, height, high, height, "whisker")
-        tip = f"{percentile(key)} {quantity(entry['value'], 's')} ({interval(entry, 's') or '?'})"
-        marks += _dot(place, height, 3.5, "dot", tip)
-        labels.append((place, f"{percentile(key)} {quantity(entry['value'], 's')}", "mark"))
-    frame = (
-        _beside(y_count, _tick)
-        + _beside(y_share, lambda value: f"{100 * value:.0f} %")
-        + _below(x, top, bottom, f"{words(name)}, {unit}")
-        + _line(LEFT, middle, RIGHT, middle, "axis")
-    )
-    names = _text(LEFT, 14, "requests", "start", "name") + _text(
-        LEFT, upper - 8, "share of requests that took at most so long", "start", "name halo"
-    )
-    curve = f'<path class="line curve" d="{_steps(values, x, y_share)}"/>'
-    refused = [
-        f"{percentile(key)} needs {count(entry['needs'])} samples"
-        for key, entry in quantiles(metric)
-        if entry.get("needs")
-    ]
-    about = [f"{count(len(seconds))} requests; lines through points: 95 % intervals", *refused]
-    return Figure(
+    marked = [("floor", metric["floor"], "floor")] if metric.get("floor") is not None else []
+    marked += [(percentile(key), entry["value"], "mark") for key, entry in known]
+    reach = [*seconds, *(value for _, value, _ in marked)]
+    x = axis(reach, LEFT, RIGHT, log=_wide(reach), zero=False, seconds=True)
+    y = Axis(0.0, 1.0, 320, 200, factor=100)
+    flags = [(x.at(value), f"{what} {quantity(value, 's')}", kind) for what, value, kind in marked]
+    names = _text(LEFT, 14, "requests", "start", "name")
+    names += _text(LEFT, 192, "% of requests that took at most so long", "start", "name halo")
+    frame = _below(x, 52, 320, f"{words(name)}, {x.seconds}") + _beside(y)
+    marks = _histogram(seconds, x, 172, 52) + _flags(flags, 34, 52, 320)
+    marks += _curve(seconds, x, y) + "".join(_quantile(x, y, *each) for each in known)
+    return _figure(
         words(name).capitalize(),
-        _svg(
-            "Distribution", 362, frame, bars, _flags(labels, 34, top, bottom), curve, marks, names
-        ),
-        (("area bar", "requests"), ("line curve", "share")),
-        "; ".join(about) + ".",
+        362,
+        (frame, marks, names),
+        [("area bar", "requests"), ("line curve", "% of requests")],
+        "; ".join(_remarks(len(seconds), metric)) + ".",
     )
 
 
-def load(result: dict[str, Any]) -> Figure | None:
+def _remarks(number: int, metric: Part) -> list[str]:
+    refused = [(key, entry["needs"]) for key, entry in quantiles(metric) if entry.get("needs")]
+    return [f"{count(number)} requests", "lines through points: 95 % intervals"] + [
+        f"{percentile(key)} needs {count(needs)} samples" for key, needs in refused
+    ]
+
+
+def _quantile(x: Axis, y: Axis, key: str, entry: Part) -> str:
+    """A point on the distribution, and its interval."""
+    height, whisker = y.at(float(key)), ""
+    if entry.get("low") is not None and entry.get("high") is not None:
+        whisker = _line(x.at(entry["low"]), height, x.at(entry["high"]), height, "whisker")
+    tip = f"{percentile(key)} {quantity(entry['value'], 's')} {interval(entry, 's')}".strip()
+    return whisker + _dot(x.at(entry["value"]), height, 3.5, "dot", tip)
+
+
+def _histogram(values: Sequence[float], x: Axis, bottom: float, top: float) -> str:
+    """Bars and their axis."""
+    counts, edges = _bins(np.array([x.at(value) for value in values]))
+    y = Axis(0.0, 1.05 * max(counts), bottom, top)
+    bars = ""
+    for number, begin, end in zip(counts, edges, edges[1:], strict=False):
+        tip = f"{count(number)} requests of {between(x.value(begin), x.value(end), 's')}"
+        height = bottom - y.at(number)
+        bars += _rect(begin, y.at(number), max(end - begin - 1, 1), height, "area bar", tip)
+    return _beside(y) + bars + _line(LEFT, bottom, RIGHT, bottom, "axis")
+
+
+def _bins(places: np.ndarray) -> tuple[list[int], list[float]]:
+    """(counts, edges); as many as Freedman and Diaconis' rule says."""
+    if np.ptp(places) < 1:
+        return [len(places)], [places[0] - 4, places[0] + 4]
+    quarter, three = np.quantile(places, (0.25, 0.75))
+    wide = 2 * (three - quarter) / len(places) ** (1 / 3)
+    counts, edges = np.histogram(
+        places, int(np.clip(np.ptp(places) / wide if wide else BINS[1], *BINS))
+    )
+    return counts.tolist(), edges.tolist()
+
+
+def _curve(values: Sequence[float], x: Axis, y: Axis) -> str:
+    """The empirical distribution function, in CURVE of its steps where it has more."""
+    ordered, number = sorted(values), len(values)
+    picked = np.unique(np.linspace(0, number - 1, min(number, CURVE)).astype(int))
+    steps = (f"H{x.at(ordered[i]):.1f}V{y.at((i + 1) / number):.1f}" for i in picked)
+    begin = f"M{x.at(ordered[0]):.1f} {y.at(0):.1f}"
+    return f'<path class="line curve" d="{begin}{"".join(steps)}H{RIGHT}"/>'
+
+
+def load(result: Part) -> Figure | None:
     """Latency over the rate of requests, with the bound that was to be kept."""
-    points = sorted(
-        (each for each in result.get("load") or () if each.get("rate") is not None),
-        key=lambda each: each["rate"],
-    )
-    scenario = result.get("scenario") or {}
-    bound, level = scenario.get("slo_seconds"), percentile(scenario.get("slo_quantile") or "0.99")
-    series = {
-        name: [(each, each[name]) for each in points if each.get(name)] for name in ("p50", "p99")
-    }
-    heights = [value for line in series.values() for _, value in line]
+    points = [each for each in result.get("load") or () if each.get("rate") is not None]
+    points.sort(key=lambda each: each["rate"])
+    bound = (result.get("scenario") or {}).get("slo_seconds")
+    heights = [each[name] for each in points for name in ("p50", "p99") if each.get(name)]
     if not heights:
         return None
     heights += [bound] if bound else []
-    factor, unit = _time(max(heights))
-    log = max(heights) > WIDE * min(heights)
-    x = axis((each["rate"] for each in points), LEFT, RIGHT, log=False, zero=True)
-    y = axis((factor * value for value in heights), 300.0, 48.0, log=log, zero=True)
-    marks = ""
-    for (name, line), colour in zip(series.items(), ("line p50", "line p99"), strict=True):
-        places = [(x.at(each["rate"]), y.at(factor * value)) for each, value in line]
-        marks += _path(places, colour)
-        for (each, value), (across, down) in zip(line, places, strict=True):
-            tip = (
-                f"{quantity(each['rate'], '1/s')} offered, "
-                f"{quantity(each.get('achieved'), '1/s')} achieved: {name} {quantity(value, 's')}"
-            )
-            kind = f"{colour.removeprefix('line ')} {'missed' if each.get('met') is False else ''}"
-            marks += _dot(across, down, 4, f"dot {kind}".strip(), tip)
-    best = max((each["rate"] for each in points if each.get("met")), default=None)
-    kept = (
-        ""
-        if best is None
-        else _flags([(x.at(best), f"{quantity(best, '1/s')} kept", "mark")], 34, 48, 300)
-    )
-    if bound:
-        height = y.at(factor * bound)
-        kept += _line(LEFT, height, RIGHT, height, "slo")
-        marks += _text(
-            LEFT + 6, height - 6, f"{level} at most {quantity(bound, 's')}", "start", "label halo"
-        )
+    x = axis((each["rate"] for each in points), LEFT, RIGHT)
+    y = axis(heights, 300, 48, log=_wide(heights), seconds=True)
+    kept = [each["rate"] for each in points if each.get("met")][-1:]
+    flags = [(x.at(rate), f"{quantity(rate, '1/s')} kept", "mark") for rate in kept]
     key = [("line p50", "p50"), ("line p99", "p99")]
-    key += [("dot missed", "bound not kept")] if any(p.get("met") is False for p in points) else []
-    frame = _beside(y, _tick) + _below(x, 48, 300, "requests offered, 1/s")
-    names = _text(LEFT, 14, f"latency, {unit}", "start", "name")
-    return Figure("Latency against load", _svg("Load", 344, frame, kept, marks, names), tuple(key))
+    if any(each.get("met") is False for each in points):
+        key.append(("dot missed", "bound not kept"))
+    frame = _beside(y) + _below(x, 48, 300, "requests offered, 1/s")
+    marks = _flags(flags, 34, 48, 300) + _series(points, "p50", x, y) + _series(points, "p99", x, y)
+    names = _text(LEFT, 14, f"latency, {y.seconds}", "start", "name")
+    above = _bound(result["scenario"], y) if bound else ""
+    return _figure("Latency against load", 344, (frame, marks, above, names), key)
 
 
-def roofline(result: dict[str, Any]) -> Figure | None:
+def _series(points: Sequence[Part], name: str, x: Axis, y: Axis) -> str:
+    known = [each for each in points if each.get(name)]
+    places = [(x.at(each["rate"]), y.at(each[name])) for each in known]
+    dots = ""
+    for each, place in zip(known, places, strict=True):
+        offered, achieved = (quantity(each.get(rate), "1/s") for rate in ("rate", "achieved"))
+        tip = f"{offered} offered, {achieved} achieved: {name} {quantity(each[name], 's')}"
+        dots += _dot(*place, 4, f"dot {name}{' missed' if each.get('met') is False else ''}", tip)
+    return _path(places, f"line {name}") + dots
+
+
+def _bound(scenario: Part, y: Axis) -> str:
+    seconds = scenario["slo_seconds"]
+    height, level = y.at(seconds), percentile(scenario.get("slo_quantile") or "0.99")
+    text = f"{level} at most {quantity(seconds, 's')}"
+    return _line(LEFT, height, RIGHT, height, "slo") + _text(
+        LEFT + 6, height - 6, text, "start", "label halo"
+    )
+
+
+def roofline(result: Part) -> Figure | None:
     """What steps of each size achieve, below the roof that the floor of their time is.
 
     In FLOP/s where the card says what a row takes, else in rows a second.
     """
     card = result.get("card") or {}
-    known = [each for each in result.get("steps") or () if each.get("rows") and each.get("median")]
-    if not known:
+    steps = [each for each in result.get("steps") or () if each.get("rows") and each.get("median")]
+    if not steps:
         return None
-    flops = card.get("flops_per_row")
-    each_row, unit = (flops, "FLOP/s") if flops else (1.0, "rows/s")
-
-    def rate(rows: float, seconds: float) -> float:
-        return rows * each_row / seconds
-
-    roof = [
-        (each["rows"], rate(each["rows"], each["seconds"]))
-        for each in card.get("floor_by_rows") or ()
-        if each.get("rows") and each.get("seconds")
-    ] or [(each["rows"], rate(each["rows"], each["floor"])) for each in known if each.get("floor")]
-    gemm = [
-        (each["rows"], each["flops_per_second"])
-        for each in (card.get("rates") or {}).get("gemm") or ()
-        if flops and each.get("rows") and each.get("flops_per_second")
+    flops, most = card.get("flops_per_row"), 2 * max(each["rows"] for each in steps)
+    gemm = (card.get("rates") or {}).get("gemm") or () if flops else ()
+    floors = _rates(card.get("floor_by_rows") or (), "seconds", flops or 1.0)
+    lines = {
+        "line roof": floors or _rates(steps, "floor", flops or 1.0),
+        "line gemm": [
+            (each["rows"], each["flops_per_second"])
+            for each in sorted(gemm, key=lambda each: each["rows"])
+            if each["rows"] <= most and each.get("flops_per_second")
+        ],
+    }
+    reached = _rates(steps, "median", flops or 1.0)
+    known = [*reached, *_rates(steps, "p99", flops or 1.0), *itertools.chain(*lines.values())]
+    x = axis((rows for rows, _ in known), LEFT, RIGHT, log=True)
+    y = axis((rate for _, rate in known), 320, 30, log=True)
+    drawn = [
+        _path([(x.at(rows), y.at(rate)) for rows, rate in line], kind)
+        for kind, line in lines.items()
     ]
-    rows = [each["rows"] for each in known]
-    heights = [rate(each["rows"], each["median"]) for each in known]
-    slow = [rate(each["rows"], each.get("p99") or each["median"]) for each in known]
-    lines = {"line roof": sorted(roof), "line gemm": sorted(gemm)}
-    x = axis(
-        [*rows, *(r for line in lines.values() for r, _ in line)], LEFT, RIGHT, log=True, zero=False
-    )
-    y = axis(
-        [*heights, *slow, *(v for line in lines.values() for _, v in line)],
-        320.0,
-        30.0,
-        log=True,
-        zero=False,
-    )
-    taken = [(each.get("count") or 1) * each["median"] for each in known]
-    marks = "".join(
-        _path([(x.at(r), y.at(value)) for r, value in line], kind) for kind, line in lines.items()
-    )
-    for each, height, low, time in zip(known, heights, slow, taken, strict=True):
-        across, part = x.at(each["rows"]), time / sum(taken)
-        floor = each.get("floor")
-        told = "" if floor is None else f", {share(floor / each['median'])} of the floor"
-        tip = (
-            f"{count(each['rows'])} rows: median {quantity(each['median'], 's')}{told}, "
-            f"{share(part)} of the time in steps"
-        )
-        marks += _line(across, y.at(height), across, y.at(low), "whisker")
-        marks += _dot(across, y.at(height), 3 + 8 * math.sqrt(part), "dot step", tip)
-    frame = _beside(y, _tick) + _below(x, 30, 320, "rows in a step")
-    names = _text(LEFT, 14, unit, "start", "name")
-    key = [("dot step", "steps; area: share of the time; line: down to p99")]
-    key += [("line roof", "floor")] if len(roof) > 1 else []
-    key += [("line gemm", "matrix multiplication alone")] if len(gemm) > 1 else []
-    return Figure(
+    frame = _beside(y) + _below(x, 30, 320, "rows in a step")
+    names = _text(LEFT, 14, "FLOP/s" if flops else "rows/s", "start", "name")
+    told = {"line roof": "floor", "line gemm": "matrix multiplication alone"}
+    return _figure(
         "Steps below their roof",
-        _svg("Roofline", 362, frame, marks, names),
-        tuple(key),
+        362,
+        (frame, *drawn, _steps(steps, x, y, flops or 1.0), names),
+        [("dot step", "steps; area: share of the time; line: down to p99")]
+        + [(kind, text) for kind, text in told.items() if len(lines[kind]) > 1],
         "The slope is what memory allows, the flat part what arithmetic does.",
     )
 
 
-def timeline(result: dict[str, Any]) -> Figure | None:
+def _rates(entries: Iterable[Part], name: str, each_row: float) -> list[tuple[float, float]]:
+    """(rows, rate) where so many rows take the seconds of that name; by rows."""
+    known = [(each["rows"], each[name]) for each in entries if each.get("rows") and each.get(name)]
+    return [(rows, rows * each_row / seconds) for rows, seconds in sorted(known)]
+
+
+def _steps(steps: Sequence[Part], x: Axis, y: Axis, each_row: float) -> str:
+    taken = [(each.get("count") or 1) * each["median"] for each in steps]
+    marks = ""
+    for each, time in zip(steps, taken, strict=True):
+        rows, median, part = each["rows"], each["median"], time / sum(taken)
+        reached, least = (
+            rows * each_row / (each.get(name) or median) for name in ("median", "p99")
+        )
+        floor = each.get("floor")
+        of_floor = "" if floor is None else f", {share(floor / median)} of the floor"
+        tip = f"{count(rows)} rows: median {quantity(median, 's')}{of_floor}, "
+        tip += f"{share(part)} of the time in steps"
+        marks += _line(x.at(rows), y.at(reached), x.at(rows), y.at(least), "whisker")
+        marks += _dot(x.at(rows), y.at(reached), 3 + 8 * math.sqrt(part), "dot step", tip)
+    return marks
+
+
+def timeline(result: Part) -> Figure | None:
     """Requests one below the other, each with its phases; what overlaps is drawn half as high."""
     given = (result.get("timeline") or {}).get("requests") or ()
     known = [each for each in given if _spanned([each.get("start"), each.get("end")])]
     known = sorted(known, key=lambda each: each["start"])[:REQUESTS]
     if not known:
         return None
-    factor, unit = _time(max(each["end"] for each in known))
-    x = axis(
-        (factor * each[end] for each in known for end in ("start", "end")),
-        LEFT,
-        RIGHT,
-        log=False,
-        zero=True,
-    )
-    top, row = 26.0, min(max(380 / len(known), 9.0), 20.0)
-    bottom = top + row * len(known)
-    colours, marks, seen = _colours(result), "", dict[str, str]()
+    x = axis((each["end"] for each in known), LEFT, RIGHT, seconds=True)
+    row = min(max(380 / len(known), 9.0), 20.0)
+    bottom, every = 26 + row * len(known), 1 if row >= 15 else 5
+    colours = _colours(result)
+    marks = ""
     for index, each in enumerate(known):
-        above, high = top + row * index + 1, row - 2
-        span = _since(each["start"], each["end"])
-        begin, finish = x.at(factor * each["start"]), x.at(factor * each["end"])
-        marks += _rect(
-            begin, above, finish - begin, high, "area span", f"request {index + 1}, {span}"
-        )
-        until = -math.inf
-        pieces = [
-            (name, piece) for name, piece in (each.get("phases") or {}).items() if _spanned(piece)
-        ]
-        for name, (start, end) in sorted(pieces, key=lambda piece: piece[1][0]):
-            over = start < until - 1e-9
-            begin, finish = x.at(factor * start), x.at(factor * end)
-            tip = f"request {index + 1}, {words(name)} {_since(start, end)}"
-            marks += _rect(
-                begin,
-                above + (high / 2 if over else 0),
-                finish - begin,
-                high / 2 if over else high,
-                colours[name],
-                tip,
-            )
-            seen[name] = colours[name]
-            until = max(until, end)
-    every = 1 if row >= 15 else 5
-    numbers = "".join(
-        _text(LEFT - 8, top + row * (index + 0.5) + 4, str(index + 1), "end", "tick")
-        for index in range(len(known))
-        if index == 0 or (index + 1) % every == 0
-    )
-    frame = _below(x, top, bottom, f"time since the start, {unit}")
-    names = _text(LEFT, 14, "request", "end", "name")
-    key = [(colour, words(name)) for name, colour in seen.items()] + [("area span", "in no phase")]
-    shown = f"The first {len(known)} of {len(given)} requests" if len(known) < len(given) else ""
-    return Figure(
+        number, top = index + 1, 26 + row * index
+        marks += _request(each, number, x, top + 1, row - 2, colours)
+        if number == 1 or number % every == 0:
+            marks += _text(LEFT - 8, top + row / 2 + 4, str(number), "end", "tick")
+    seen = [name for name in colours if any(name in (each.get("phases") or {}) for each in known)]
+    few = len(known) < len(given)
+    return _figure(
         "Requests over time",
-        _svg("Timeline", round(bottom + 42), frame, marks, numbers, names),
-        tuple(key),
-        shown,
+        round(bottom + 42),
+        (
+            _below(x, 26, bottom, f"time since the start, {x.seconds}"),
+            marks,
+            _text(LEFT, 14, "request", "start", "name"),
+        ),
+        [*((colours[name], words(name)) for name in seen), ("area span", "in no phase")],
+        f"The first {len(known)} of {len(given)} requests." if few else "",
     )
+
+
+def _request(
+    each: Part, number: int, x: Axis, top: float, height: float, colours: dict[str, str]
+) -> str:
+    def bar(what: str, begin: float, end: float, half: bool, kind: str) -> str:
+        tip = f"request {number}{what}, {between(begin, end, 's')}"
+        high = height / 2 if half else height
+        return _bar(x, begin, end, top + height - high, high, kind, tip)
+
+    spans = (each.get("phases") or {}).items()
+    known = sorted((*span, name) for name, span in spans if _spanned(span))
+    marks, until = bar("", each["start"], each["end"], False, "area span"), -math.inf
+    for begin, end, name in known:
+        marks += bar(f" {words(name)}", begin, end, begin < until - 1e-9, colours[name])
+        until = max(until, end)
+    return marks
 
 
 def apart(
@@ -394,9 +413,7 @@ def apart(
     return places
 
 
-def _flags(
-    labels: Sequence[tuple[float, str, str]], height: float, top: float, bottom: float
-) -> str:
+def _flags(labels: Sequence[Flag], height: float, top: float, bottom: float) -> str:
     """Upright lines at places, each with its label above and a class."""
     widths = [_width(text) for _, text, _ in labels]
     centres = apart([place for place, _, _ in labels], widths, LEFT, RIGHT)
@@ -408,24 +425,12 @@ def _flags(
     )
 
 
-def _histogram(values: np.ndarray, x: Axis) -> tuple[list[int], list[float]]:
-    """(counts, places of their edges); as many bins as Freedman and Diaconis' rule says."""
-    places = np.array([x.at(value) for value in values])
-    if np.ptp(places) < 1:
-        return [len(places)], [places[0] - 4, places[0] + 4]
-    quarter, three = np.quantile(places, (0.25, 0.75))
-    wide = 2 * (three - quarter) / len(places) ** (1 / 3)
-    bins = int(np.clip(np.ptp(places) / wide if wide else BINS[1], *BINS))
-    counts, edges = np.histogram(places, bins)
-    return counts.tolist(), edges.tolist()
+def _metric(result: Part, name: str) -> Part:
+    return (result.get("metrics") or {}).get(name) or {}
 
 
-def _steps(values: np.ndarray, x: Axis, y: Axis) -> str:
-    """The empirical distribution function, in CURVE of its steps where it has more."""
-    ordered, number = np.sort(values), len(values)
-    picked = np.unique(np.linspace(0, number - 1, min(number, CURVE)).astype(int))
-    steps = (f"H{x.at(ordered[i]):.1f}V{y.at((i + 1) / number):.1f}" for i in picked)
-    return f"M{x.at(ordered[0]):.1f} {y.at(0):.1f}{''.join(steps)}H{RIGHT}"
+def _wide(values: Sequence[float]) -> bool:
+    return 0 < WIDE * min(values) < max(values)
 
 
 def _colours(result: dict[str, Any]) -> dict[str, str]:
@@ -441,17 +446,8 @@ def _colours(result: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _time(most: float) -> tuple[float, str]:
-    """What seconds are multiplied by for an axis that goes so far, and the unit."""
-    return (1000.0, "ms") if most < 1 else (1.0, "s")
-
-
 def _spanned(pair: Sequence[float | None] | None) -> bool:
     return pair is not None and len(pair) == 2 and None not in pair
-
-
-def _since(start: float, end: float) -> str:
-    return f"{quantity(start, 's')} .. {quantity(end, 's')}"
 
 
 def _tick(value: float) -> str:
@@ -463,30 +459,47 @@ def _width(text: str) -> float:
     return CHARACTER * len(text)
 
 
+def _fit(marks: dict[float, str], room: Callable[[list[str]], float]) -> bool:
+    gaps = [abs(b - a) for a, b in itertools.pairwise(marks)]
+    return len(marks) <= TICKS and min(gaps, default=math.inf) >= room(list(marks.values()))
+
+
 def _below(x: Axis, top: float, bottom: float, name: str) -> str:
     """The axis at the bottom of a picture: lines upwards, numbers and its name below."""
-    values = x.ticks(lambda values: max((_width(_tick(v)) for v in values), default=0.0) + GAP)
-    marks = "".join(
-        _line(x.at(value), top, x.at(value), bottom, "grid")
-        + _text(x.at(value), bottom + 18, _tick(value), "middle", "tick")
-        for value in values
+    marks = x.ticks(lambda texts: max(map(_width, texts), default=0.0) + GAP)
+    return (
+        "".join(
+            _line(place, top, place, bottom, "grid")
+            + _text(place, bottom + 18, text, "middle", "tick")
+            for place, text in marks.items()
+        )
+        + _line(x.start, bottom, x.end, bottom, "axis")
+        + _text(x.end, bottom + 36, name, "end", "name")
     )
-    line = _line(x.start, bottom, x.end, bottom, "axis")
-    return marks + line + _text(x.end, bottom + 36, name, "end", "name")
 
 
-def _beside(y: Axis, words: Callable[[float], str]) -> str:
+def _beside(y: Axis) -> str:
     """The axis at the left: lines across, and numbers."""
     return "".join(
-        _line(LEFT, y.at(value), RIGHT, y.at(value), "grid")
-        + _text(LEFT - 8, y.at(value) + 4, words(value), "end", "tick")
-        for value in y.ticks(lambda _: 26.0)
+        _line(LEFT, place, RIGHT, place, "grid") + _text(LEFT - 8, place + 4, text, "end", "tick")
+        for place, text in y.ticks(lambda _: 26.0).items()
     )
 
 
-def _svg(name: str, height: float, *parts: str) -> str:
-    begin = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(name)}">'
-    return begin + "".join(parts) + "</svg>"
+def _figure(
+    title: str,
+    height: float,
+    parts: Iterable[str],
+    key: Sequence[tuple[str, str]],
+    about: str = "",
+) -> Figure:
+    begin = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
+    return Figure(title, f"{begin}{''.join(parts)}</svg>", tuple(key), about)
+
+
+def _bar(x: Axis, begin: float, end: float, top: float, height: float, kind: str, tip: str) -> str:
+    """From one value to another."""
+    return _rect(x.at(begin), top, x.at(end) - x.at(begin), height, kind, tip)
 
 
 def _text(x: float, y: float, text: str, anchor: str, kind: str) -> str:

@@ -117,7 +117,7 @@ def scaled(value: float, unit: str) -> str:
     power = 0
     while abs(float(f"{value:.2e}")) >= 1000 and power < len(PREFIXES) - 1:
         value, power = value / 1000, power + 1
-    text = f"{value:.0f}" if power == 0 and value == int(value) else significant(value)
+    text = f"{value:.0f}" if unit == "B" and power == 0 else significant(value)
     return f"{text} {PREFIXES[power]}{unit}"
 
 

@@ -248,6 +248,7 @@ def beta_cdf(x: float, a: float, b: float) -> float:
     return math.exp(logarithm) * _beta_fraction(x, a, b)
 
 
+@lru_cache(maxsize=256)
 def student_t(confidence: float, freedom: float) -> float:
     """The t that Student's variable with so many degrees of freedom is within, on both sides."""
     _check_confidence(confidence)

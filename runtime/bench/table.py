@@ -116,8 +116,8 @@ def between(low: float | None, high: float | None, unit: str) -> str:
     if low is None or high is None:
         return ""
     first, last = quantity(low, unit), quantity(high, unit)
-    same = first.partition(" ")[2] == last.partition(" ")[2]
-    return f"{first.partition(' ')[0] if same else first} .. {last}"
+    number, _, named = first.rpartition(" ")
+    return f"{number if unit and last.endswith(f' {named}') else first} .. {last}"
 
 
 def quantiles(metric: dict[str, Any] | None) -> list[tuple[str, dict[str, Any]]]:
@@ -271,7 +271,7 @@ def _steps(result: dict[str, Any]) -> Section:
     if len(shown) < len(steps):
         part = sum(map(taken, shown)) / (sum(map(taken, steps)) or 1.0)
         notes = (f"{len(shown)} of {len(steps)} sizes, {share(part)} of the time in steps.",)
-    heads = ("rows in a step", "steps", "median", "p99", "floor", "of the floor")
+    heads = ("rows in a step", "steps", "median", "p99", "floor", "of floor")
     return Section("Steps", heads, tuple(map(_step, shown)), notes)
 
 

@@ -9,10 +9,11 @@ import torch
 
 from nuwa.spec.config import DecoderConfig, ModelConfig, TextConfig, VQGANConfig
 from nuwa.spec.grid import Extent, Grid
-from nuwa.training.checkpoint import save_checkpoint
-from nuwa.training.nuwa import NUWA
-from nuwa.training.text import train_text_tokenizer
-from nuwa.training.vqgan import VQGAN
+
+from .checkpoint import save_checkpoint
+from .nuwa import NUWA
+from .text import train_text_tokenizer
+from .vqgan import VQGAN
 
 
 def config(grid: Grid, *, width: int, layers: int, heads: int, codebook: int) -> ModelConfig:

@@ -1,0 +1,399 @@
+"""The card of a generation against schedules and figures worked out by hand; rates and floors.
+
+The smallest model has 2 layers of width 32 on a grid of 2 frames of one cell, 64 codes. A layer's
+matrices have 32 * (96 + 32 + 32 + 32 + 128) + 64 * 32 = 12288 numbers, the head's 2048: 26624 in
+all, 106496 bytes in fp32. An entry of a cache is a key and a value of a layer, 2 * 32 * 4 = 256
+bytes. Position 0 sees itself, position 1 both; a text has two tokens at least.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nuwa.runtime.bench import rates
+from nuwa.runtime.bench.card import (
+    Card,
+    Floor,
+    FloorOfRows,
+    Step,
+    card,
+    evaluation_of,
+    floor,
+    products,
+)
+from nuwa.runtime.bench.rates import Measurement, Rates
+from nuwa.runtime.bundle import manifest_hash
+from nuwa.spec.conditions import visual_window
+from nuwa.spec.config import (
+    PRESETS,
+    DecoderConfig,
+    ModelConfig,
+    TextConfig,
+    VisualConfig,
+    VQGANConfig,
+)
+from nuwa.spec.grid import Extent, Grid
+from nuwa.spec.manifest import MANIFEST, Manifest
+from nuwa.spec.plan import RollingPlan, completion_plan, decode_plan
+from nuwa.spec.tasks import Task
+
+WEIGHTS, HEAD, ENTRY, LAYERS = 106496, 8192, 256, 2  # bytes of all matrices, of the head's
+
+
+def manifest_of(config: ModelConfig, **changes) -> Manifest:
+    manifest = Manifest(
+        name=config.name,
+        config=config,
+        tasks=tuple(Task),
+        precision="fp32",
+        opset=20,
+        cache_entries=2,
+        files={},
+        parity={},
+        parameter_count=123456,
+        licence="CC0-1.0",
+        training_data="none",
+        created="2026-01-02T03:04:05+00:00",
+    )
+    return dataclasses.replace(manifest, **changes)
+
+
+def small(cells: int = 1, frames: int = 2, extents: tuple[Extent, ...] = (Extent(3, 3, 3),)):
+    """The smallest model, or one of more cells a side."""
+    image = VQGANConfig(
+        resolution=4 * cells,
+        base_channels=32,
+        channel_multipliers=(1, 1, 1),
+        attention_resolutions=(),
+        codebook_size=64,
+    )
+    return ModelConfig(
+        name="small",
+        image=image,
+        text=TextConfig(vocabulary_size=300, width=32, layers=1, heads=2, mask_padding=True),
+        decoder=DecoderConfig(
+            grid=Grid(frames, cells, cells),
+            width=32,
+            layers=LAYERS,
+            heads=2,
+            ff_multiplier=2,
+            extents=extents,
+        ),
+        sketch=dataclasses.replace(image, channels=5),
+        visual=VisualConfig(layers=1, heads=4, ff_multiplier=2),
+    )
+
+
+SMALL = manifest_of(small())
+
+
+def step_bytes(made: Card) -> list[int]:
+    return [step.bytes for step in made.steps]
+
+
+def test_bytes_and_flops_of_a_clip_worked_out_by_hand():
+    made = card(SMALL, Task.T2V, frames=2)
+    assert made.parameters == 123456
+    assert made.weights_bytes == WEIGHTS
+    assert made.flops_per_row == 2 * 26624
+    assert made.cache_bytes == LAYERS * 2 * ENTRY
+    assert [(step.rows, step.drawn) for step in made.steps] == [(1, 1), (1, 1)]
+    cache_and_text = [LAYERS * ENTRY * (1 + 2), LAYERS * ENTRY * (2 + 2)]
+    assert step_bytes(made) == [WEIGHTS + each for each in cache_and_text]
+    assert made.bytes == 2 * WEIGHTS + sum(cache_and_text)
+    assert made.flops == 2 * made.flops_per_row
+
+
+def test_guidance_doubles_rows_and_caches_and_reads_a_second_text():
+    made = card(SMALL, Task.T2V, frames=2, guidance=3.0)
+    assert [step.rows for step in made.steps] == [2, 2]
+    assert step_bytes(made)[0] == WEIGHTS + LAYERS * ENTRY * (2 * 1 + 2 * 2)
+    assert made.cache_bytes == 2 * LAYERS * 2 * ENTRY
+    assert made.flops == 2 * card(SMALL, Task.T2V, frames=2).flops
+    assert card(SMALL, Task.T2V, frames=2, guidance=3.0, prompt=False).lanes == 1
+    assert card(SMALL, Task.S2I, guidance=3.0).lanes == 1, "it has no prompt"
+    assert card(SMALL, Task.S2I, guidance=3.0, prompt=True).lanes == 2
+
+
+def test_samples_multiply_rows_and_caches_and_share_weights_and_texts():
+    made = card(SMALL, Task.T2V, frames=2, guidance=3.0, samples=3, text_length=9)
+    assert [(step.rows, step.drawn) for step in made.steps] == [(6, 6), (6, 6)]
+    assert step_bytes(made)[1] == WEIGHTS + LAYERS * ENTRY * (6 * 2 + 9 + 2)
+    assert made.cache_bytes == card(SMALL, Task.T2V, frames=2, guidance=3.0).cache_bytes
+
+
+def test_a_text_whose_padding_counts_is_read_whole():
+    config = small()
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, mask_padding=False))
+    made = card(manifest_of(config), Task.T2I)
+    assert step_bytes(made) == [WEIGHTS + LAYERS * ENTRY * (1 + 77)]
+
+
+@pytest.mark.parametrize(
+    "precision, weights, entry", [("fp16", WEIGHTS // 2, ENTRY // 2), ("int8", WEIGHTS // 4, ENTRY)]
+)
+def test_precision_decides_the_size_of_numbers(precision, weights, entry):
+    made = card(dataclasses.replace(SMALL, precision=precision), Task.T2I)
+    assert made.weights_bytes == weights
+    assert step_bytes(made) == [weights + LAYERS * entry * (1 + 2)]
+    assert card(SMALL, Task.T2I, precision=precision) == made
+
+
+def test_a_sketch_is_seen_where_its_window_is():
+    assert step_bytes(card(SMALL, Task.S2I)) == [WEIGHTS + LAYERS * ENTRY * (1 + 2 + 1)]
+    wide = manifest_of(small(4, 3))
+    with_sketch, without = (card(wide, task, frames=3) for task in (Task.S2V, Task.T2V))
+    window, plan = (
+        visual_window(wide.config, Grid(3, 4, 4)),
+        decode_plan(wide.config.decoder, Grid(3, 4, 4)),
+    )
+    for step, (seen, unseen) in enumerate(zip(with_sketch.steps, without.steps, strict=True)):
+        looked_at = {entry for row in plan.call(step).position for entry in window[row]} - {-1}
+        assert seen.bytes - unseen.bytes == LAYERS * ENTRY * len(looked_at)
+
+
+def test_nothing_is_drawn_where_all_is_given():
+    waves = card(SMALL, Task.V2V, frames=2, given_frames=1)
+    assert [(step.rows, step.drawn) for step in waves.steps] == [(2, 1)], "merged into one"
+    assert waves.one_by_one_steps == 2
+    made = card(SMALL, Task.V2V, frames=2, given_frames=1, schedule="raster")
+    assert [(step.rows, step.drawn) for step in made.steps] == [(1, 0), (1, 1)]
+    assert step_bytes(made)[0] == WEIGHTS - HEAD + LAYERS * ENTRY * (1 + 2)
+    assert made.steps[0].flops == 2 * (26624 - 2048)
+
+
+@pytest.mark.parametrize(
+    "preset, task, frames, waves, one_by_one",
+    [
+        ("base", Task.T2I, 1, 41, 441),
+        ("sprites", Task.T2V, 10, 33, 640),
+        ("sprites", Task.TI2I, 1, 15, 64),
+    ],
+)
+def test_steps_are_those_of_the_schedules(preset, task, frames, waves, one_by_one):
+    manifest = manifest_of(PRESETS[preset], tasks=tuple(PRESETS[preset].tasks))
+    made = card(manifest, task, frames=frames)
+    decoder = manifest.config.decoder
+    plan = decode_plan(decoder, Grid(frames, decoder.grid.height, decoder.grid.width))
+    assert [step.rows for step in made.steps] == np.diff(plan.bounds).tolist()
+    assert (len(made.steps), made.wave_steps, made.one_by_one_steps) == (waves, waves, one_by_one)
+    alone = card(manifest, task, frames=frames, schedule="raster")
+    assert [step.rows for step in alone.steps] == [1] * one_by_one
+    assert alone.flops == made.flops
+    assert alone.bytes > made.bytes
+
+
+def test_a_clip_beyond_the_trained_length_has_the_steps_of_its_plan():
+    manifest = manifest_of(PRESETS["sprites"])
+    made = card(manifest, Task.V2V, frames=30, given_frames=2)
+    plan = RollingPlan(manifest.config.decoder, 30, 2)
+    rows = [len(plan.call(step).position) for step in range(plan.steps)]
+    assert [step.rows for step in made.steps] == rows
+    assert sum(rows) == 30 * 64
+    assert sum(step.drawn for step in made.steps) == 28 * 64
+    assert made.one_by_one_steps == 30 * 64
+
+
+def test_known_cells_merge_steps():
+    manifest = manifest_of(small(4, 3))
+    known = np.zeros((4, 4), bool)
+    known[:, :3] = True
+    made = card(manifest, Task.TV2V, frames=3, known=known)
+    plan = completion_plan(manifest.config.decoder, Grid(3, 4, 4), np.tile(known.reshape(-1), 3))
+    assert [step.rows for step in made.steps] == np.diff(plan.bounds).tolist()
+    assert sum(step.drawn for step in made.steps) == 3 * 4
+    assert made.wave_steps < card(manifest, Task.TV2V, frames=3).wave_steps
+
+
+def test_layers_of_other_windows_read_their_own_entries():
+    narrow, wide = Extent(1, 1, 1), Extent(3, 3, 3)
+    mixed, one, other = (
+        card(manifest_of(small(extents=extents)), Task.T2V, frames=2).steps[1].bytes
+        for extents in ((narrow, wide), (narrow,), (wide,))
+    )
+    assert other - one == LAYERS * ENTRY
+    assert mixed - one == ENTRY
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"frames": 3}, "3 frames"),
+        ({"samples": 0}, "samples 0"),
+        ({"given_frames": 1}, "given_frames 1"),
+        ({"precision": "bf16"}, "bf16"),
+        ({"schedule": "spiral"}, "spiral"),
+        ({"task": Task.V2V}, "given_frames 0"),
+        ({"task": Task.V2V, "given_frames": 2, "frames": 2}, "fewer than the 2"),
+        ({"task": Task.T2I, "frames": 2}, r"\[1, 1\]"),
+        ({"task": Task.I2I, "known": np.zeros((2, 2), bool)}, r"known is \[2, 2\]"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(changes, says):
+    with pytest.raises(ValueError, match=says):
+        card(SMALL, **({"task": Task.T2V, "frames": changes.get("frames", 1)} | changes))
+
+
+def test_a_task_that_the_bundle_cannot_do_is_refused():
+    config = dataclasses.replace(small(), sketch=None)
+    with pytest.raises(ValueError, match="task s2i is not one of t2i"):
+        card(manifest_of(config), Task.S2I)
+
+
+def test_json_has_what_the_table_shows():
+    made = card(SMALL, Task.T2V, frames=2, guidance=2.0).to_json()
+    assert json.loads(json.dumps(made)) == made
+    assert made["task"] == "t2v"
+    assert (made["steps"], made["wave_steps"], made["one_by_one_steps"]) == (2, 2, 2)
+    assert made["rows_per_step"] == [2, 2]
+    assert made["generation_flops"] == 4 * 2 * 26624
+
+
+def measured(value: float) -> Measurement:
+    return Measurement(value, repeats=3, spread=0.1)
+
+
+def test_floor_worked_out_by_hand():
+    clip = card(SMALL, Task.T2V, frames=2)
+    products_of = {1: measured(1e6)}
+    made = floor(clip, Rates(measured(1e5), products_of))  # by bytes: 53248 FLOP take 0.05 s
+    assert made.seconds == pytest.approx((108032 + 108544) / 1e5)
+    assert made.bytes_seconds == made.seconds
+    assert made.products_seconds == pytest.approx(2 * 53248 / 1e6)
+    (by_rows,) = made.by_rows
+    assert (by_rows.rows, by_rows.steps) == (1, 2)
+    assert by_rows.seconds == pytest.approx(108288 / 1e5)
+
+    made = floor(clip, Rates(measured(1e7), products_of))  # by products
+    assert made.seconds == made.products_seconds == pytest.approx(2 * 53248 / 1e6)
+
+
+def test_floor_sums_the_slower_of_both_step_by_step():
+    """Steps of one row and of four: the first is bound by bytes, the second by products."""
+    made = dataclasses.replace(
+        card(SMALL, Task.T2I), steps=(Step(1, 1, 1000, 10.0), Step(4, 4, 1000, 400.0))
+    )
+    least = floor(made, Rates(measured(100.0), {1: measured(10.0), 4: measured(20.0)}))
+    by_rows = (FloorOfRows(1, 1, 10.0), FloorOfRows(4, 1, 20.0))
+    assert least == Floor(10.0 + 20.0, 10.0 + 10.0, 1.0 + 20.0, by_rows)
+    assert least.to_json()["floor_by_rows"][1] == {"rows": 4, "steps": 1, "seconds": 20.0}
+
+
+def test_floor_takes_products_only_at_their_own_precision():
+    clip = card(SMALL, Task.T2V, frames=2, precision="int8")
+    made = floor(clip, Rates(measured(1e9), {1: measured(1.0)}, precision="fp32"))
+    assert made.seconds == made.bytes_seconds == pytest.approx(clip.bytes / 1e9)
+    assert made.products_seconds is None
+    assert made.to_json()["floor_products_seconds"] is None
+
+
+def test_rates_are_the_faster_ones_where_there_are_several():
+    table = Rates(measured(100.0), {2: measured(5.0), 8: measured(9.0)}, read=measured(300.0))
+    assert table.bytes_per_second == 300.0
+    assert [table.flops_per_second(rows) for rows in (1, 2, 3, 8, 99)] == [5.0, 5.0, 9.0, 9.0, 9.0]
+    with pytest.raises(ValueError, match="no products"):
+        Rates(measured(1.0), {}).flops_per_second(1)
+
+
+def test_rates_in_json_are_as_the_table_reads_them():
+    told = Rates(measured(100.0), {2: measured(5.0)}, about={"threads": 2}).to_json()
+    assert told["copy_bytes_per_second"] == 100.0
+    assert told["gemm"] == [{"rows": 2, "flops_per_second": 5.0, "repeats": 3, "spread": 0.1}]
+    assert told["gemm_precision"] == "fp32" and told["threads"] == 2
+    assert "read_bytes_per_second" not in told
+
+
+def test_a_measurement_is_the_median_and_its_spread():
+    made = Measurement.of(12.0, [1.0, 2.0, 3.0, 4.0, 2.0])
+    assert made == Measurement(6.0, 5, (12.0 - 3.0) / 6.0)
+
+
+def test_this_machine_has_rates(monkeypatch):
+    monkeypatch.setattr(rates, "LEAST_COPIED", 1 << 16)
+    monkeypatch.setattr(rates, "SHORTEST", 1e-5)
+    monkeypatch.setattr(rates, "copied_bytes", lambda hardware: 1 << 16)
+    shapes = products(small())
+    made = rates.measure(shapes, range(1, 40), threads=2, working_set=5000, repeats=3)
+    assert made.copy.value > 0 and made.read is not None and made.read.value > 0
+    assert len(made.products) <= rates.MOST_SIZES
+    assert {1, 39} <= set(made.products)
+    assert all(each.value > 0 and each.repeats == 3 for each in made.products.values())
+    assert "numpy" in made.about["gemm_by"]
+    json.dumps(made.to_json())
+    assert floor(card(SMALL, Task.T2V, frames=2), made).seconds > 0
+
+
+def test_few_sizes_are_apart_in_ratio():
+    assert rates.few_of([3, 1, 3, 2]) == [1, 2, 3]
+    assert rates.few_of(range(1, 65), 4) == [1, 4, 16, 64]
+
+
+def test_copies_are_larger_than_the_caches_and_smaller_than_memory(monkeypatch):
+    monkeypatch.setattr(rates, "last_level_cache", lambda hardware: 1 << 28)
+    monkeypatch.setattr(rates, "memory_bytes", lambda hardware: None)
+    assert rates.copied_bytes(None) == 1 << 30
+    monkeypatch.setattr(rates, "memory_bytes", lambda hardware: 1 << 32)
+    assert rates.copied_bytes(None) == 1 << 29
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    (folder / MANIFEST).write_text("{}")
+    return folder
+
+
+def write_report(path: Path, bundle_hash: str, **tasks) -> None:
+    report = {
+        "evaluator": "sprites",
+        "split": "test",
+        "samples": 64,
+        "judge": {},
+        "about": {"bundle_hash": bundle_hash},
+        "tasks": {task: {"asks": "", "scores": scores} for task, scores in tasks.items()},
+    }
+    path.write_text(json.dumps(report))
+
+
+def test_scores_of_this_bundle_are_found_beside_it(bundle):
+    figures = {"model": 0.9, "low": 0.8, "high": 0.95, "intervals": {}, "samples": 64}
+    write_report(bundle / "evaluation-a.json", manifest_hash(bundle), t2i={"joint": figures})
+    write_report(bundle / "report.json", manifest_hash(bundle), t2i={"joint": 0.1}, t2v={"fvd": 7})
+    scores, reason = evaluation_of(bundle)
+    assert reason is None
+    assert scores["t2i"] == {
+        "report": "evaluation-a.json",
+        "evaluator": "sprites",
+        "split": "test",
+        "samples": 64,
+        "scores": {"joint": {"model": 0.9, "low": 0.8, "high": 0.95, "samples": 64}},
+    }
+    assert scores["t2v"]["scores"] == {"fvd": {"model": 7}}
+
+
+def test_scores_of_another_bundle_do_not_count(bundle, tmp_path):
+    assert evaluation_of(bundle) == (
+        None,
+        f"{bundle} has none of evaluate*.json, evaluation*.json, report.json",
+    )
+    write_report(tmp_path / "scores.json", "f" * 64, t2i={"joint": 0.9})
+    scores, reason = evaluation_of(bundle, tmp_path / "scores.json")
+    assert scores is None
+    assert (
+        reason == f"scores.json is of bundle {'f' * 12}, this one is {manifest_hash(bundle)[:12]}"
+    )
+    write_report(tmp_path / "scores.json", manifest_hash(bundle), t2i={"joint": 0.9})
+    scores, reason = evaluation_of(bundle, tmp_path / "scores.json")
+    assert reason is None and list(scores) == ["t2i"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"about": {}}', '{"about": null, "tasks": 3}'])
+def test_what_is_no_report_is_told(bundle, text):
+    (bundle / "report.json").write_text(text)
+    assert evaluation_of(bundle) == (None, "report.json is no report of `nuwa evaluate`")

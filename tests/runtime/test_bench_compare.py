@@ -1,0 +1,204 @@
+"""Comparing two results: verdicts on simulated machines that drift, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from nuwa.runtime.bench.compare import (
+    Difference,
+    baseline_exit,
+    compare,
+    compare_results,
+    differs,
+    print_differences,
+)
+
+REPETITIONS = 100
+
+
+def rounds(
+    random: np.random.Generator, speed: float = 1.0, count: int = 10, values: int = 30
+) -> list[list[float]]:
+    """Seconds: each round has a drift of 2 % of its own, and each value noise of 10 %."""
+    drift = random.lognormal(sigma=0.02, size=(count, 1))
+    return (0.05 * speed * drift * random.lognormal(sigma=0.1, size=(count, values))).tolist()
+
+
+def verdicts(speed: float, seed: int, **size) -> list[Difference]:
+    random = np.random.default_rng(seed)
+    return [
+        compare(rounds(random, **size), rounds(random, speed, **size)) for _ in range(REPETITIONS)
+    ]
+
+
+def result(values: list[list[float]], rates: list[list[float]] | None = None) -> dict:
+    """Of `nuwa bench`."""
+    return {
+        "scenario": {"name": "single-stream", "seconds": 60.0},
+        "workload": {"task": "t2v", "frames": 16, "prompts": ["a 3", "a 7"]},
+        "model": {"name": "sprites", "digest": "aa"},
+        "machine": {"cpu": {"name": "x", "cores": 2}},
+        "metrics": {
+            "latency": {"unit": "s", "better": "lower"},
+            "throughput": {"unit": "1/s", "better": "higher"},
+        },
+        "rounds": {"latency": values, "throughput": rates or [[20.0], [20.2], [19.9]]},
+    }
+
+
+def test_two_runs_of_one_build_do_not_differ():
+    found = verdicts(1.0, seed=0)
+    assert sum(each.verdict == "no difference" for each in found) >= 95
+    covered = sum(each.low <= 1 <= each.high for each in found)
+    assert 90 <= covered <= 99  # the interval is one of 95 % despite the drift
+
+
+def test_a_slow_down_of_a_tenth_is_found():
+    found = verdicts(1.1, seed=1)
+    assert sum(each.verdict == "slower" for each in found) >= 95
+    assert 90 <= sum(each.low <= 1.1 <= each.high for each in found) <= 99
+    assert np.median([each.ratio for each in found]) == pytest.approx(1.1, rel=0.01)
+
+
+def test_a_speed_up_is_found():
+    assert sum(each.verdict == "faster" for each in verdicts(1 / 1.1, seed=2)) >= 95
+
+
+def test_five_rounds_of_twenty_values():
+    same, slower = (verdicts(speed, 3, count=5, values=20) for speed in (1.0, 1.2))
+    assert sum(each.verdict == "no difference" for each in same) >= 95
+    assert sum(each.low <= 1 <= each.high for each in same) >= 90
+    assert sum(each.verdict == "slower" for each in slower) >= 95
+
+
+def test_values_of_one_round_do_not_stand_for_others():
+    """Two rounds 10 % apart: a test of the pooled values would be sure of a difference."""
+    random = np.random.default_rng(4)
+    a = [(drift * random.lognormal(sigma=0.01, size=500)).tolist() for drift in (1.0, 1.1)]
+    b = [(drift * random.lognormal(sigma=0.01, size=500)).tolist() for drift in (1.1, 1.2)]
+    found = compare(a, b)
+    assert found.verdict == "no difference" and found.low < 1 < found.ratio < found.high
+
+
+def test_a_sure_difference_within_the_threshold_is_none():
+    a = [[1.0, 1.001, 0.999]] * 5
+    b = [[1.03, 1.031, 1.029]] * 5
+    assert compare(a, b).verdict == "no difference"
+    found = compare(a, b, threshold=0.02)
+    assert (found.verdict, found.ratio) == ("slower", pytest.approx(1.03))
+    assert compare(b, a, threshold=0.02).verdict == "faster"
+
+
+def test_a_wide_interval_hides_a_large_ratio():
+    assert compare([[1.0], [2.0], [0.5]], [[1.2], [2.4], [0.6]]).verdict == "no difference"
+
+
+def test_rates_are_better_higher():
+    a, b = [[20.0], [20.1], [19.9]], [[16.0], [16.1], [15.9]]
+    found = compare(a, b, better="higher", unit="1/s")
+    assert (found.verdict, found.ratio) == ("slower", pytest.approx(0.8, rel=1e-3))
+    assert compare(b, a, better="higher").verdict == "faster"
+    assert compare(a, b).verdict == "faster"
+
+
+def test_a_and_b_are_mirrored():
+    random = np.random.default_rng(5)
+    a, b = rounds(random), rounds(random, 1.1)
+    there, back = compare(a, b), compare(b, a)
+    assert (back.ratio, back.low, back.high) == pytest.approx(
+        (1 / there.ratio, 1 / there.high, 1 / there.low)
+    )
+    assert there.ratio == pytest.approx(there.b / there.a)
+
+
+def test_what_cannot_be_told():
+    one = compare([[1.0, 2.0]], [[1.0], [2.0], [3.0]])
+    assert (one.verdict, one.reason, one.ratio) == ("unknown", "1 of at least 2 rounds", None)
+    zero = compare([[0.0], [0.0]], [[1.0], [1.0]])
+    assert (zero.verdict, zero.reason) == ("unknown", "a median is not above 0")
+    assert compare([[], [None], [1.0]], [[1.0], [1.0]]).verdict == "unknown"
+    assert compare([[1.0, None], [1.0], []], [[1.0], [1.0]]).verdict == "no difference"
+
+
+def test_arguments_that_are_refused():
+    with pytest.raises(ValueError, match="threshold of -0.1"):
+        compare([[1.0]] * 2, [[1.0]] * 2, threshold=-0.1)
+    with pytest.raises(ValueError, match="'more': lower or higher"):
+        compare([[1.0]] * 2, [[1.0]] * 2, better="more")
+    with pytest.raises(ValueError, match="confidence of 1"):
+        compare([[1.0], [2.0]], [[1.0], [2.0]], confidence=1)
+
+
+def test_two_results():
+    random = np.random.default_rng(6)
+    a = result(rounds(random))
+    b = result(rounds(random, 1.2), [[30.0], [30.1], [29.8]])
+    latency, throughput = compare_results(a, b)
+    assert (latency.name, latency.unit, latency.verdict) == ("latency", "s", "slower")
+    assert (throughput.name, throughput.unit, throughput.verdict) == ("throughput", "1/s", "faster")
+    assert baseline_exit([latency, throughput]) == 1
+    assert baseline_exit([throughput]) == baseline_exit(compare_results(a, a)) == 0
+    assert compare_results(a, b, threshold=1.0)[0].verdict == "no difference"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        (("scenario", "name"), "offline", "scenario.name: single-stream, offline"),
+        (("scenario", "streams"), 8, "scenario.streams: none, 8"),
+        (("workload", "task"), "t2i", "workload.task: t2v, t2i"),
+        (("workload", "frames"), 8, "workload.frames: 16, 8"),
+        (("workload", "prompts"), ["a 3"], "workload.prompts"),
+        (("task",), "t2i", "task: none, t2i"),
+        (("metrics", "latency", "unit"), "ms", "metrics.latency.unit: s, ms"),
+        (("metrics", "latency", "better"), "higher", "metrics.latency.better: lower, higher"),
+    ],
+)
+def test_results_that_are_not_comparable(path, value, named):
+    a = result([[1.0], [1.0]])
+    b = copy.deepcopy(a)
+    part = b
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    with pytest.raises(ValueError, match=named):
+        compare_results(a, b)
+
+
+def test_results_without_a_metric_in_common():
+    a, b = result([[1.0], [1.0]]), result([[1.0], [1.0]])
+    b["rounds"] = {}
+    with pytest.raises(ValueError, match="no metric has rounds in both"):
+        compare_results(a, b)
+
+
+def test_what_may_differ_is_listed():
+    a, b = result([[1.0], [1.0]]), result([[1.0], [1.0]])
+    assert differs(a, b) == []
+    b["model"]["digest"], b["machine"]["cpu"]["cores"] = "bb", 4
+    b["version"], b["scenario"]["seconds"] = "0.2", 30.0
+    del b["rounds"]["throughput"]
+    assert [each.name for each in compare_results(a, b)] == ["latency"]
+    assert differs(a, b) == [
+        "version: none, 0.2",
+        "model.digest: aa, bb",
+        "machine.cpu.cores: 2, 4",
+        "scenario.seconds: 60.0, 30.0",
+        "metrics.throughput: in one of them only",
+    ]
+
+
+def test_differences_are_printed():
+    a, b = result([[0.5], [0.5]]), result([[0.75], [0.75]], [[20.0]])
+    output = io.StringIO()
+    console = Console(file=output, width=120)
+    print_differences(compare_results(a, b), ["model.digest: aa, bb"], console)
+    lines = [" ".join(line.split()) for line in output.getvalue().splitlines()]
+    assert "latency 500 ms 750 ms 1.500 1.500 .. 1.500 slower" in lines
+    assert "throughput – – – unknown: 1 of at least 2 rounds" in lines
+    assert "differs: model.digest: aa, bb" in lines

@@ -1,0 +1,410 @@
+"""What is told of a machine: made-up files of a PC, a container and a Jetson, a made-up NVML."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import time
+from pathlib import Path, PurePosixPath
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from nuwa.runtime.bench import machine
+from nuwa.runtime.bench.machine import Hardware, Sampler, describe, peak_memory
+
+CPUINFO = """\
+processor\t: 0
+model name\t: Some CPU @ 3.00GHz
+cpu MHz\t\t: 2999.5
+flags\t\t: fpu avx2 avx512f avx512_vnni
+
+processor\t: 1
+model name\t: Some CPU @ 3.00GHz
+flags\t\t: fpu
+"""
+PC = {
+    "/proc/cpuinfo": CPUINFO,
+    "/proc/meminfo": "MemTotal:       16000000 kB\nMemFree: 3 kB",
+    "/proc/self/status": "VmPeak: 9 kB\nVmHWM:\t    2048 kB\nVmRSS: 7 kB",
+    "/proc/self/cgroup": "0::/user.slice/job.scope",
+    "/etc/os-release": 'NAME="Some"\nPRETTY_NAME="Some Linux 1 (one)"',
+    "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "powersave",
+    "/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": "1000000",
+    "/sys/devices/system/cpu/cpu1/cpufreq/scaling_cur_freq": "2000000",
+    **{
+        f"/sys/devices/system/cpu/cpu{cpu}/cache/index{index}/{name}": value
+        for cpu in range(4)
+        for index, values in {
+            2: {"level": "2", "size": "512K", "shared_cpu_list": str(cpu)},
+            3: {"level": "3", "size": "16M", "shared_cpu_list": "0-1" if cpu < 2 else "2-3"},
+        }.items()
+        for name, value in values.items()
+    },
+}
+JETSON = {
+    "/proc/device-tree/model": "NVIDIA Jetson Orin Nano Developer Kit",
+    "/proc/cpuinfo": "processor\t: 0\nFeatures\t: fp asimd asimddp",
+    "/etc/nv_tegra_release": "# R36 (release), REVISION: 4.0\nmore",
+    "/sys/class/devfreq/17000000.gpu/cur_freq": "624750000",
+    "/sys/class/thermal/thermal_zone0/type": "cpu-thermal",
+    "/sys/class/thermal/thermal_zone0/temp": "48500",
+    **{
+        f"/sys/bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon1/{name}": value
+        for name, value in {
+            "in1_label": "VDD_IN",
+            "in1_input": "5000",
+            "curr1_input": "1200",
+            "in2_label": "NC",
+            "in2_input": "0",
+            "curr2_input": "0",
+            "in7_label": "sum of shunt voltages",
+            "in7_input": "1",
+        }.items()
+    },
+}
+
+
+class FakeHardware(Hardware):
+    """Files by path, and answers of commands by their first word."""
+
+    def __init__(self, files: dict[str, str], answers: dict[str, str] | None = None, nvml=None):
+        self.files, self.answers = dict(files), answers or {}
+        self.nvml = nvml
+
+    def text(self, path: str) -> str | None:
+        return self.files.get(path)
+
+    def paths(self, pattern: str) -> list[str]:
+        there = {PurePosixPath(file) for file in self.files}
+        there |= set(itertools.chain.from_iterable(file.parents for file in list(there)))
+        return sorted(str(path) for path in there if path.match(pattern))
+
+    def answer(self, *command: str) -> str | None:
+        return self.answers.get(command[0])
+
+
+class FakeNvml(SimpleNamespace):
+    """Two GPUs; the second tells its name and its memory only. Energy rises by 1500 mJ a look."""
+
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self):
+        self.millijoules = 7000
+        self.reasons = 0x1
+        self.clocks = itertools.cycle([1800, 1200, 1500])
+
+    def nvmlDeviceGetCount(self):
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        return index
+
+    def nvmlSystemGetDriverVersion(self):
+        return b"570.10"
+
+    def nvmlSystemGetCudaDriverVersion_v2(self):
+        return 12080
+
+    def nvmlDeviceGetName(self, gpu):
+        return ("GPU One", b"GPU Two")[gpu]
+
+    def nvmlDeviceGetMemoryInfo(self, gpu):
+        return SimpleNamespace(total=80 << 30, used=3 << 30)
+
+    def nvmlDeviceGetClockInfo(self, gpu, kind):
+        self._only_first(gpu)
+        return next(self.clocks) if kind == 1 else 2600
+
+    def nvmlDeviceGetMaxClockInfo(self, gpu, kind):
+        self._only_first(gpu)
+        return 1980 if kind == 1 else 2619
+
+    def nvmlDeviceGetEnforcedPowerLimit(self, gpu):
+        self._only_first(gpu)
+        return 700_000
+
+    def nvmlDeviceGetPowerUsage(self, gpu):
+        self._only_first(gpu)
+        return 123_456
+
+    def nvmlDeviceGetPersistenceMode(self, gpu):
+        self._only_first(gpu)
+        return 1
+
+    def nvmlDeviceGetTemperature(self, gpu, sensor):
+        self._only_first(gpu)
+        return 61
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, gpu):  # an older NVML: no event reasons
+        self._only_first(gpu)
+        return self.reasons
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, gpu):
+        self._only_first(gpu)
+        self.millijoules += 1500
+        return self.millijoules
+
+    def nvmlDeviceGetComputeRunningProcesses(self, gpu):
+        self._only_first(gpu)
+        return [
+            SimpleNamespace(pid=-1, usedGpuMemory=5),
+            SimpleNamespace(pid=os.getpid(), usedGpuMemory=1 << 30),
+        ]
+
+    def _only_first(self, gpu):
+        if gpu:
+            raise self.NVMLError("not supported")
+
+
+def test_a_pc():
+    told = describe(FakeHardware(PC))
+    assert told["processor"] == "Some CPU @ 3.00GHz"
+    assert told["instruction_sets"] == ["AVX2", "AVX-512", "VNNI"]
+    assert told["last_level_cache_bytes"] == 2 * 16 << 20, "two caches of 16 MiB"
+    assert told["memory_bytes"] == 16000000 * 1024
+    assert told["governor"] == "powersave"
+    assert told["cpu_mhz"] == 1500.0
+    assert told["os"] == "Some Linux 1 (one)"
+    assert told["machine_cores"] == os.cpu_count()
+    assert told["cores"] == machine.usable_cores() >= 1
+    assert (told["gpus"], told["jetson"], told["board"]) == ([], None, None)
+    assert told["date"].endswith("+00:00")
+    json.dumps(told)
+
+
+def test_a_machine_that_tells_nothing():
+    told = describe(FakeHardware({}))
+    assert told["processor"]
+    unknown = ("cpu_quota_cores", "last_level_cache_bytes", "memory_bytes", "governor", "cpu_mhz")
+    assert [told[name] for name in unknown] == [None] * len(unknown)
+    assert peak_memory(FakeHardware({}))["peak_process_bytes"] > 1 << 20, "the system's own word"
+    sampler = Sampler(FakeHardware({}))
+    sampler.start()
+    summary = sampler.stop()
+    assert (summary["seen"], summary["energy"], summary["throttled"]) == ({}, [], [])
+
+
+def test_this_machine():
+    told = describe()
+    assert told["processor"]
+    assert {"python", "numpy", "onnxruntime", "nuwa_runtime", "kernel"} <= set(told)
+    json.dumps(told)
+
+
+@pytest.mark.parametrize(
+    "files, quota",
+    [
+        ({}, None),
+        ({"/sys/fs/cgroup/cpu.max": "max 100000"}, None),
+        ({"/sys/fs/cgroup/cpu.max": "150000 100000"}, 1.5),
+        (
+            {
+                "/sys/fs/cgroup/user.slice/job.scope/cpu.max": "400000 100000",
+                "/sys/fs/cgroup/user.slice/cpu.max": "200000 100000",
+            },
+            2.0,
+        ),
+        (
+            {
+                "/proc/self/cgroup": "4:memory:/a\n1:cpu,cpuacct:/docker/abc\n0::/",
+                "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "50000",
+                "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
+            },
+            0.5,
+        ),
+        (
+            {
+                "/proc/self/cgroup": "1:cpu:/",
+                "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
+                "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
+            },
+            None,
+        ),
+    ],
+)
+def test_the_least_quota_of_control_groups_counts(files, quota):
+    assert describe(FakeHardware(PC | files))["cpu_quota_cores"] == quota
+
+
+def test_gpus_tell_what_they_can():
+    first, second = describe(FakeHardware(PC, nvml=FakeNvml()))["gpus"]
+    assert first == {
+        "name": "GPU One",
+        "driver": "570.10",
+        "cuda": "12.8",
+        "memory_bytes": 80 << 30,
+        "power_limit_watts": 700.0,
+        "persistence_mode": True,
+        "sm_mhz": 1800,
+        "memory_mhz": 2600,
+        "most_sm_mhz": 1980,
+        "most_memory_mhz": 2619,
+        "throttle_reasons": ["idle"],
+    }
+    assert second["name"] == "GPU Two"
+    assert (second["sm_mhz"], second["power_limit_watts"], second["persistence_mode"]) == (
+        None,
+        None,
+        None,
+    )
+
+
+def test_a_driver_that_is_lost_is_no_gpu():
+    nvml = FakeNvml()
+
+    def lost():
+        raise nvml.NVMLError("GPU is lost")
+
+    nvml.nvmlDeviceGetCount = lost
+    assert describe(FakeHardware({}, nvml=nvml))["gpus"] == []
+
+
+def test_peak_memory_of_process_and_gpus():
+    assert peak_memory(FakeHardware(PC, nvml=FakeNvml())) == {
+        "peak_process_bytes": 2048 * 1024,
+        "gpus": [
+            {"gpu": 0, "process_bytes": 1 << 30, "used_bytes": 3 << 30},
+            {"gpu": 1, "process_bytes": None, "used_bytes": 3 << 30},
+        ],
+    }
+
+
+def test_without_pynvml_or_a_driver_there_are_no_gpus(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert Hardware().gpus == []
+    without_driver = ModuleType("pynvml")
+    without_driver.NVMLError = FakeNvml.NVMLError
+
+    def fail():
+        raise FakeNvml.NVMLError("no driver")
+
+    without_driver.nvmlInit = fail
+    monkeypatch.setitem(sys.modules, "pynvml", without_driver)
+    assert Hardware().gpus == []
+
+
+def test_files_and_commands_that_are_not_there(tmp_path: Path):
+    hardware = Hardware()
+    (tmp_path / "model").write_bytes(b"Some Board\0")
+    assert hardware.text(str(tmp_path / "model")) == "Some Board"
+    assert hardware.text(str(tmp_path / "none")) is None
+    assert hardware.text(str(tmp_path)) is None
+    assert hardware.paths(str(tmp_path / "mod*")) == [str(tmp_path / "model")]
+    assert hardware.answer(sys.executable, "-c", "print('yes')") == "yes"
+    assert hardware.answer(sys.executable, "-c", "raise SystemExit(1)") is None
+    assert hardware.answer("/no/such/command") is None
+
+
+def test_a_jetson():
+    told = describe(FakeHardware(JETSON, {"nvpmodel": "NV Power Mode: MAXN\n0"}))
+    assert told["board"] == "NVIDIA Jetson Orin Nano Developer Kit"
+    assert told["instruction_sets"] == ["NEON", "dot product"]
+    assert told["jetson"] == {
+        "release": "# R36 (release), REVISION: 4.0",
+        "power_mode": "MAXN",
+        "rails_watts": {"VDD_IN": pytest.approx(6.0)},
+    }
+
+
+@pytest.mark.parametrize(
+    "files, mode",
+    [
+        ({}, None),
+        ({"/var/lib/nvpmodel/status": "pmode:0002"}, "2"),
+        ({"/etc/nvpmodel.conf": "< PM_CONFIG DEFAULT=1 >\n< POWER_MODEL ID=1 NAME=7W >"}, "7W"),
+        (
+            {
+                "/var/lib/nvpmodel/status": "pmode:0000",
+                "/etc/nvpmodel.conf": "< POWER_MODEL ID=0 NAME=15W >\n< PM_CONFIG DEFAULT=1 >",
+            },
+            "15W",
+        ),
+    ],
+)
+def test_the_power_mode_where_nvpmodel_cannot_be_asked(files, mode):
+    assert describe(FakeHardware(JETSON | files))["jetson"]["power_mode"] == mode
+
+
+def test_rails_of_older_kernels():
+    folder = "/sys/bus/i2c/drivers/ina3221x/6-0040/iio:device0"
+    files = {f"{folder}/rail_name_0": "POM_5V_IN", f"{folder}/in_power0_input": "2500"}
+    (rail,) = machine.rails(FakeHardware(files)).items()
+    assert (rail[0], rail[1]()) == ("POM_5V_IN", 2.5)
+
+
+def test_the_sampler_sums_up_what_gpus_did():
+    nvml = FakeNvml()
+    sampler = Sampler(FakeHardware(PC, nvml=nvml), hertz=0.01)
+    sampler.start()
+    nvml.reasons = 0x4 | 0x20
+    summary = sampler.stop()
+    assert summary["looks"] == 2
+    assert summary["energy"] == [
+        {"of": "GPU board energy (NVML)", "gpu": 0, "joules": pytest.approx(1.5)}
+    ]
+    assert summary["throttled"] == ["GPU 0: software power cap", "GPU 0: software thermal slowdown"]
+    seen = summary["seen"]
+    assert seen["gpu0_sm_mhz"] == {"least": 1200, "median": 1500, "most": 1800}
+    assert seen["gpu0_watts"]["median"] == pytest.approx(123.456)
+    assert seen["gpu0_process_bytes"]["most"] == 1 << 30
+    assert seen["cpu_mhz"]["median"] == 1500.0
+    assert "gpu1_sm_mhz" not in seen
+    json.dumps(summary)
+
+
+def test_the_sampler_looks_as_often_as_it_is_told():
+    sampler = Sampler(FakeHardware(JETSON), hertz=200)
+    sampler.start()
+    time.sleep(0.1)
+    summary = sampler.stop()
+    assert 3 <= summary["looks"] <= 25
+    assert summary["seconds"] >= 0.1 > summary["own_seconds"] > 0
+    assert summary["seen"]["cpu_celsius"]["most"] == pytest.approx(48.5)
+    assert summary["seen"]["17000000.gpu_mhz"]["least"] == pytest.approx(624.75)
+    (energy,) = summary["energy"]
+    assert energy["of"] == "rail VDD_IN (INA3221, sampled)"
+    assert energy["joules"] == pytest.approx(6.0 * summary["seconds"], rel=0.1)
+
+
+def test_throttling_that_is_counted():
+    stat, heat = (
+        "/sys/fs/cgroup/user.slice/job.scope/cpu.stat",
+        "/sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count",
+    )
+    hardware = FakeHardware(PC | {stat: "nr_periods 9\nnr_throttled 4", heat: "7"})
+    sampler = Sampler(hardware)
+    sampler.start()
+    hardware.files[stat] = "nr_periods 12\nnr_throttled 6"
+    assert sampler.stop()["throttled"] == ["container CPU quota"]
+    sampler = Sampler(hardware)
+    sampler.start()
+    hardware.files[heat] = "8"
+    assert sampler.stop()["throttled"] == ["CPU core heat"]
+
+
+def test_a_sensor_that_goes_away_is_left_out():
+    hardware = FakeHardware(JETSON)
+    sampler = Sampler(hardware)
+    hardware.files.clear()
+    sampler.start()
+    assert sampler.stop()["seen"] == {}
+
+
+def test_temperature_of_pcs_comes_from_their_driver():
+    folder = "/sys/class/hwmon/hwmon2"
+    hardware = FakeHardware({f"{folder}/name": "k10temp", f"{folder}/temp1_input": "55000"})
+    sampler = Sampler(hardware)
+    sampler.start()
+    assert sampler.stop()["seen"]["cpu_celsius"]["median"] == 55.0
+
+
+@pytest.mark.parametrize("hertz", [0, -1])
+def test_a_sampler_must_look(hertz):
+    with pytest.raises(ValueError, match="is not positive"):
+        Sampler(FakeHardware({}), hertz=hertz)
