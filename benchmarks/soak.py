@@ -29,8 +29,8 @@ from nuwa.runtime.backends.base import AUTO, BACKENDS
 from nuwa.runtime.core import GenerationRequest
 from nuwa.runtime.engine import load_engine
 from nuwa.runtime.handle import Handle
+from nuwa.runtime.process import resident_megabytes
 from nuwa.runtime.scheduler import Scheduler
-from nuwa.runtime.status_page import resident_megabytes
 from nuwa.spec.tasks import Task
 
 CANCELLED = 0.2

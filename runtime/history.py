@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
 
+from .process import resident_megabytes
+
 log = logging.getLogger("nuwa.runtime")
 
 INTERVAL = 2.0  # seconds between points
@@ -69,6 +71,7 @@ class Point:
     gauges: dict[str, float] = field(default_factory=dict)
 
 
+MEMORY = "megabytes"  # of the process, beside the gauges of the registry
 GAUGES = ("nuwa_slots", "nuwa_slots_used", "nuwa_requests_waiting", "nuwa_queue_size")
 
 
@@ -146,4 +149,11 @@ class History:
 
 
 def taken(registry: CollectorRegistry) -> Callable[[], Point]:
-    return lambda: read_point(registry, time.monotonic())
+    """For History: what the registry says, and the memory of this process."""
+
+    def take() -> Point:
+        point = read_point(registry, time.monotonic())
+        point.gauges[MEMORY] = resident_megabytes()
+        return point
+
+    return take

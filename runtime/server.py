@@ -38,11 +38,12 @@ from .media import Limits
 from .metrics import Metrics
 from .pages import Pages
 from .patience import Patience
+from .process import resident_megabytes
 from .reflected import Pools
 from .scheduler import Scheduler
 from .service import GenerationService, ModelService
 from .settings import LOOPBACK, ServerSettings
-from .status_page import Facts, ModelRow, page, resident_megabytes
+from .status_page import Facts, ModelRow, page
 from .tls import Certificates
 from .tokens import Tokens
 from .tracing import Tracing

@@ -9,7 +9,7 @@ from html import escape
 
 from prometheus_client import CollectorRegistry
 
-from .history import Buckets, Point, buckets_of
+from .history import MEMORY, Buckets, Point, buckets_of
 
 REFRESH_SECONDS = 5
 SMOOTHED = 5  # points over which a rate is taken
@@ -35,6 +35,7 @@ figure svg { width: 100%; height: auto; display: block; margin-top: .4rem; }
 .key i { vertical-align: middle; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid var(--faint); }
+td { white-space: nowrap; } .left { text-align: left; }
 th { font-weight: 600; font-size: .85rem; } th:first-child, td:first-child { text-align: left; }
 .scroll { overflow-x: auto; }
 """.strip()
@@ -119,7 +120,7 @@ def _charts(points: Sequence[Point]) -> str:
         (
             _chart(
                 "Requests a second",
-                {"answered": ended(["ok"]), "refused, cancelled or failed": ended(others)},
+                {"answered": ended(["ok"]), "refused, failed, left": ended(others)},
                 points,
                 _plain,
             ),
@@ -144,6 +145,7 @@ def _charts(points: Sequence[Point]) -> str:
                 points,
                 _seconds,
             ),
+            _chart("Memory", {"of this process": last(MEMORY)}, points, _megabytes),
         )
     )
 
@@ -291,6 +293,10 @@ def _plain(value: float) -> str:
     return f"{value:.3g}"
 
 
+def _megabytes(value: float) -> str:
+    return f"{value:.0f} MB"
+
+
 def _seconds(value: float) -> str:
     return f"{1000 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
 
@@ -300,15 +306,3 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f}".removesuffix(".0") + f" {unit}"
     return f"{seconds:.0f} s"
-
-
-def resident_megabytes() -> float:
-    """Memory of this process that is in RAM, in units of 10**6 bytes; 0 where /proc is missing."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as status:
-            for line in status:
-                if line.startswith("VmRSS:"):
-                    return int(line.split()[1]) * 1024 / 1e6
-    except OSError:
-        pass
-    return 0.0

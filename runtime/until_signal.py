@@ -10,8 +10,8 @@ from collections.abc import Callable
 from types import FrameType
 
 from .notify import READY, STOPPING, notify
+from .process import resident_megabytes
 from .server import Server
-from .status_page import resident_megabytes
 
 log = logging.getLogger("nuwa.runtime")
 
