@@ -13,27 +13,18 @@ from collections.abc import Callable
 import numpy as np
 import onnxruntime as ort
 
+from nuwa.runtime.bench.card import Shapes, products, step_flops, weights_bytes
 from nuwa.spec.config import ModelConfig
 
-Shapes = list[tuple[int, int]]
-
-
-def products(model: ModelConfig) -> Shapes:
-    """(inputs, outputs) of a step's linear layers."""
-    decoder = model.decoder
-    d, inner = decoder.width, decoder.ff_multiplier * decoder.width
-    layer = [(d, 3 * d), (d, d), (d, d), (d, d), (d, 2 * inner), (inner, d)]
-    return layer * decoder.layers + [(d, model.image.codebook_size)]
-
-
-def step_flops(model: ModelConfig, rows: int) -> float:
-    """Floating-point operations of a step's products; attention adds a few percent."""
-    return 2.0 * rows * sum(inputs * outputs for inputs, outputs in products(model))
-
-
-def weights_bytes(model: ModelConfig, weight_bytes: int = 4) -> float:
-    """Bytes of the weights that a step multiplies with."""
-    return weight_bytes * sum(inputs * outputs for inputs, outputs in products(model))
+__all__ = [
+    "Products",
+    "copy_bandwidth",
+    "products",
+    "step_bytes",
+    "step_flops",
+    "timed",
+    "weights_bytes",
+]
 
 
 def step_bytes(model: ModelConfig, rows: int, weight_bytes: int = 4) -> float:

@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import random
 import signal
-import statistics
 import sys
 import time
 from collections import Counter
@@ -222,7 +221,7 @@ def main() -> int:
         status = server.stop()
     step = percentile(text, "nuwa_step_duration_seconds", 0.95)
     cancel = percentile(text, "nuwa_cancel_latency_seconds", 0.95)
-    third, last = (statistics.median(part) for part in np.array_split(memory, 4)[2:])
+    third, last = (float(np.median(part)) for part in np.array_split(memory, 4)[2:])
     holds = {
         "nothing is left": not any(left.values()),
         "answers are right": counts["WRONG"] == 0 and counts["right"] > 0,
@@ -237,7 +236,7 @@ def main() -> int:
         "left": left,
         "megabytes": {"third_quarter": third, "last_quarter": last, "peak": max(memory)},
         "megabytes_on_the_way": [
-            round(part[-1], 1) for part in np.array_split(memory, READINGS) if len(part)
+            round(float(part[-1]), 1) for part in np.array_split(memory, READINGS) if len(part)
         ],
         "cancel_p95_at_most": cancel,
         "step_p95_at_most": step,

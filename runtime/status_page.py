@@ -19,7 +19,7 @@ PHASES = ("queue", "encode", "decode", "pixels", "request")
 
 STYLE = """
 :root { color-scheme: light dark; --faint: color-mix(in srgb, currentColor 12%, transparent); }
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; }
 body { padding: 0 1rem; }
 h1 { font-size: 1.35rem; display: flex; gap: .8rem; align-items: center; margin: 0; }
 h2 { font-size: 1rem; margin: 2rem 0 .6rem; }

@@ -27,7 +27,7 @@ class Muon(torch.optim.Muon):
         super().__init__(parameters, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         if closure is not None:
             raise ValueError("Muon takes no closure here")
         for group in self.param_groups:

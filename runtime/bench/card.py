@@ -193,22 +193,26 @@ def card(
 
 @dataclass(frozen=True)
 class FloorOfRows:
-    """Of the steps of T rows: how many there are, seconds that one takes at least (their mean)."""
+    """Of the steps of T rows: how many there are, seconds of one (their mean), as in Floor."""
 
     rows: int
     steps: int
     seconds: float
+    blas_seconds: float | None
 
 
 @dataclass(frozen=True)
 class Floor:
     """seconds: that all steps take at least; bytes_seconds, products_seconds: what they would take
-    if only bytes moved, or only products were computed; None for products whose rate is unknown.
+    if only bytes moved, or only products were computed. blas_seconds: likewise at the rate that
+    products of T rows have, not at the fastest of any; it is no floor, for other kernels may be
+    better at few rows. None for what needs the rate of products where that is not known.
     """
 
     seconds: float
     bytes_seconds: float
     products_seconds: float | None
+    blas_seconds: float | None
     by_rows: tuple[FloorOfRows, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -217,6 +221,7 @@ class Floor:
             "floor_seconds": self.seconds,
             "floor_bytes_seconds": self.bytes_seconds,
             "floor_products_seconds": self.products_seconds,
+            "blas_seconds": self.blas_seconds,
             "floor_by_rows": [dataclasses.asdict(each) for each in self.by_rows],
         }
 
@@ -225,22 +230,32 @@ def floor(card: Card, rates: Rates) -> Floor:
     """What the steps of a card take at least at these rates: each its bytes or its products,
     whichever take longer. Products count only if the rates are of the card's precision.
     """
-    multiplied = card.precision == rates.precision
-    by_bytes = [step.bytes / rates.bytes_per_second for step in card.steps]
-    by_products = [
-        step.flops / rates.flops_per_second(step.rows) if multiplied else 0.0 for step in card.steps
-    ]
-    least = [max(pair) for pair in zip(by_bytes, by_products, strict=True)]
-    of_rows: dict[int, list[float]] = defaultdict(list)
-    for step, seconds in zip(card.steps, least, strict=True):
-        of_rows[step.rows].append(seconds)
+    known = card.precision == rates.precision
+    moved = [step.bytes / rates.bytes_per_second for step in card.steps]
+    computed, by_blas = [0.0] * len(moved), list(moved)
+    if known:
+        computed = [step.flops / rates.most_flops_per_second for step in card.steps]
+        by_blas = [
+            max(bytes_seconds, step.flops / rates.flops_per_second(step.rows))
+            for bytes_seconds, step in zip(moved, card.steps, strict=True)
+        ]
+    least = [max(pair) for pair in zip(moved, computed, strict=True)]
+    of_rows: dict[int, list[int]] = defaultdict(list)
+    for index, step in enumerate(card.steps):
+        of_rows[step.rows].append(index)
     return Floor(
         seconds=sum(least),
-        bytes_seconds=sum(by_bytes),
-        products_seconds=sum(by_products) if multiplied else None,
+        bytes_seconds=sum(moved),
+        products_seconds=sum(computed) if known else None,
+        blas_seconds=sum(by_blas) if known else None,
         by_rows=tuple(
-            FloorOfRows(rows, len(each), sum(each) / len(each))
-            for rows, each in sorted(of_rows.items())
+            FloorOfRows(
+                rows=rows,
+                steps=len(steps),
+                seconds=sum(least[step] for step in steps) / len(steps),
+                blas_seconds=sum(by_blas[step] for step in steps) / len(steps) if known else None,
+            )
+            for rows, steps in sorted(of_rows.items())
         ),
     )
 

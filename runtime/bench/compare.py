@@ -28,8 +28,8 @@ STYLES = {"slower": "red", "faster": "green", "no difference": "", "unknown": "y
 LEAST_ROUNDS = 2
 SAME = ("scenario", "workload", "task")  # parts of a result that must be
 LISTED = ("version", "model", "machine")  # parts that may differ
-# Names within SAME that may differ, too: how long it was measured, and where.
-FREE = ("seconds", "rounds", "least", "most", "target")
+# Names within SAME that may differ, too: how long it was measured, and what served it.
+FREE = ("seconds", "rounds", "least", "most", "target", "slots", "threads")
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,17 @@ def compare(
     apart = abs(middle) > half and abs(middle) > math.log1p(threshold)
     worse = (middle > 0) == (better == "lower")
     verdict: Verdict = "no difference" if not apart else "slower" if worse else "faster"
-    values = (math.exp(float(each.mean())) for each in logs)
-    interval = math.exp(middle - half), math.exp(middle + half)
-    return Difference(name, unit, better, verdict, *values, math.exp(middle), *interval)
+    return Difference(
+        name,
+        unit,
+        better,
+        verdict,
+        a=math.exp(float(logs[0].mean())),
+        b=math.exp(float(logs[1].mean())),
+        ratio=math.exp(middle),
+        low=math.exp(middle - half),
+        high=math.exp(middle + half),
+    )
 
 
 def compare_results(

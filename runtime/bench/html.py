@@ -20,7 +20,6 @@ from .table import (
     interval,
     sections,
     subtitle,
-    warnings,
     words,
 )
 
@@ -41,7 +40,7 @@ body { margin: 0 auto; max-width: 82rem; padding: 2.2rem 1.2rem 3rem; background
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .3rem; text-wrap: balance; }
 h2 { font-size: 1rem; margin: 0 0 .5rem; }
 p { margin: 0; } .about { color: var(--soft); font-size: .87rem; overflow-wrap: anywhere; }
-.warning { border-left: .25rem solid var(--orange); background: var(--card); margin-top: .8rem;
+.note { border-left: .25rem solid var(--orange); background: var(--card); margin-top: .8rem;
   padding: .5rem .9rem; border-radius: .2rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .8rem;
   margin: 1.4rem 0 1rem; }
@@ -49,8 +48,9 @@ p { margin: 0; } .about { color: var(--soft); font-size: .87rem; overflow-wrap: 
   border-radius: .6rem; padding: .9rem 1.1rem; }
 .tile b { display: block; font-size: 1.55rem; font-weight: 600; line-height: 1.3; }
 .tile span { display: block; font-size: .87rem; } .tile .about { font-size: .8rem; }
-.flow { columns: 2 34rem; column-gap: 1rem; }
-figure, .table { margin: 0 0 1rem; break-inside: avoid; }
+.flow { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(34rem, 100%), 1fr));
+  gap: 1rem; align-items: start; margin-bottom: 1rem; }
+.column { display: grid; gap: 1rem; min-width: 0; } figure, .table { margin: 0; min-width: 0; }
 .scroll { overflow-x: auto; }
 figure svg.chart { display: block; width: 100%; min-width: 30rem; max-width: 46rem; }
 figcaption { margin-top: .2rem; }
@@ -65,7 +65,6 @@ tbody:first-child tr:first-child td { border-top: 0; }
 th:first-child, td:first-child, .pairs td { text-align: left; }
 .pairs td + td { white-space: normal; overflow-wrap: anywhere; }
 .pairs td:first-child { color: var(--soft); } .table .about { margin-top: .5rem; }
-ul { margin: 0; padding-left: 1.1rem; }
 svg text { font: 12px system-ui, sans-serif; fill: var(--ink); }
 svg .tick, svg .name { fill: var(--soft); } svg .label { font-weight: 600; }
 svg .halo { paint-order: stroke; stroke: var(--card); stroke-width: 5px; stroke-linejoin: round; }
@@ -83,6 +82,7 @@ svg .halo { paint-order: stroke; stroke: var(--card); stroke-width: 5px; stroke-
 .dot.missed { fill: var(--card); stroke: var(--soft); stroke-width: 2; }
 .dot.p50.missed { stroke: var(--blue); } .dot.p99.missed { stroke: var(--orange); }
 .bar { fill: var(--pale); } .rest, .span { fill: var(--faint); }
+.failed { fill: var(--red); opacity: .55; }
 .c0 { fill: var(--c0); } .c1 { fill: var(--c1); } .c2 { fill: var(--c2); } .c3 { fill: var(--c3); }
 .c4 { fill: var(--c4); } .c5 { fill: var(--c5); } .c6 { fill: var(--c6); } .c7 { fill: var(--c7); }
 .c8 { fill: var(--c8); }
@@ -111,35 +111,50 @@ def page(result: dict[str, Any]) -> str:
     """The whole document."""
     title = escape(heading(result))
     about = "".join(f'<p class="about">{escape(line)}</p>' for line in subtitle(result))
-    warned = "".join(f'<p class="warning">{escape(line)}</p>' for line in warnings(result))
+    notes = (f'<p class="note">{escape(str(line))}</p>' for line in result.get("notes") or ())
     tiles = "".join(_tile(*tile) for tile in _tiles(result))
-    pictures = "".join(map(_figure, figures(result)))
-    tables = "".join(map(_table, sections(result)))
+    pictures = _flow([(figure.height + 90, _figure(figure)) for figure in figures(result)])
+    tables = _flow([(28 * len(each.rows) + 70, _table(each)) for each in sections(result)])
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
-<h1>{title}</h1>{about}{warned}
+<h1>{title}</h1>{about}{"".join(notes)}
 <div class="tiles">{tiles}</div>
-<div class="flow">{pictures}</div>
-<div class="flow">{tables}{_notes(result)}</div>
-<p class="about">Made by nuwa bench; point at a mark to read its values.</p></body></html>
+{pictures}{tables}
+<p class="about">Ranges are 95 % intervals. Point at a mark to read its values.</p>
+</body></html>
 """
+
+
+def _flow(blocks: list[tuple[float, str]]) -> str:
+    """Two columns of about the same height, each in the order given; a block is (height, HTML)."""
+    columns: list[list[int]] = [[], []]
+    heights = [0.0, 0.0]
+    for index in sorted(range(len(blocks)), key=lambda index: -blocks[index][0]):
+        shorter = heights.index(min(heights))
+        columns[shorter].append(index)
+        heights[shorter] += blocks[index][0]
+    drawn = (
+        f'<div class="column">{"".join(blocks[index][1] for index in sorted(column))}</div>'
+        for column in sorted(filter(None, columns), key=min)
+    )
+    return f'<div class="flow">{"".join(drawn)}</div>'
 
 
 def _tiles(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """The numbers to see first: (what, value, beside it)."""
     metrics = {name: metric for name, metric in (result.get("metrics") or {}).items() if metric}
     latency = metrics.get("latency") or {}
-    for name, metric in metrics.items():
-        if metric.get("value") is not None and (metric.get("low") is not None):
-            unit = metric.get("unit", "")
-            yield words(name), quantity(metric["value"], unit), interval(metric, unit)
-    if latency.get("floor_fraction") is not None:
-        floor = latency.get("floor")
-        beside = "" if floor is None else f"latency's floor {quantity(floor, 's')}"
-        yield "of the floor's speed", share(latency["floor_fraction"]), beside
     for name, key in SHOWN:
         yield from _quantile(name, metrics.get(name) or {}, key)
+        if (name, key) == ("latency", "0.99") and latency.get("floor_fraction") is not None:
+            beside = f"the floor is {quantity(latency.get('floor'), 's')}"
+            yield "of the floor's speed", share(latency["floor_fraction"]), beside
+    for name in ("throughput", "highest_rate"):
+        metric = metrics.get(name) or {}
+        if metric.get("value") is not None:
+            unit = metric.get("unit", "")
+            yield words(name), quantity(metric["value"], unit), interval(metric, unit)
 
 
 def _quantile(name: str, metric: dict[str, Any], key: str) -> Iterator[tuple[str, str, str]]:
@@ -155,7 +170,7 @@ def _quantile(name: str, metric: dict[str, Any], key: str) -> Iterator[tuple[str
 
 def _tile(what: str, value: str, beside: str) -> str:
     return (
-        f'<div class="tile"><span>{escape(what)}</span><b>{escape(value)}</b>'
+        f'<div class="tile"><b>{escape(value)}</b><span>{escape(what)}</span>'
         f'<span class="about">{escape(beside)}</span></div>'
     )
 
@@ -193,8 +208,3 @@ def _table(section: Section) -> str:
         f'<div class="table"><h2>{escape(section.title)}</h2><div class="scroll">'
         f"<table{kind}>{head}<tbody>{body}</tbody></table></div>{notes}</div>"
     )
-
-
-def _notes(result: dict[str, Any]) -> str:
-    notes = "".join(f"<li>{escape(str(note))}</li>" for note in result.get("notes") or ())
-    return f'<div class="table"><h2>Notes</h2><ul>{notes}</ul></div>' if notes else ""

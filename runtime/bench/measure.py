@@ -139,7 +139,8 @@ def measure(
 
 def warmed(asker: Asker, most: int) -> dict[str, Any]:
     """Requests one after another until they take as long as those to come, `most` of them."""
-    began, latencies, first = time.perf_counter(), [], None
+    began, first = time.perf_counter(), None
+    latencies: list[float] = []
     while len(latencies) < most:
         latencies.append(asker(len(latencies), time.perf_counter()).latency)
         first = statistics.steady(latencies, WARM_UP_WINDOW, WARM_UP_TOLERANCE)
@@ -198,14 +199,13 @@ def _server(asker: Asker, settings: Settings, outstanding: int, first: int) -> S
 def point(rate: float, observed: list[Observation], settings: Settings) -> search.Point:
     """What requests at a rate say of the bound; one that failed did not keep it."""
     assert settings.bound is not None, "checked when settings were made"
-    latencies = np.array([each.latency for each in observed if each.ok])
-    under = int((latencies <= settings.bound).sum())
-    verdict = statistics.latency_bound(
-        under, len(observed) - under, settings.share, confidence=0.95
-    )
-    began, ended = observed[0].scheduled, max(each.ended for each in observed)
-    p50, p99 = np.quantile(latencies, [0.5, 0.99]).tolist() if len(latencies) else (0.0, 0.0)
-    return search.Point(rate, len(latencies) / (ended - began), p50, p99, verdict.met, verdict.more)
+    latencies = [each.latency for each in observed if each.ok]
+    under = sum(latency <= settings.bound for latency in latencies)
+    verdict = statistics.latency_bound(under, len(observed) - under, settings.share)
+    seconds = max(each.ended for each in observed) - observed[0].scheduled
+    found = statistics.summary(latencies).quantiles if latencies else {}
+    p50, p99 = (found[share].value if found else None for share in (0.5, 0.99))
+    return search.Point(rate, len(latencies) / seconds, p50, p99, verdict.met, verdict.more)
 
 
 def _by_loadgen(asker: Asker, settings: Settings, folder: Path, outstanding: int) -> Seen:
@@ -462,7 +462,7 @@ def describe_workload(target: Target, workload: Workload) -> dict[str, Any]:
 
 def describe_scenario(settings: Settings) -> dict[str, Any]:
     """Its name and what of the settings it heeds."""
-    heeded = {
+    of_scenario: dict[str, dict[str, Any]] = {
         "multi-stream": {"streams": settings.streams},
         "offline": {"outstanding": settings.outstanding},
         "server": {
@@ -470,7 +470,7 @@ def describe_scenario(settings: Settings) -> dict[str, Any]:
             "slo_seconds": settings.bound,
             "slo_quantile": f"{settings.share:g}",
         },
-    }.get(settings.scenario, {})
+    }
     extent = settings.extent
     return {
         "name": settings.scenario,
@@ -479,7 +479,7 @@ def describe_scenario(settings: Settings) -> dict[str, Any]:
         "rounds": extent.rounds,
         "least": extent.least,
         "most": extent.most,
-        **heeded,
+        **of_scenario.get(settings.scenario, {}),
     }
 
 

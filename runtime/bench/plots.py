@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from .schema import PREFIXES, count, percentile, quantity, share
-from .table import between, interval, quantiles, words
+from .schema import PREFIXES, percentile, quantity, several, share
+from .table import INSIDE, OVERLAP, between, interval, quantiles, words
 
 WIDTH, LEFT, RIGHT = 640, 64, 620  # of a picture; where its axes begin and end
 CHARACTER = 7.2  # width of one, in the 12 units high type of ticks
@@ -39,13 +39,17 @@ class Figure:
 
     title: str
     svg: str
+    height: float  # of the viewBox
     key: tuple[tuple[str, str], ...] = ()
     about: str = ""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Takes values of low .. high to places of start .. end; its ticks show factor times a value."""
+    """Takes values of low .. high to places of start .. end; ticks show factor times a value.
+
+    whole: ticks are whole numbers.
+    """
 
     low: float
     high: float
@@ -53,6 +57,7 @@ class Axis:
     end: float
     log: bool = False
     factor: float = 1.0
+    whole: bool = False
 
     @property
     def seconds(self) -> str:
@@ -83,7 +88,8 @@ class Axis:
 
     def _marks(self, choices: Iterable[list[float]]) -> Iterator[dict[float, str]]:
         for numbers in choices:
-            yield {self.at(number / self.factor): _tick(number) for number in numbers}
+            shown = [number for number in numbers if not self.whole or number == round(number)]
+            yield {self.at(number / self.factor): _tick(number) for number in shown}
 
     def _multiples(self) -> Iterator[list[float]]:
         low, high = self.low * self.factor, self.high * self.factor
@@ -113,6 +119,7 @@ def axis(
     log: bool = False,
     zero: bool = True,
     seconds: bool = False,
+    whole: bool = False,
 ) -> Axis:
     """One on which all values lie, with some room. zero: from 0, where it is not logarithmic;
     seconds: the values are, and are shown in ms if all are below one.
@@ -122,10 +129,10 @@ def axis(
     factor = 1000.0 if seconds and high < 1 else 1.0
     if log:
         slack = max((high / low) ** 0.04, 1.1)
-        return Axis(low / slack, high * slack, start, end, True, factor)
+        return Axis(low / slack, high * slack, start, end, True, factor, whole)
     slack = 0.04 * (high - (0.0 if zero else low)) or 0.05 * abs(high) or 1.0
     low = 0.0 if zero else max(low - slack, 0.0)
-    return Axis(low, high + slack, start, end, False, factor)
+    return Axis(low, high + slack, start, end, False, factor, whole)
 
 
 def figures(result: Part) -> list[Figure]:
@@ -137,7 +144,8 @@ def figures(result: Part) -> list[Figure]:
 def phases(result: Part) -> Figure | None:
     """The mean of each phase, one after the other, beside the mean latency."""
     given = (result.get("phases") or {}).items()
-    means = {name: phase["mean"] for name, phase in given if phase and phase.get("mean")}
+    known = ((name, phase) for name, phase in given if phase and name not in INSIDE)
+    means = {name: phase["mean"] for name, phase in known if phase.get("mean")}
     if not means:
         return None
     total, whole = sum(means.values()), _metric(result, "latency").get("mean") or 0.0
@@ -157,7 +165,7 @@ def phases(result: Part) -> Figure | None:
         132,
         (_below(x, 34, 88, f"time, {x.seconds}"), bars, _flags(mean, 20, 34, 88)),
         [(colours[name], text) for name, text in told.items()],
-        "Means of the phases one after the other, and the mean latency.",
+        OVERLAP if total > 1.01 * whole > 0 else "Means of the phases, one after the other.",
     )
 
 
@@ -191,8 +199,8 @@ def distribution(result: Part, name: str = "latency") -> Figure | None:
 
 def _remarks(number: int, metric: Part) -> list[str]:
     refused = [(key, entry["needs"]) for key, entry in quantiles(metric) if entry.get("needs")]
-    return [f"{count(number)} requests", "lines through points: 95 % intervals"] + [
-        f"{percentile(key)} needs {count(needs)} samples" for key, needs in refused
+    return [several(number, "request"), "lines through points: 95 % intervals"] + [
+        f"{percentile(key)} needs {several(needs, 'sample')}" for key, needs in refused
     ]
 
 
@@ -208,10 +216,10 @@ def _quantile(x: Axis, y: Axis, key: str, entry: Part) -> str:
 def _histogram(values: Sequence[float], x: Axis, bottom: float, top: float) -> str:
     """Bars and their axis."""
     counts, edges = _bins(np.array([x.at(value) for value in values]))
-    y = Axis(0.0, 1.05 * max(counts), bottom, top)
+    y = Axis(0.0, 1.05 * max(counts), bottom, top, whole=True)
     bars = ""
     for number, begin, end in zip(counts, edges, edges[1:], strict=False):
-        tip = f"{count(number)} requests of {between(x.value(begin), x.value(end), 's')}"
+        tip = f"{several(number, 'request')} of {between(x.value(begin), x.value(end), 's')}"
         height = bottom - y.at(number)
         bars += _rect(begin, y.at(number), max(end - begin - 1, 1), height, "area bar", tip)
     return _beside(y) + bars + _line(LEFT, bottom, RIGHT, bottom, "axis")
@@ -303,7 +311,7 @@ def roofline(result: Part) -> Figure | None:
     }
     reached = _rates(steps, "median", flops or 1.0)
     known = [*reached, *_rates(steps, "p99", flops or 1.0), *itertools.chain(*lines.values())]
-    x = axis((rows for rows, _ in known), LEFT, RIGHT, log=True)
+    x = axis((rows for rows, _ in known), LEFT, RIGHT, log=True, whole=True)
     y = axis((rate for _, rate in known), 320, 30, log=True)
     drawn = [
         _path([(x.at(rows), y.at(rate)) for rows, rate in line], kind)
@@ -338,7 +346,7 @@ def _steps(steps: Sequence[Part], x: Axis, y: Axis, each_row: float) -> str:
         )
         floor = each.get("floor")
         of_floor = "" if floor is None else f", {share(floor / median)} of the floor"
-        tip = f"{count(rows)} rows: median {quantity(median, 's')}{of_floor}, "
+        tip = f"{several(rows, 'row')}: median {quantity(median, 's')}{of_floor}, "
         tip += f"{share(part)} of the time in steps"
         marks += _line(x.at(rows), y.at(reached), x.at(rows), y.at(least), "whisker")
         marks += _dot(x.at(rows), y.at(reached), 3 + 8 * math.sqrt(part), "dot step", tip)
@@ -363,6 +371,9 @@ def timeline(result: Part) -> Figure | None:
         if number == 1 or number % every == 0:
             marks += _text(LEFT - 8, top + row / 2 + 4, str(number), "end", "tick")
     seen = [name for name in colours if any(name in (each.get("phases") or {}) for each in known)]
+    key = [*((colours[name], words(name)) for name in seen), ("area span", "in no phase")]
+    if any(each.get("status", "ok") != "ok" for each in known):
+        key.append(("area failed", "did not end ok"))
     few = len(known) < len(given)
     return _figure(
         "Requests over time",
@@ -372,7 +383,7 @@ def timeline(result: Part) -> Figure | None:
             marks,
             _text(LEFT, 14, "request", "start", "name"),
         ),
-        [*((colours[name], words(name)) for name in seen), ("area span", "in no phase")],
+        key,
         f"The first {len(known)} of {len(given)} requests." if few else "",
     )
 
@@ -387,7 +398,9 @@ def _request(
 
     spans = (each.get("phases") or {}).items()
     known = sorted((*span, name) for name, span in spans if _spanned(span))
-    marks, until = bar("", each["start"], each["end"], False, "area span"), -math.inf
+    ended = each.get("status") or "ok"
+    whole, what = ("area span", "") if ended == "ok" else ("area failed", f" {ended}")
+    marks, until = bar(what, each["start"], each["end"], False, whole), -math.inf
     for begin, end, name in known:
         marks += bar(f" {words(name)}", begin, end, begin < until - 1e-9, colours[name])
         until = max(until, end)
@@ -452,7 +465,8 @@ def _spanned(pair: Sequence[float | None] | None) -> bool:
 
 def _tick(value: float) -> str:
     power = 0 if value < 10_000 else min(int(math.log10(value * 1.000001) // 3), 6)
-    return f"{value / 1000**power:.6g} {PREFIXES[power]}".strip()
+    shown = np.format_float_positional(float(f"{value / 1000**power:.6g}"), trim="-")
+    return f"{shown} {PREFIXES[power]}".strip()
 
 
 def _width(text: str) -> float:
@@ -494,7 +508,7 @@ def _figure(
     about: str = "",
 ) -> Figure:
     begin = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
-    return Figure(title, f"{begin}{''.join(parts)}</svg>", tuple(key), about)
+    return Figure(title, f"{begin}{''.join(parts)}</svg>", height, tuple(key), about)
 
 
 def _bar(x: Axis, begin: float, end: float, top: float, height: float, kind: str, tip: str) -> str:

@@ -1,8 +1,9 @@
 """How fast this machine moves bytes and multiplies matrices: what floors are made of.
 
-All through numpy: copies and reads in threads, products by the BLAS that numpy was built with. A
-library with better kernels may multiply faster, and what stays in a cache is read faster than it is
-copied, so both are measured, and a floor takes the faster. Knows no model beyond sizes.
+All through numpy: copies and reads in threads, products by the BLAS that numpy was built with. What
+stays in a cache is read faster than memory is copied, so both are measured. A floor takes the
+fastest of everything, and of every rate its best repeat: another process may have been in the way
+of the others, and other kernels than BLAS's may be better at few rows. Knows no model beyond sizes.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ import numpy.typing as npt
 from .machine import Hardware, last_level_cache, memory_bytes
 
 REPEATS = 15
-SHORTEST = 0.002  # seconds of a repeat; shorter calls are made several times
+SHORTEST = 0.005  # seconds of a repeat; what takes less is done several times
 MOST_SIZES = 8  # numbers of rows whose products are timed
+MANY_ROWS = 256  # of one that always is: products of many rows are the fastest
 LEAST_COPIED = 1 << 28  # bytes
 BLAS_SETTERS = (
     "scipy_openblas_set_num_threads64_",
@@ -41,11 +43,12 @@ Shapes = Sequence[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Measurement:
-    """value: the median of the repeats, a second; spread: from the slowest repeat to the fastest,
-    as a share of it.
+    """value: the median of the repeats, a second; best: the fastest repeat's; spread: from the
+    slowest to the fastest, as a share of the median.
     """
 
     value: float
+    best: float
     repeats: int
     spread: float
 
@@ -53,15 +56,16 @@ class Measurement:
     def of(cls, amount: float, seconds: Sequence[float]) -> Measurement:
         """Of an amount that took so long, again and again."""
         value = amount / statistics.median(seconds)
-        most, least = amount / min(seconds), amount / max(seconds)
-        return cls(value, len(seconds), (most - least) / value)
+        best, worst = amount / min(seconds), amount / max(seconds)
+        return cls(value, best, len(seconds), (best - worst) / value)
 
 
 @dataclass(frozen=True)
 class Rates:
     """copy: bytes a second, read and written, of more than the caches hold; read: bytes a second,
     read again and again, of as much as a step reads of weights; products: floating-point operations
-    a second by number of rows; precision: of the products; about: how they were measured.
+    a second by number of rows, one at least; precision: of the products; about: how all this was
+    measured.
 
     Those of a GPU are made by whoever measures one; then copy and products are its own.
     """
@@ -74,20 +78,23 @@ class Rates:
 
     @property
     def bytes_per_second(self) -> float:
-        """At which bytes can come: the faster of copy and read."""
-        return max(self.copy.value, 0.0 if self.read is None else self.read.value)
+        """At which bytes can come: the faster of copy and read, at their best."""
+        return max(self.copy.best, 0.0 if self.read is None else self.read.best)
+
+    @property
+    def most_flops_per_second(self) -> float:
+        """Of products of whatever number of rows was the fastest, at its best."""
+        return max(each.best for each in self.products.values())
 
     def flops_per_second(self, rows: int) -> float:
-        """Of products of so many rows; where these were not measured, of the measured numbers of
-        rows next to it the faster one's. ValueError if none was measured.
+        """Of products of so many rows, at their best; where these were not measured, of the
+        measured numbers of rows next to it the faster one's.
         """
-        if not self.products:
-            raise ValueError("no products were measured")
         if rows in self.products:
-            return self.products[rows].value
+            return self.products[rows].best
         sizes = sorted(self.products)
         at = bisect.bisect(sizes, rows)
-        return max(self.products[size].value for size in sizes[max(0, at - 1) : at + 1])
+        return max(self.products[size].best for size in sizes[max(0, at - 1) : at + 1])
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able."""
@@ -95,12 +102,14 @@ class Rates:
         for name, measured in (("copy", self.copy), ("read", self.read)):
             if measured is not None:
                 told[f"{name}_bytes_per_second"] = measured.value
+                told[f"{name}_best_bytes_per_second"] = measured.best
                 told[f"{name}_repeats"] = measured.repeats
                 told[f"{name}_spread"] = measured.spread
         told["gemm"] = [
             {
                 "rows": rows,
                 "flops_per_second": measured.value,
+                "best_flops_per_second": measured.best,
                 "repeats": measured.repeats,
                 "spread": measured.spread,
             }
@@ -121,19 +130,21 @@ def measure(
     """All rates of this machine's processor; takes seconds.
 
     shapes: (inputs, outputs) of a step's products; rows: numbers of rows of its steps, of which
-    MOST_SIZES are timed; working_set: bytes of weights that a step reads.
+    MOST_SIZES are timed, and MANY_ROWS; working_set: bytes of weights that a step reads.
     """
     copied = copied_bytes(hardware or Hardware())
     copy = copy_bandwidth(copied, threads, repeats)
     read = read_bandwidth(working_set, threads, repeats)
-    with blas_threads(threads) as limited:
-        products = {count: product_rate(shapes, count, repeats) for count in few_of(rows)}
+    with blas_threads(1) as single:  # or else BLAS shares the products out by itself
+        workers = threads if single else 1
+        sizes = sorted({*few_of(rows), MANY_ROWS})
+        products = {size: product_rate(shapes, size, workers, repeats) for size in sizes}
     about = {
         "copied_bytes": copied,
         "working_set_bytes": working_set,
         "threads": threads,
         "gemm_by": f"numpy {np.__version__}, {blas_name()}",
-        "gemm_threads": threads if limited else "as BLAS has them",
+        "gemm_threads": threads if single else "those of BLAS",
     }
     return Rates(copy, products, read, about=about)
 
@@ -156,36 +167,55 @@ def copy_bandwidth(size: int, threads: int, repeats: int = REPEATS) -> Measureme
 
 def read_bandwidth(size: int, threads: int, repeats: int = REPEATS) -> Measurement:
     """Bytes a second of reading the same `size` bytes again and again, a part in every thread."""
-    parts = [np.ones(max(1, size // threads // 4), np.int32) for _ in range(threads)]
+    parts = [np.ones(max(1, size // threads), np.uint8) for _ in range(threads)]
     passes = max(1, LEAST_COPIED // size)
 
-    def read(part: npt.NDArray[np.int32]) -> None:
+    def read(part: npt.NDArray[np.uint8]) -> None:
         for _ in range(passes):
-            np.bitwise_or.reduce(part)
+            np.maximum.reduce(part)  # of numpy's ways to read everything the fastest
 
     with ThreadPoolExecutor(threads) as pool:
         seconds = timed(lambda: list(pool.map(read, parts)), repeats)
     return Measurement.of(passes * sum(part.nbytes for part in parts), seconds)
 
 
-def product_rate(shapes: Shapes, rows: int, repeats: int = REPEATS) -> Measurement:
+def product_rate(
+    shapes: Shapes, rows: int, threads: int = 1, repeats: int = REPEATS
+) -> Measurement:
     """Floating-point operations a second of fp32 products [rows, inputs] x [inputs, outputs].
 
-    Each shape is timed by itself and counts as often as it is named. One matrix for each, so a
-    small one stays in a cache.
+    Every thread makes its share of the outputs and waits for no other. Each shape is timed by
+    itself and counts as often as it is named. One matrix for each, so a small one stays in a cache.
     """
-    spent = [
-        [times * seconds for seconds in _product_seconds(rows, inputs, outputs, repeats)]
-        for (inputs, outputs), times in Counter(shapes).items()
-    ]
+    with ThreadPoolExecutor(threads) as pool:
+        spent = [
+            [times * each for each in _product_seconds(pool, threads, rows, *shape, repeats)]
+            for shape, times in Counter(shapes).items()
+        ]
     flops = 2.0 * rows * sum(inputs * outputs for inputs, outputs in shapes)
     return Measurement.of(flops, [sum(repeat) for repeat in zip(*spent, strict=True)])
 
 
-def _product_seconds(rows: int, inputs: int, outputs: int, repeats: int) -> list[float]:
-    left, right = np.ones((rows, inputs), np.float32), np.ones((inputs, outputs), np.float32)
-    out = np.empty((rows, outputs), np.float32)
-    return timed(lambda: np.dot(left, right, out=out), repeats)
+def _product_seconds(
+    pool: ThreadPoolExecutor, threads: int, rows: int, inputs: int, outputs: int, repeats: int
+) -> list[float]:
+    """Of a product, `repeats` times."""
+    left = np.ones((rows, inputs), np.float32)
+    shares = [len(share) for share in np.array_split(np.arange(outputs), threads)]
+    parts = [
+        (np.ones((inputs, share), np.float32), np.empty((rows, share), np.float32))
+        for share in shares
+    ]
+
+    def multiply(times: int) -> None:
+        def work(part: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]) -> None:
+            right, out = part
+            for _ in range(times):
+                np.dot(left, right, out=out)
+
+        list(pool.map(work, parts))
+
+    return timed_in_bulk(multiply, repeats)
 
 
 def few_of(rows: Iterable[int], most: int = MOST_SIZES) -> list[int]:
@@ -199,18 +229,21 @@ def few_of(rows: Iterable[int], most: int = MOST_SIZES) -> list[int]:
 
 def timed(call: Callable[[], object], repeats: int = REPEATS) -> list[float]:
     """Seconds of a call, `repeats` times, after it was made twice to warm up."""
-    call()
-    began = time.perf_counter()
-    call()
-    once = time.perf_counter() - began
-    times = max(1, math.ceil(SHORTEST / max(once, 1e-9)))
     spent = []
-    for _ in range(repeats):
+    for repeat in range(repeats + 2):
         began = time.perf_counter()
-        for _ in range(times):
-            call()
-        spent.append((time.perf_counter() - began) / times)
+        call()
+        if repeat >= 2:
+            spent.append(time.perf_counter() - began)
     return spent
+
+
+def timed_in_bulk(call: Callable[[int], None], repeats: int = REPEATS) -> list[float]:
+    """Seconds of one of the many that `call` is told to do, enough of them to last SHORTEST."""
+    call(1)
+    once = min(timed(lambda: call(1), 3))
+    times = max(1, math.ceil(SHORTEST / max(once, 1e-9)))
+    return [seconds / times for seconds in timed(lambda: call(times), repeats)]
 
 
 def blas_name() -> str:

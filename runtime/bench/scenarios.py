@@ -117,8 +117,8 @@ def _sliced(seen: list[Observation], start: float, end: float, rounds: int) -> T
             slices[index].append(each)
     rates = []
     before = max((one.ended for one in seen if one.ok and one.ended < start), default=start)
-    for each in slices:
-        answered = [one.ended for one in each if one.ok]
+    for part in slices:
+        answered = [one.ended for one in part if one.ok]
         if answered and answered[-1] > before:
             rates.append(len(answered) / (answered[-1] - before))
             before = answered[-1]

@@ -30,11 +30,12 @@ KINDS: dict[str, type] = {
     "steps": list,
     "load": list,
     "timeline": dict,
+    "loadgen": dict,
     "memory": dict,
     "power": dict,
     "rounds": dict,
 }
-NAMES = {str: "a string", list: "a list", dict: "an object"}
+NAMES: dict[type, str] = {str: "a string", list: "a list", dict: "an object"}
 SCALED = {"B", "B/s", "FLOP", "FLOP/s", "FLOP/B"}  # written with k, M, G: powers of 1000
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
@@ -124,6 +125,11 @@ def scaled(value: float, unit: str) -> str:
 def count(value: float | None) -> str:
     """12 345; "–" for None."""
     return "–" if value is None else f"{value:,.0f}".replace(",", " ")
+
+
+def several(number: float, word: str) -> str:
+    """1 row, 2 rows."""
+    return f"{count(number)} {word}{'' if number == 1 else 's'}"
 
 
 def share(value: float | None) -> str:

@@ -12,14 +12,14 @@ DOUBLINGS = 6
 
 @dataclass(frozen=True)
 class Point:
-    """What was seen at a rate. met: whether the bound held; None where too few were asked to say;
-    needed: how many more would say.
+    """What was seen at a rate. p50, p99: of latency, None where too few were asked; met: whether the
+    bound held; None where too few were asked to say; needed: how many more would say.
     """
 
     rate: float
     achieved: float
-    p50: float
-    p99: float
+    p50: float | None
+    p99: float | None
     met: bool | None
     needed: int = 0
 

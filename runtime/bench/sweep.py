@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -77,21 +77,20 @@ def sweep(
 def ranked(outcomes: Iterable[Outcome]) -> list[Outcome]:
     """With `worth`: the Pareto front of low latency and high throughput."""
     each = list(outcomes)
-    done = [one for one in each if one.latency is not None and one.throughput is not None]
-
-    def beaten(one: Outcome) -> bool:
-        return any(
-            other.latency <= one.latency
-            and other.throughput >= one.throughput
-            and (other.latency, other.throughput) != (one.latency, one.throughput)
-            for other in done
-        )
-
-    marked = [
-        Outcome(**{**vars(one), "worth": one in done and not beaten(one)})  # frozen
-        for one in each
-    ]
+    marked = [replace(one, worth=_worth(one, each)) for one in each]
     return sorted(marked, key=lambda one: (one.latency is None, one.latency or 0.0))
+
+
+def _worth(one: Outcome, among: Iterable[Outcome]) -> bool:
+    if one.latency is None or one.throughput is None:
+        return False
+    for other in among:
+        if other.latency is None or other.throughput is None:
+            continue
+        better = other.latency < one.latency or other.throughput > one.throughput
+        if better and other.latency <= one.latency and other.throughput >= one.throughput:
+            return False
+    return True
 
 
 def best(outcomes: Sequence[Outcome], prefer: str) -> Outcome:
@@ -116,10 +115,12 @@ def to_toml(outcome: Outcome) -> str:
     """Settings that `nuwa serve --config` reads."""
     choice = outcome.choice
     settings = ServerSettings(
-        bundle=Path(choice.bundle),
-        backend=choice.backend,
-        threads=choice.threads,
-        slots=choice.slots,
+        **{
+            "bundle": Path(choice.bundle),
+            "backend": choice.backend,
+            "threads": choice.threads,
+            "slots": choice.slots,
+        }
     )
     about = (
         f"# Found by `nuwa bench sweep`: {1000 * (outcome.latency or 0):.1f} ms a request alone, "

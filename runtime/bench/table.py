@@ -15,11 +15,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .schema import count, percentile, quantity, share
+from .schema import count, percentile, quantity, several, share
 
 STEPS = 10  # sizes of a step that are shown, of those that took most of the time
 UNITS = {"_bytes": "B", "_seconds": "s", "_watts": "W", "_joules": "J"}  # by a field's last word
+PARTS = ("warm_up", "loadgen", "memory", "power", "model", "workload", "scenario", "machine")
 NOTHING = "–"
+INSIDE = ("media_encoding",)  # phases that are measured by themselves, and are part of another
+OVERLAP = "Phases overlap: together they are longer than a request."
 INDENT = "\u00a0\u00a0"  # of a name that belongs to the one above
 
 
@@ -37,20 +40,20 @@ class Section:
 
 
 def print(result: dict[str, Any], console: Console) -> None:
-    """Prints the result: what has to be moved and done first, then what was measured."""
+    """Prints the result: what must be known to believe it, what has to be moved and done, and then
+    what was measured.
+    """
     console.print(Text(heading(result), style="bold"))
     for line in subtitle(result):
         console.print(Text(line, style="dim"))
-    for warning in warnings(result):
-        console.print(Text(warning, style="yellow"))
+    for note in result.get("notes") or ():
+        console.print(Text(str(note), style="yellow"))
     for section in sections(result):
         console.print()
         console.print(Text(section.title, style="bold"))
         console.print(_drawn(section))
         for note in section.notes:
             console.print(Text(note, style="dim"))
-    for note in result.get("notes") or ():
-        console.print(Text(f"- {note}"))
 
 
 def heading(result: dict[str, Any]) -> str:
@@ -69,28 +72,12 @@ def subtitle(result: dict[str, Any]) -> list[str]:
     what = (
         " on ".join(str(model[name]) for name in ("precision", "backend") if model.get(name)),
         machine.get("processor"),
-        f"{cores} core{'s' if cores != 1 else ''}" if cores else None,
-        *(_plain(gpu) for gpu in machine.get("gpus") or ()),
+        several(cores, "core") if cores else None,
+        *(gpu.get("name") if isinstance(gpu, dict) else gpu for gpu in machine.get("gpus") or ()),
         (result.get("workload") or {}).get("target"),
     )
     lines = (", ".join(str(each) for each in what if each), result.get("when"))
     return [line for line in lines if line]
-
-
-def warnings(result: dict[str, Any]) -> list[str]:
-    """What must be known before a number is believed."""
-    found = []
-    if (result.get("warm_up") or {}).get("steady") is False:
-        found.append(
-            "The warm-up did not become steady: what follows may still have been drifting."
-        )
-    outcomes = result.get("outcomes") or {}
-    others = {name: number for name, number in outcomes.items() if name != "ok" and number}
-    if others:
-        named = ", ".join(f"{name} {count(number)}" for name, number in others.items())
-        total = count(sum(outcomes.values()))
-        found.append(f"{count(sum(others.values()))} of {total} requests did not end ok: {named}.")
-    return found
 
 
 def sections(result: dict[str, Any]) -> list[Section]:
@@ -102,7 +89,7 @@ def sections(result: dict[str, Any]) -> list[Section]:
 def estimate(entry: dict[str, Any] | None, unit: str) -> str:
     """A quantile as it is shown: its value, or how many samples it needs."""
     if entry and entry.get("needs"):
-        return f"needs {count(entry['needs'])} samples"
+        return f"needs {several(entry['needs'], 'sample')}"
     return quantity((entry or {}).get("value"), unit)
 
 
@@ -181,9 +168,7 @@ def _by_rows(entries: list[dict[str, Any]] | None, name: str, unit: str) -> str 
     known.sort(key=lambda entry: entry["rows"])
     ends = known[:1] + known[1:][-1:]
     return " .. ".join(
-        f"{quantity(entry[name], unit)} ({count(entry['rows'])} "
-        f"row{'s' if entry['rows'] != 1 else ''})"
-        for entry in ends
+        f"{quantity(entry[name], unit)} ({several(entry['rows'], 'row')})" for entry in ends
     )
 
 
@@ -203,7 +188,9 @@ def _results(result: dict[str, Any]) -> Section:
 
 
 def _metric(name: str, metric: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """The rows of a metric, the first with its name; the floor stands beside the median."""
+    """The rows of a metric, the first with its name; the floor stands beside what it is a share of:
+    the median, the mean where the median was refused, or else the one value.
+    """
     unit, value = metric.get("unit", ""), metric.get("value")
     floor, fraction = metric.get("floor"), metric.get("floor_fraction")
     beside = (
@@ -211,15 +198,16 @@ def _metric(name: str, metric: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         "" if fraction is None else share(fraction),
     )
     statistics = list(_statistics(metric))
-    median = any(statistic == "p50" for statistic, *_ in statistics)
-    first = beside if not median else ("", "")
+    median = ((metric.get("quantiles") or {}).get("0.5") or {}).get("value")
+    least = "p50" if median is not None else "mean" if metric.get("mean") is not None else ""
+    first = ("", "") if least else beside
     if value is not None or metric.get("needs"):
         yield name, estimate(metric, unit), interval(metric, unit), *first
     elif statistics:
         samples = metric.get("count")
-        yield name, "" if samples is None else f"{count(samples)} samples", "", *first
+        yield name, "" if samples is None else several(samples, "sample"), "", *first
     for statistic, *cells in statistics:
-        yield INDENT + statistic, *cells, *(beside if statistic == "p50" else ("", ""))
+        yield INDENT + statistic, *cells, *(beside if statistic == least else ("", ""))
 
 
 def _statistics(metric: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -239,10 +227,10 @@ def _phases(result: dict[str, Any]) -> Section:
     phases = {name: phase for name, phase in (result.get("phases") or {}).items() if phase}
     whole = ((result.get("metrics") or {}).get("latency") or {}).get("mean")
     rows = [_phase(name, phase, whole) for name, phase in phases.items()]
-    total = sum(phase.get("mean") or 0.0 for phase in phases.values())
+    total = sum(phase.get("mean") or 0.0 for name, phase in phases.items() if name not in INSIDE)
     overlap = whole is not None and total > 1.01 * whole
-    notes = ("Phases overlap: together they are longer than a request.",) if overlap else ()
-    heads = ("phase", "samples", "mean", "p50", "p99", "most", "of latency")
+    notes = (OVERLAP,) if overlap else ()
+    heads = ("phase", "mean", "p50", "p99", "most", "of latency")
     return Section("Phases of a request", heads, tuple(rows), notes)
 
 
@@ -251,7 +239,6 @@ def _phase(name: str, phase: dict[str, Any], whole: float | None) -> tuple[str, 
     found = phase.get("quantiles") or {}
     return (
         words(name),
-        count(phase.get("count")),
         quantity(mean, unit),
         estimate(found.get("0.5"), unit),
         estimate(found.get("0.99"), unit),
@@ -323,7 +310,7 @@ def _outcomes(result: dict[str, Any]) -> Section:
 def _conditions(result: dict[str, Any]) -> Section:
     """All that the numbers depend on, as it is."""
     rows: list[tuple[str, str]] = []
-    for part in ("warm_up", "memory", "power", "model", "workload", "scenario", "machine"):
+    for part in PARTS:
         told = _warm_up(result) if part == "warm_up" else None
         rows += [told] if told else _pairs(result.get(part) or {}, words(part))
     if result.get("command"):
@@ -336,32 +323,35 @@ def _warm_up(result: dict[str, Any]) -> tuple[str, str] | None:
     if warm_up.get("requests") is None:
         return None
     taken = _given(warm_up, "seconds", "s")
-    steady = {True: "steady", False: "not steady"}.get(warm_up.get("steady"))
-    parts = (f"{count(warm_up['requests'])} requests", taken, steady)
+    steady = warm_up.get("steady")
+    state = None if steady is None else "steady" if steady else "not steady"
+    parts = (several(warm_up["requests"], "request"), taken, state)
     return "warm-up", ", ".join(part for part in parts if part)
 
 
 def _pairs(part: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-    """Each plain value of nested objects, named by the way to it."""
+    """A part's values by name, without those that could not be had."""
     for name, value in part.items():
-        if isinstance(value, dict):
-            yield from _pairs(value, f"{prefix}, {words(name)}")
-        elif value is not None:
+        if value is not None and value != {}:
             yield f"{prefix}, {words(name)}", _plain(value, name)
 
 
 def _plain(value: Any, name: str = "") -> str:
+    """A value in words; what is within an object, or a list of them, one after the other."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int | float):
         unit = next((unit for end, unit in UNITS.items() if name.endswith(end)), None)
         if unit:
             return quantity(value, unit)
-        return str(value) if name == "seed" or abs(value) < 10_000 else count(value)
+        if name == "parameters":
+            return count(value)
+        return f"{value:.4g}" if isinstance(value, float) and abs(value) < 10_000 else str(value)
     if isinstance(value, dict):
-        return ", ".join(_plain(inner) for inner in value.values() if inner is not None)
+        known = ((key, inner) for key, inner in value.items() if inner is not None)
+        return ", ".join(f"{words(key)} {_plain(inner, key)}" for key, inner in known)
     if isinstance(value, list):
-        return ", ".join(_plain(inner) for inner in value) or "none"
+        return "; ".join(_plain(inner) for inner in value) or "none"
     return str(value)
 
 

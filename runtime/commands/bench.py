@@ -142,7 +142,8 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
 
 def run(args: argparse.Namespace) -> int:
     if args.compare:
-        return _compare(*args.compare, args.threshold)
+        first, second = args.compare
+        return _compare(first, second, args.threshold)
     profile = DEFAULTS | PROFILES.get(args.profile, {})
     for name, value in profile.items():
         if getattr(args, name) is None:

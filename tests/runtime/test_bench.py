@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 import time
@@ -45,6 +46,24 @@ class Delayed(FakeEngine):
         return super().pixels(tokens)
 
 
+ATTEMPTS = 3
+
+
+def patiently(test):
+    """Again if it fails: other work on the machine makes sleeps longer, never shorter."""
+
+    @functools.wraps(test)
+    def again():
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return test()
+            except AssertionError:
+                if attempt == ATTEMPTS:
+                    raise
+
+    return again
+
+
 def about(value: float):
     return pytest.approx(value, rel=WITHIN)
 
@@ -62,6 +81,7 @@ def median(metric: dict) -> float:
     return metric["quantiles"]["0.5"]["value"]
 
 
+@patiently
 def test_one_image_after_another():
     settings = Settings(extent=Extent(0.1, rounds=3, least=6), warm_up=2)
     result = measured(Delayed(), Workload(Task.T2I), settings)
@@ -81,6 +101,7 @@ def test_one_image_after_another():
     assert result["metrics"]["latency"]["quantiles"]["0.99"] == {"needs": 368}
 
 
+@patiently
 def test_frames_of_a_clip():
     settings = Settings(extent=Extent(0.1, rounds=1, least=6), warm_up=1)
     found = measured(Delayed(), Workload(Task.T2V, frames=3), settings)["metrics"]
@@ -91,6 +112,7 @@ def test_frames_of_a_clip():
     assert median(found["realtime_factor"]) == about(video / (ENCODE + 12 * STEP + PIXELS))
 
 
+@patiently
 def test_several_at_once():
     """Two slots decode side by side; encoding and pixels are one after the other."""
     settings = Settings("multi-stream", Extent(0.1, rounds=2, least=4), streams=2, warm_up=1)
@@ -101,6 +123,7 @@ def test_several_at_once():
     assert result["outcomes"] == {"ok": 4}
 
 
+@patiently
 def test_as_many_as_there_can_be():
     """Steps are what takes longest, and what is beside them is hidden behind them."""
     settings = Settings("offline", Extent(8.0, rounds=4), outstanding=4, warm_up=1)
@@ -173,13 +196,15 @@ def test_a_rate_keeps_its_bound_only_if_enough_were_asked():
         seen += [Observation(i, i, i + 0.01, "QUEUE_FULL") for i in range(failed)]
         return measure.point(5.0, seen, settings)
 
-    assert points(298, 0).met is None and points(298, 0).needed == 1
-    assert points(299, 0).met is True
-    assert points(299, 1).met is None
+    assert points(458, 0).met is None and points(458, 0).needed == 1
+    assert points(459, 0).met is True
+    assert points(459, 1).met is None
+    assert points(200, 0).p99 is None and points(200, 0).p50 == pytest.approx(0.05)
     assert points(100, 60).met is False
     assert points(100, 0, failed=60).met is False, "who is refused is not served in time"
 
 
+@patiently
 def test_over_a_connection_refusals_are_outcomes():
     with Server(Delayed(), queue_size=1) as server, over_grpc(server.address) as target:
         asker = Asker(target.client, Workload(Task.T2I), target.info)

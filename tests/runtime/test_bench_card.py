@@ -255,7 +255,8 @@ def test_json_has_what_the_table_shows():
 
 
 def measured(value: float) -> Measurement:
-    return Measurement(value, repeats=3, spread=0.1)
+    """Of which the best repeat counts, not the median."""
+    return Measurement(value / 2, best=value, repeats=3, spread=0.1)
 
 
 def test_floor_worked_out_by_hand():
@@ -265,6 +266,7 @@ def test_floor_worked_out_by_hand():
     assert made.seconds == pytest.approx((108032 + 108544) / 1e5)
     assert made.bytes_seconds == made.seconds
     assert made.products_seconds == pytest.approx(2 * 53248 / 1e6)
+    assert made.blas_seconds == made.seconds
     (by_rows,) = made.by_rows
     assert (by_rows.rows, by_rows.steps) == (1, 2)
     assert by_rows.seconds == pytest.approx(108288 / 1e5)
@@ -274,21 +276,33 @@ def test_floor_worked_out_by_hand():
 
 
 def test_floor_sums_the_slower_of_both_step_by_step():
-    """Steps of one row and of four: the first is bound by bytes, the second by products."""
+    """The step of one row is bound by bytes, that of four by products."""
     made = dataclasses.replace(
         card(SMALL, Task.T2I), steps=(Step(1, 1, 1000, 10.0), Step(4, 4, 1000, 400.0))
     )
-    least = floor(made, Rates(measured(100.0), {1: measured(10.0), 4: measured(20.0)}))
-    by_rows = (FloorOfRows(1, 1, 10.0), FloorOfRows(4, 1, 20.0))
-    assert least == Floor(10.0 + 20.0, 10.0 + 10.0, 1.0 + 20.0, by_rows)
-    assert least.to_json()["floor_by_rows"][1] == {"rows": 4, "steps": 1, "seconds": 20.0}
+    least = floor(made, Rates(measured(100.0), {1: measured(0.5), 4: measured(20.0)}))
+    by_rows = (FloorOfRows(1, 1, 10.0, 10.0 / 0.5), FloorOfRows(4, 1, 20.0, 20.0))
+    assert least == Floor(
+        seconds=10.0 + 20.0,
+        bytes_seconds=10.0 + 10.0,
+        products_seconds=0.5 + 20.0,  # BLAS is slow at one row; another library need not be
+        blas_seconds=20.0 + 20.0,
+        by_rows=by_rows,
+    )
+    assert least.to_json()["floor_by_rows"][1] == {
+        "rows": 4,
+        "steps": 1,
+        "seconds": 20.0,
+        "blas_seconds": 20.0,
+    }
 
 
 def test_floor_takes_products_only_at_their_own_precision():
     clip = card(SMALL, Task.T2V, frames=2, precision="int8")
     made = floor(clip, Rates(measured(1e9), {1: measured(1.0)}, precision="fp32"))
     assert made.seconds == made.bytes_seconds == pytest.approx(clip.bytes / 1e9)
-    assert made.products_seconds is None
+    assert (made.products_seconds, made.blas_seconds) == (None, None)
+    assert made.by_rows[0].blas_seconds is None
     assert made.to_json()["floor_products_seconds"] is None
 
 
@@ -296,21 +310,24 @@ def test_rates_are_the_faster_ones_where_there_are_several():
     table = Rates(measured(100.0), {2: measured(5.0), 8: measured(9.0)}, read=measured(300.0))
     assert table.bytes_per_second == 300.0
     assert [table.flops_per_second(rows) for rows in (1, 2, 3, 8, 99)] == [5.0, 5.0, 9.0, 9.0, 9.0]
-    with pytest.raises(ValueError, match="no products"):
-        Rates(measured(1.0), {}).flops_per_second(1)
+    assert table.most_flops_per_second == 9.0
 
 
 def test_rates_in_json_are_as_the_table_reads_them():
     told = Rates(measured(100.0), {2: measured(5.0)}, about={"threads": 2}).to_json()
-    assert told["copy_bytes_per_second"] == 100.0
-    assert told["gemm"] == [{"rows": 2, "flops_per_second": 5.0, "repeats": 3, "spread": 0.1}]
+    assert told["copy_bytes_per_second"] == 50.0
+    assert told["copy_best_bytes_per_second"] == 100.0
+    (product,) = told["gemm"]
+    assert product["rows"] == 2
+    assert (product["flops_per_second"], product["best_flops_per_second"]) == (2.5, 5.0)
+    assert (product["repeats"], product["spread"]) == (3, 0.1)
     assert told["gemm_precision"] == "fp32" and told["threads"] == 2
     assert "read_bytes_per_second" not in told
 
 
-def test_a_measurement_is_the_median_and_its_spread():
+def test_a_measurement_is_the_median_the_best_and_the_spread():
     made = Measurement.of(12.0, [1.0, 2.0, 3.0, 4.0, 2.0])
-    assert made == Measurement(6.0, 5, (12.0 - 3.0) / 6.0)
+    assert made == Measurement(6.0, 12.0, 5, (12.0 - 3.0) / 6.0)
 
 
 def test_this_machine_has_rates(monkeypatch):
@@ -320,12 +337,30 @@ def test_this_machine_has_rates(monkeypatch):
     shapes = products(small())
     made = rates.measure(shapes, range(1, 40), threads=2, working_set=5000, repeats=3)
     assert made.copy.value > 0 and made.read is not None and made.read.value > 0
-    assert len(made.products) <= rates.MOST_SIZES
-    assert {1, 39} <= set(made.products)
+    assert len(made.products) <= rates.MOST_SIZES + 1
+    assert {1, 39, rates.MANY_ROWS} <= set(made.products)
     assert all(each.value > 0 and each.repeats == 3 for each in made.products.values())
     assert "numpy" in made.about["gemm_by"]
     json.dumps(made.to_json())
     assert floor(card(SMALL, Task.T2V, frames=2), made).seconds > 0
+
+
+def test_rates_of_a_numpy_whose_blas_has_its_own_threads(monkeypatch):
+    monkeypatch.setattr(rates, "_openblas", lambda: None)
+    monkeypatch.setattr(rates, "copied_bytes", lambda hardware: 1 << 16)
+    made = rates.measure([(8, 8)], [1], threads=2, working_set=1 << 28, repeats=1)
+    assert made.about["gemm_threads"] == "those of BLAS"
+    assert made.products[1].best > 0
+
+
+def test_blas_gets_its_threads_back():
+    found = rates._openblas()
+    if found is None:
+        pytest.skip("this numpy has no OpenBLAS")
+    before = found[0]()
+    with rates.blas_threads(1) as single:
+        assert single and found[0]() == 1
+    assert found[0]() == before
 
 
 def test_few_sizes_are_apart_in_ratio():

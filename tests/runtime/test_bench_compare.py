@@ -182,6 +182,7 @@ def test_what_may_differ_is_listed():
     assert differs(a, b) == []
     b["model"]["digest"], b["machine"]["cpu"]["cores"] = "bb", 4
     b["version"], b["scenario"]["seconds"] = "0.2", 30.0
+    b["workload"]["threads"] = 4
     del b["rounds"]["throughput"]
     assert [each.name for each in compare_results(a, b)] == ["latency"]
     assert differs(a, b) == [
@@ -189,6 +190,7 @@ def test_what_may_differ_is_listed():
         "model.digest: aa, bb",
         "machine.cpu.cores: 2, 4",
         "scenario.seconds: 60.0, 30.0",
+        "workload.threads: none, 4",
         "metrics.throughput: in one of them only",
     ]
 
