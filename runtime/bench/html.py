@@ -5,12 +5,13 @@ Says what marks look like, by light and in the dark; where they are, plots.py sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from .plots import Figure, figures
+from .drawing import Figure
+from .plots import figures
 from .schema import percentile, quantity, replace, share
 from .table import (
     INDENT,
@@ -109,19 +110,39 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 def page(result: dict[str, Any]) -> str:
     """The whole document."""
-    title = escape(heading(result))
-    about = "".join(f'<p class="about">{escape(line)}</p>' for line in subtitle(result))
-    notes = (f'<p class="note">{escape(str(line))}</p>' for line in result.get("notes") or ())
     tiles = "".join(_tile(*tile) for tile in _tiles(result))
-    pictures = _flow([(figure.height + 90, _figure(figure)) for figure in figures(result)])
-    tables = _flow([(28 * len(each.rows) + 70, _table(each)) for each in sections(result)])
+    return document(
+        heading(result),
+        subtitle(result),
+        [str(note) for note in result.get("notes") or ()],
+        f'<div class="tiles">{tiles}</div>',
+        figures(result),
+        sections(result),
+        "Ranges are 95 % intervals. Point at a mark to read its values.",
+    )
+
+
+def document(
+    title: str,
+    about: Iterable[str],
+    notes: Iterable[str],
+    first: str,
+    pictures: Iterable[Figure],
+    tables: Iterable[Section],
+    last: str,
+) -> str:
+    """A page of these parts; `first` is HTML, all else is text."""
+    lines = "".join(f'<p class="about">{escape(line)}</p>' for line in about)
+    said = "".join(f'<p class="note">{escape(line)}</p>' for line in notes)
+    drawn = _flow([(figure.height + 90, _figure(figure)) for figure in pictures])
+    told = _flow([(28 * len(each.rows) + 70, _table(each)) for each in tables])
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
 <meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
-<h1>{title}</h1>{about}{"".join(notes)}
-<div class="tiles">{tiles}</div>
-{pictures}{tables}
-<p class="about">Ranges are 95 % intervals. Point at a mark to read its values.</p>
+<h1>{escape(title)}</h1>{lines}{said}
+{first}
+{drawn}{told}
+<p class="about">{escape(last)}</p>
 </body></html>
 """
 

@@ -12,8 +12,8 @@ DOUBLINGS = 6
 
 @dataclass(frozen=True)
 class Point:
-    """What was seen at a rate. p50, p99: of latency, None where too few were asked; met: whether the
-    bound held; None where too few were asked to say; needed: how many more would say.
+    """What was seen at a rate. p50, p99: of latency, None where too few were asked for these; met:
+    whether the bound held, None where too few were asked to say; needed: how many more would say.
     """
 
     rate: float

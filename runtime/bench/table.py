@@ -51,7 +51,7 @@ def print(result: dict[str, Any], console: Console) -> None:
     for section in sections(result):
         console.print()
         console.print(Text(section.title, style="bold"))
-        console.print(_drawn(section))
+        console.print(drawn(section))
         for note in section.notes:
             console.print(Text(note, style="dim"))
 
@@ -355,7 +355,7 @@ def _plain(value: Any, name: str = "") -> str:
     return str(value)
 
 
-def _drawn(section: Section) -> Table:
+def drawn(section: Section) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD, show_header=bool(section.heads), show_edge=False, pad_edge=False
     )

@@ -387,3 +387,43 @@ def test_the_command_measures_a_server(tmp_path, capsys):
     paths = [str(tmp_path / name / "result.json") for name in "ab"]
     assert main(["bench", "--compare", *paths]) == 0
     assert "latency" in capsys.readouterr().out
+
+
+def test_a_sweep_writes_what_it_found(tmp_path, capsys, monkeypatch):
+    from nuwa.runtime.commands import bench
+
+    made = [
+        sweep.Outcome(choice("quick"), "fp32", 0.1, 2.0),
+        sweep.Outcome(choice("wide"), "int8", 0.25, 9.0),
+        sweep.Outcome(choice("<gone>"), problem="no such processor"),
+    ]
+    monkeypatch.setattr(sweep, "sweep", lambda *arguments: sweep.ranked(made))
+    words = ["sweep", "b", "--slots-of", "2", "--out", str(tmp_path), "--prefer", "throughput"]
+    assert main(["bench", *words]) == 0
+    printed = capsys.readouterr().out
+    assert json.loads(printed.splitlines()[-1])["best"]["choice"]["bundle"] == "wide"
+    assert "no such processor" in printed and "250 ms" in printed
+    page = (tmp_path / "sweep.html").read_text()
+    assert page.count("<circle") >= 2 and "<gone>" not in page and "&lt;gone&gt;" in page
+    assert 'bundle = "wide"' in (tmp_path / "server.toml").read_text()
+    assert len(json.loads((tmp_path / "sweep.json").read_text())["outcomes"]) == 3
+    assert bench.SWEEP == "sweep"
+
+
+def test_a_sweep_measures_each(monkeypatch, tmp_path):
+    import contextlib
+
+    @contextlib.contextmanager
+    def opened(path, *, slots, threads, backend, queue_size):
+        if backend == "gpu":
+            raise UnavailableError("there is no GPU")
+        engine = FakeEngine(slots)
+        with LocalClient(engine, queue_size=queue_size) as client:
+            yield target_of(client, engine)
+
+    monkeypatch.setattr(sweep, "in_process", opened)
+    wanted = list(sweep.choices(["b"], ["cpu", "gpu"], [None], [1, 2]))
+    found = sweep.sweep(wanted, Workload(Task.T2I), 0.4)
+    assert len(found) == 4
+    assert sorted(one.problem for one in found) == ["", "", *["there is no GPU"] * 2]
+    assert all(one.latency > 0 and one.throughput > 1 for one in found if not one.problem)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from nuwa.runtime.bench import html, plots, schema, table
+from nuwa.runtime.bench import drawing, html, plots, schema, table
 
 VOID = (
     "meta",
@@ -534,7 +534,7 @@ def test_axes_have_ticks(name):
 
 def test_ticks_are_round():
     def ticks(low: float, high: float, length: float, **more: Any) -> list[str]:
-        return list(plots.Axis(low, high, 0, length, **more).ticks(lambda _: 40.0).values())
+        return list(drawing.Axis(low, high, 0, length, **more).ticks(lambda _: 40.0).values())
 
     assert ticks(0, 103, 500) == ["0", "20", "40", "60", "80", "100"]
     assert ticks(0, 0.103, 500, factor=1000) == ["0", "20", "40", "60", "80", "100"]
@@ -547,8 +547,8 @@ def test_ticks_are_round():
 
 
 def test_labels_are_moved_apart():
-    assert plots.apart([100, 300], [50, 50], 0, 400) == [100, 300]
-    assert plots.apart([390, 100, 110], [40, 40, 40], 0, 400) == [380, 100, 152]
+    assert drawing.apart([100, 300], [50, 50], 0, 400) == [100, 300]
+    assert drawing.apart([390, 100, 110], [40, 40, 40], 0, 400) == [380, 100, 152]
 
 
 def test_the_histogram_counts_every_request():
