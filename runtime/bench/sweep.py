@@ -114,14 +114,13 @@ def best(outcomes: Sequence[Outcome], prefer: str) -> Outcome:
 def to_toml(outcome: Outcome) -> str:
     """Settings that `nuwa serve --config` reads."""
     choice = outcome.choice
-    settings = ServerSettings(
-        **{
-            "bundle": Path(choice.bundle),
-            "backend": choice.backend,
-            "threads": choice.threads,
-            "slots": choice.slots,
-        }
-    )
+    fields: dict[str, Any] = {
+        "bundle": Path(choice.bundle),
+        "backend": choice.backend,
+        "threads": choice.threads,
+        "slots": choice.slots,
+    }
+    settings = ServerSettings(**fields)
     about = (
         f"# Found by `nuwa bench sweep`: {1000 * (outcome.latency or 0):.1f} ms a request alone, "
         f"{outcome.throughput:.3g} requests a second.\n"
