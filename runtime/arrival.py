@@ -14,8 +14,10 @@ import grpc
 
 from .core import CancelledError
 from .errors import RequestError
-from .lanes import GENERATING
+from .lanes import GENERATING, PROBES
 from .patience import Patience
+
+PROBE_SECONDS = 1.0  # in which the request of a probe has to come, which is a few bytes
 
 
 class Arrival:
@@ -48,9 +50,14 @@ class Arrival:
             yield request
 
     def _next(self, requests: Iterator[Any], context: grpc.ServicerContext, method: str) -> Any:
-        what = f"{method} sent no request for {self._seconds:g} s"
-        with self._patience.waiting(context, what, self._seconds):
+        seconds = min(self._seconds, PROBE_SECONDS) if method in PROBES else self._seconds
+        with self._patience.waiting(
+            context, f"{method} sent no request for {seconds:g} s", seconds
+        ):
             try:
-                return next(requests, None)
+                found = next(requests, None)
             except grpc.RpcError:  # how the iterator says that the call is over
                 raise CancelledError("the client left") from None
+        if found is None and not context.is_active():  # as where the request is too large
+            raise CancelledError("the client left")
+        return found

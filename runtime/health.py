@@ -24,7 +24,7 @@ class Health(health_pb2_grpc.HealthServicer):
     def __init__(self) -> None:
         self._statuses: dict[str, int] = {}
         self._changed = threading.Condition()
-        self._ended = False
+        self._ended = self._over = False
 
     def set(self, statuses: dict[str, bool]) -> None:
         """Whether services are well; nothing after end()."""
@@ -39,6 +39,12 @@ class Health(health_pb2_grpc.HealthServicer):
         with self._changed:
             self._ended = True
             self._statuses = dict.fromkeys(self._statuses, _STATUS.NOT_SERVING)
+            self._changed.notify_all()
+
+    def dismiss(self) -> None:
+        """Ends watches once they have heard the last status, so that nobody waits for them."""
+        with self._changed:
+            self._over = True
             self._changed.notify_all()
 
     def Check(
@@ -58,10 +64,14 @@ class Health(health_pb2_grpc.HealthServicer):
             with self._changed:
                 status = self._statuses.get(request.service, _STATUS.SERVICE_UNKNOWN)
                 if status == told:
+                    if self._over:
+                        return
                     self._changed.wait(LOOK_SECONDS)
                     continue
             told = status
             yield _STATUS(status=status)  # not under the lock: it may take as long as it likes
+            if self._over:
+                return
 
     def _wake(self) -> None:
         with self._changed:

@@ -72,6 +72,16 @@ class Host:
         with self._lock:
             self._expected |= set(names)
 
+    def expects(self, name: str) -> bool:
+        """Whether a model of this name will be loaded next."""
+        with self._lock:
+            return name in self._expected
+
+    @property
+    def loading(self) -> bool:
+        """Whether a bundle is being loaded now."""
+        return self._loading.locked()
+
     @property
     def complete(self) -> bool:
         """Whether there is a model, and none that is still expected."""

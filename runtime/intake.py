@@ -75,11 +75,18 @@ class Intake:
     def room(self) -> Iterator[None]:
         """Room for a call while it lasts; QueueFullError if there is none."""
         if not self._calls.acquire(blocking=False):
-            raise QueueFullError("the server has as many calls as it can hold")
+            full = QueueFullError("the server has as many calls as it can hold")
+            self.refused(full)
+            raise full
         try:
             yield
         finally:
             self._calls.release()
+
+    def refused(self, error: Exception) -> None:
+        """Counts a generation that was refused before it was known what model it is to."""
+        loaded = self.host.loaded
+        self.metrics.refused(loaded[0].name if loaded else "", error)
 
     def crowded(self, context: grpc.ServicerContext) -> None:
         """QueueFullError if no model's queue has room for a request of this client."""

@@ -60,8 +60,8 @@ def kind_of(method: str) -> str:
 
 
 class Lanes(grpc.ServerInterceptor):
-    """The outermost interceptor. sizes: by kind; refuse(error, context): ends a call with its
-    status.
+    """Goes around what reads requests. sizes: by kind; refuse(error, context): ends a call with its
+    status; on_refused: hears of each error of a generation that had no room.
 
     `refusing` is the pool that the server itself is made with. close() when the server has ended.
     """
@@ -70,22 +70,27 @@ class Lanes(grpc.ServerInterceptor):
         self,
         sizes: Mapping[str, int],
         refuse: Callable[[Exception, grpc.ServicerContext], Any],
+        on_refused: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         self.refusing = futures.ThreadPoolExecutor(REFUSING_THREADS, "nuwa-refusals")
         self._lanes = {kind: _Lane(kind, size) for kind, size in sizes.items()}
-        self._refuse = refuse
+        self._refuse, self._on_refused = refuse, on_refused
 
     def intercept_service(self, continuation: Callable, details: Any) -> Any:
         handler = continuation(details)
         if handler is None:
             return None
         lane = self._lanes[kind_of(details.method)]
-        return lane.wrapped(handler) if lane.enter() else refusal(self._refuse, lane.full)
+        if lane.enter():
+            return lane.wrapped(handler)
+        if details.method in GENERATING:
+            self._on_refused(lane.full)
+        return refusal(self._refuse, lane.full)
 
     def close(self) -> None:
         """Does not wait for calls that are still open."""
-        for lane in self._lanes.values():
-            lane.pool.shutdown(wait=False)
+        for pool in (self.refusing, *(lane.pool for lane in self._lanes.values())):
+            pool.shutdown(wait=False)
 
 
 class _Lane:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import socketserver
 import threading
 from collections.abc import Callable, Iterable
@@ -29,12 +30,15 @@ class Pages:
     ) -> None:
         self._metrics, self._status = make_wsgi_app(registry), status
         try:
+            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+            kind = type("_Server", (_Server,), {"address_family": family})
             self._server = make_server(
-                host, port, self._answer, server_class=_Server, handler_class=_Quiet
+                host, port, self._answer, server_class=kind, handler_class=_Quiet
             )
         except OSError as error:
             raise OSError(f"cannot listen on {host}:{port} for metrics: {error}") from error
-        self.address = f"{host}:{self._server.server_port}"
+        shown = f"[{host}]" if ":" in host else host
+        self.address = f"{shown}:{self._server.server_port}"
         self._thread = threading.Thread(
             target=self._server.serve_forever, name="nuwa-metrics", daemon=True
         )

@@ -82,7 +82,8 @@ class Server:
         self.died = self._stopped = self._started = False
         self._well = True
         metrics = self.metrics = Metrics()
-        self._telling, self._health = threading.Lock(), Health()
+        self._telling, self._reloading = threading.Lock(), threading.Lock()
+        self._health = Health()
         self.host = Host(open_engine or self._open_engine, self._schedule, self._tell_health)
         if engine is not None:
             self.host.add(engine)
@@ -106,7 +107,9 @@ class Server:
         )
         arrival = Arrival(patience, settings.slow_sender_timeout, intake.crowded)
         errors = ErrorInterceptor(arrival, metrics.error)
-        self._lanes = Lanes(SIZES | {"generations": max_calls}, _refuse_with(errors))
+        self._lanes = Lanes(
+            SIZES | {"generations": max_calls}, _refuse_with(errors), intake.refused
+        )
         self._server = grpc.server(
             self._lanes.refusing,
             interceptors=_interceptors(self._lanes, errors, tokens),
@@ -190,6 +193,10 @@ class Server:
 
         For who asks by a signal: what goes wrong is in the log.
         """
+        with self._reloading:
+            self._reload()
+
+    def _reload(self) -> None:
         for name in dict.fromkeys(each.name for each in self.host.loaded):
             try:
                 found = self.host.find(name)
@@ -250,6 +257,7 @@ class Server:
         self._health.end()
         if grace:
             self._cut.wait(self.settings.lame_duck)
+        self._health.dismiss()
         self._server.stop(grace).wait()
         self._lanes.close()
         self._watch.close()
@@ -308,7 +316,7 @@ def _interceptors(
     """The outermost first."""
     if tokens is None:
         return [lanes, errors]
-    return [lanes, AuthInterceptor(tokens, _refuse_with(errors)), errors]
+    return [AuthInterceptor(tokens, _refuse_with(errors)), lanes, errors]
 
 
 def _refuse_with(errors: ErrorInterceptor) -> Callable[[Exception, grpc.ServicerContext], None]:

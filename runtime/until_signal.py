@@ -25,13 +25,13 @@ def serve_until_signal(
     load: Callable[[], None] = lambda: None,
     load_seconds: float = 0.0,
     grace: float = DEFAULT_GRACE,
-) -> bool:
+) -> None:
     """Starts, loads, prints one line when ready, and returns after SIGTERM or SIGINT and a drain.
 
     load: what loads models, in a thread of its own; what it raises comes through. A second signal
     cuts the drain, SIGHUP loads again what has changed. Also returns when nothing can be generated
-    any more, which `server.died` says. False if it was told to end while it was still loading: then
-    the process should end without waiting for that thread. Only for the main thread.
+    any more, which `server.died` says. Does not wait for what is being loaded. Only for the main
+    thread.
     """
     asked = server.asked_to_end
     previous = {}
@@ -53,10 +53,10 @@ def serve_until_signal(
         loading = _Loading(load)
         while not loading.ended.wait(SIGNAL_SECONDS):
             if asked.is_set():
-                log.info("told to end while loading")
+                log.info("ends while loading")
                 notify(STOPPING)
                 server.stop()
-                return False
+                return
         if loading.failure is not None:
             server.stop()
             raise loading.failure
@@ -70,7 +70,6 @@ def serve_until_signal(
         started = time.perf_counter()
         server.stop(grace)
         log.info("stopped after %.2f s", time.perf_counter() - started)
-        return True
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

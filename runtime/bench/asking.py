@@ -20,16 +20,18 @@ Ask = Callable[[int, float], Observation]  # (number of the query, when it was d
 class Asker:
     """Called with a query's number and when it was due. For any number of threads.
 
-    deadline: seconds for one request; client: one that does not retry.
+    client: one that does not retry; model: what requests name, "" where there is one only;
+    deadline: seconds for one request.
     """
 
     client: BaseClient
     workload: Workload
     info: ModelInfo
+    model: str = ""
     deadline: float | None = None
 
     def __call__(self, number: int, scheduled: float) -> Observation:
-        query = self.workload.query(number, self.info)
+        query = self.workload.query(number, self.info, self.model)
         frames: list[float] = []
         timings, status = Timings(), OK
         sent = time.perf_counter()
@@ -56,7 +58,7 @@ class Asker:
 
     def check(self) -> None:
         """Asks once; what is wrong with the request, or with the server, is raised as it is."""
-        query = self.workload.query(0, self.info)
+        query = self.workload.query(0, self.info, self.model)
         if query.task.is_video:
             self.client.generate_video(
                 query.task, query.prompt, deadline=self.deadline, **query.options

@@ -26,6 +26,7 @@ Rounds = Sequence[Sequence[float | None]]
 
 STYLES = {"slower": "red", "faster": "green", "no difference": "", "unknown": "yellow"}
 LEAST_ROUNDS = 2
+SINGLE = ("highest_rate",)  # metrics that are one number
 SAME = ("scenario", "workload", "task")  # parts of a result that must be
 LISTED = ("version", "model", "machine")  # parts that may differ
 # Names within SAME that may differ, too: how long it was measured, and what served it.
@@ -102,7 +103,8 @@ def compare(
 def compare_results(
     a: Mapping[str, Any], b: Mapping[str, Any], threshold: float = 0.05, confidence: float = 0.95
 ) -> list[Difference]:
-    """Every metric with rounds in both results, in the order of the first.
+    """Every metric with rounds in both results, in the order of the first; then what is one number
+    in both, by the threshold alone, and how many requests failed.
 
     ValueError that names what differs if they are not of the same workload, scenario and task, or
     have no metric in common.
@@ -115,9 +117,10 @@ def compare_results(
             unlike += _unlike(of_a.get(key), of_b.get(key), f"metrics.{name}.{key}")
     if unlike:
         raise ValueError(f"results that cannot be compared differ in {'; '.join(unlike)}")
-    if not names:
+    numbers = [name for name in SINGLE if all(_value(each, name) is not None for each in (a, b))]
+    if not names and not numbers:
         raise ValueError("results that cannot be compared: no metric has rounds in both")
-    return [
+    found = [
         compare(
             _rounds(a)[name],
             _rounds(b)[name],
@@ -129,6 +132,46 @@ def compare_results(
         )
         for name in names
     ]
+    found += [_by_threshold(name, a, b, threshold) for name in numbers]
+    told = a.get("outcomes") and b.get("outcomes")
+    return [*found, _failures(a, b, threshold)] if told else found
+
+
+def _by_threshold(
+    name: str, a: Mapping[str, Any], b: Mapping[str, Any], threshold: float
+) -> Difference:
+    """Of a metric that is one number, found once: without an interval."""
+    first, second = float(_value(a, name) or 0.0), float(_value(b, name) or 0.0)
+    better: Better = a["metrics"][name].get("better", "lower")
+    unit = a["metrics"][name].get("unit", "")
+    ratio = second / first if first else math.inf
+    apart = not 1 / (1 + threshold) <= ratio <= 1 + threshold
+    worse = (ratio > 1) == (better == "lower")
+    verdict: Verdict = "no difference" if not apart else "slower" if worse else "faster"
+    reason = "by the threshold alone"
+    return Difference(name, unit, better, verdict, first, second, ratio, reason=reason)
+
+
+def _failures(a: Mapping[str, Any], b: Mapping[str, Any], threshold: float) -> Difference:
+    """The share of requests that were not answered; "slower" if it grew beyond the threshold."""
+    first, second = _failed(a), _failed(b)
+    grown = second - first
+    verdict: Verdict = (
+        "slower" if grown > threshold else "faster" if -grown > threshold else "no difference"
+    )
+    return Difference("not answered", "", "lower", verdict, first, second)
+
+
+def _failed(result: Mapping[str, Any]) -> float:
+    outcomes = result.get("outcomes") or {}
+    total = sum(outcomes.values())
+    return 1 - outcomes.get("ok", 0) / total if total else 0.0
+
+
+def _value(result: Mapping[str, Any], name: str) -> float | None:
+    metric = (result.get("metrics") or {}).get(name) or {}
+    value: float | None = metric.get("value")
+    return value
 
 
 def differs(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -171,8 +214,12 @@ def print_differences(
 
 
 def baseline_exit(differences: Sequence[Difference]) -> int:
-    """The exit status of a comparison with a baseline: 1 if anything is slower than there."""
-    return int(any(each.verdict == "slower" for each in differences))
+    """The exit status of a comparison with a baseline: 1 if anything is slower than there, or if
+    nothing could be told.
+    """
+    verdicts = [each.verdict for each in differences if each.name != "not answered"]
+    slower = any(each.verdict == "slower" for each in differences)
+    return int(slower or all(verdict == "unknown" for verdict in verdicts))
 
 
 def _medians(rounds: Rounds) -> np.ndarray:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import re
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import UnavailableError
 from .asking import Ask
-from .observation import Observation
+from .observation import Observation, together
 from .scenarios import MOST_IN_FLIGHT
 
 NAMES = {
@@ -31,11 +32,14 @@ QUERIES = 1024  # different ones that LoadGen draws from
 
 @dataclass(frozen=True)
 class Verdict:
-    """What LoadGen says. figures: its summary's lines, times in seconds."""
+    """What LoadGen says. valid: that it says so, and that every request was answered, of which it
+    does not know; figures: its summary's lines, times in seconds.
+    """
 
     valid: bool
     figures: dict[str, float]
     log: str
+    problem: str = ""
 
 
 def drive(
@@ -45,15 +49,18 @@ def drive(
     *,
     seconds: float,
     least: int = 1,
+    most: int | None = None,
     rate: float = 1.0,
     bound: float = 1.0,
+    share: float = 0.99,
     streams: int = 8,
     outstanding: int = 8,
 ) -> tuple[list[Observation], Verdict]:
     """All that was observed, in the order of its end, and the verdict.
 
-    least: queries at the least; rate (a second) and bound (seconds, p99) are the server scenario's;
-    streams: requests of a multi-stream query; outstanding: requests at a time of offline.
+    least, most: queries; rate: a second, of the server scenario, and what offline expects; bound:
+    seconds within which a share of the server scenario's latencies must be; streams: requests of a
+    multi-stream query, which is one observation; outstanding: requests at a time of offline.
     UnavailableError where LoadGen is not installed; its logs go into `folder`.
     """
     try:
@@ -65,28 +72,46 @@ def drive(
     seen: list[Observation] = []
     lock = threading.Lock()
 
-    def answer(sample: Any, now: float) -> None:
+    def answer(sample: Any, now: float) -> Observation:
         observation = ask(sample.index, now)
+        loadgen.QuerySamplesComplete([loadgen.QuerySampleResponse(sample.id, 0, 0)])
+        return observation
+
+    def keep(observation: Observation) -> None:
         with lock:
             seen.append(observation)
-        loadgen.QuerySamplesComplete([loadgen.QuerySampleResponse(sample.id, 0, 0)])
 
-    settings = _settings(loadgen, scenario, seconds, least, rate, bound, streams)
+    settings = loadgen.TestSettings()
+    settings.scenario = getattr(loadgen.TestScenario, NAMES[scenario])
+    settings.mode = loadgen.TestMode.PerformanceOnly
+    settings.min_duration_ms = round(1000 * seconds)
+    settings.min_query_count = least
+    settings.max_query_count = most or 0
+    settings.server_target_qps = settings.offline_expected_qps = rate
+    settings.server_target_latency_ns = round(1e9 * bound)
+    settings.server_target_latency_percentile = share
+    settings.multi_stream_samples_per_query = streams
     folder.mkdir(parents=True, exist_ok=True)
     logs = loadgen.LogSettings()
     logs.log_output.outdir = str(folder)
     logs.enable_trace = False
-    one_at_a_time = scenario == "single-stream"
     workers = outstanding if scenario == "offline" else MOST_IN_FLIGHT
     with ThreadPoolExecutor(workers, "nuwa-loadgen") as pool:
 
+        def as_one(samples: list[Any], now: float) -> None:
+            calls = [pool.submit(answer, sample, now) for sample in samples]
+            keep(together(call.result() for call in calls))
+
         def issue(samples: list[Any]) -> None:
             now = time.perf_counter()
-            for sample in samples:
-                if one_at_a_time:
-                    answer(sample, now)
-                else:
-                    pool.submit(answer, sample, now)
+            if scenario == "single-stream":
+                for sample in samples:
+                    keep(answer(sample, now))
+            elif scenario == "multi-stream":
+                pool.submit(as_one, samples, now)
+            else:
+                for sample in samples:
+                    pool.submit(lambda sample=sample: keep(answer(sample, now)))
 
         system = loadgen.ConstructSUT(issue, lambda: None)
         library = loadgen.ConstructQSL(QUERIES, QUERIES, lambda samples: None, lambda samples: None)
@@ -95,28 +120,12 @@ def drive(
         finally:
             loadgen.DestroyQSL(library)
             loadgen.DestroySUT(system)
-    return seen, read_verdict((folder / SUMMARY).read_text())
-
-
-def _settings(
-    loadgen: Any,
-    scenario: str,
-    seconds: float,
-    least: int,
-    rate: float,
-    bound: float,
-    streams: int,
-) -> Any:
-    settings = loadgen.TestSettings()
-    settings.scenario = getattr(loadgen.TestScenario, NAMES[scenario])
-    settings.mode = loadgen.TestMode.PerformanceOnly
-    settings.min_duration_ms = round(1000 * seconds)
-    settings.min_query_count = least
-    settings.server_target_qps = rate
-    settings.server_target_latency_ns = round(1e9 * bound)
-    settings.multi_stream_samples_per_query = streams
-    settings.offline_expected_qps = rate
-    return settings
+    verdict = read_verdict((folder / SUMMARY).read_text())
+    failed = Counter(each.status for each in seen if not each.ok)
+    if failed:
+        told = ", ".join(f"{number} {status}" for status, number in failed.most_common())
+        verdict = replace(verdict, valid=False, problem=f"not answered: {told}")
+    return seen, verdict
 
 
 def read_verdict(summary: str) -> Verdict:

@@ -31,6 +31,7 @@ from .workload import GIVEN_FRAMES, Workload
 SCENARIOS = ("single-stream", "multi-stream", "server", "offline")
 EARLY = {"single-stream": 0.9, "multi-stream": 0.99}  # MLPerf's quantile of each
 PHASES = ("queue", "encode", "decode", "pixels", "ranking")
+WARM_UP_SECONDS = 60.0
 WARM_UP_WINDOW = 4  # requests
 WARM_UP_TOLERANCE = 0.1
 SHOWN = 50  # requests of the timeline
@@ -66,17 +67,30 @@ class Settings:
             raise ValueError(f"scenario {self.scenario!r} is not one of {', '.join(SCENARIOS)}")
         if self.scenario == "server" and self.bound is None:
             raise ValueError("the server scenario needs a bound of the latency (--bound)")
+        if self.scenario == "server" and self.loadgen is not None and self.rate is None:
+            raise ValueError("LoadGen does not search: its server scenario needs --rate")
+
+    @property
+    def at_once(self) -> int:
+        """Requests that the scenario has under way, for warm-up."""
+        if self.scenario == "multi-stream":
+            return self.streams
+        return 1 if self.scenario == "single-stream" else self.outstanding or 1
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a scenario gave. rates: answers a second by round; more: further parts of the result."""
+    """What a scenario gave. rate, rates: answers a second, in all and by round, where the scenario
+    is about that; load: of the rates that were tried.
+    """
 
     rounds: Rounds
     seconds: float
-    rates: list[float] | None = None
+    rate: float | None = None
+    rates: list[float] = field(default_factory=list)
     load: list[dict[str, Any]] = field(default_factory=list)
     loadgen: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def all(self) -> list[Observation]:
@@ -95,14 +109,18 @@ def measure(
 
     say: hears what is being done.
     """
-    described = machine.describe()
-    asker = Asker(target.client, workload, target.info)
+    began, described = datetime.now(UTC), machine.describe()
+    settings = replace(settings, outstanding=settings.outstanding or 2 * (target.slots or 4))
+    asker = Asker(target.client, workload, target.info, target.model)
+    cold = time.perf_counter()
     asker.check()
+    cold = time.perf_counter() - cold
     say("the machine's rates")
     card = describe_card(target, workload, settings)
     say("warm-up")
-    warm_up = warmed(asker, settings.warm_up)
+    warm_up = {"first_seconds": cold} | warmed(asker, settings.warm_up, settings.at_once)
     target.steps.clear()
+    machine.forget_peak()
     say(settings.scenario)
     sampler = machine.Sampler()
     sampler.start()
@@ -113,9 +131,9 @@ def measure(
     observed = seen.all
     result: dict[str, Any] = {
         "schema": SCHEMA,
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "when": began.isoformat(timespec="seconds"),
         "command": command,
-        "notes": notes(described, warm_up, power, observed),
+        "notes": [*seen.notes, *notes(target, described, warm_up, power, observed)],
         "machine": described,
         "model": describe_model(target, settings),
         "workload": describe_workload(target, workload),
@@ -128,36 +146,45 @@ def measure(
         "steps": steps(target.steps, card),
         "load": seen.load,
         "timeline": {"requests": timeline(observed)},
-        "memory": memory(target),
-        "power": power,
-        "rounds": in_rounds(seen, workload),
+        "memory": memory(target, power),
+        "power": power if target.local else None,
+        "rounds": in_rounds(seen, workload, settings),
     }
     if seen.loadgen is not None:
         result["loadgen"] = seen.loadgen
     return result
 
 
-def warmed(asker: Asker, most: int) -> dict[str, Any]:
-    """Requests one after another until they take as long as those to come, `most` of them."""
-    began, first = time.perf_counter(), None
+def warmed(asker: Asker, most: int, at_once: int = 1) -> dict[str, Any]:
+    """Requests one after another until they take as long as those to come, `most` of them or for
+    WARM_UP_SECONDS; then, where the scenario has several at a time, `at_once` of them together.
+    """
+    began, first, requests = time.perf_counter(), None, 0
     latencies: list[float] = []
-    while len(latencies) < most:
-        latencies.append(asker(len(latencies), time.perf_counter()).latency)
+    while requests < most and time.perf_counter() - began < WARM_UP_SECONDS:
+        seen = asker(requests, time.perf_counter())
+        requests += 1
+        if not seen.ok:
+            continue
+        latencies.append(seen.latency)
         first = statistics.steady(latencies, WARM_UP_WINDOW, WARM_UP_TOLERANCE)
         if first is not None:
             break
+    if at_once > 1:
+        extent = Extent(0.0, rounds=1, least=1, most=1)
+        scenarios.multi_stream(asker, extent, at_once, requests)
+        requests += at_once
     return {
-        "requests": len(latencies),
+        "requests": requests,
         "seconds": time.perf_counter() - began,
         "steady": first is not None,
-        "first_latency": latencies[0] if latencies else None,
     }
 
 
 def run(asker: Asker, target: Target, settings: Settings, first: int) -> Seen:
     """The scenario; queries are numbered from `first` on."""
-    extent = settings.extent
-    outstanding = settings.outstanding or 2 * (target.slots or 4)
+    extent, outstanding = settings.extent, settings.outstanding
+    assert outstanding is not None, "measure has set it"
     began = time.perf_counter()
     if settings.loadgen is not None:
         return _by_loadgen(asker, settings, settings.loadgen, outstanding)
@@ -167,33 +194,47 @@ def run(asker: Asker, target: Target, settings: Settings, first: int) -> Seen:
         rounds = scenarios.multi_stream(asker, extent, settings.streams, first)
     elif settings.scenario == "offline":
         found = scenarios.offline(asker, extent, outstanding, first)
-        return Seen(found.rounds, time.perf_counter() - began, found.rates)
+        seconds = time.perf_counter() - began
+        noted = [] if found.rates else ["Too few answers for the time: throughput is of all of it."]
+        return Seen(found.rounds, seconds, found.rate, found.rates, notes=noted)
     else:
-        return _server(asker, settings, outstanding, first)
+        return _server(asker, target, settings, outstanding, first)
     return Seen(rounds, time.perf_counter() - began)
 
 
-def _server(asker: Asker, settings: Settings, outstanding: int, first: int) -> Seen:
+def _server(asker: Asker, target: Target, settings: Settings, outstanding: int, first: int) -> Seen:
     """At the given rate, or at the highest that keeps the bound."""
-    runs: dict[float, tuple[Rounds, float]] = {}
+    runs: dict[float, tuple[Rounds, float, list[tuple[int, float]]]] = {}
+    least = max(settings.extent.least, statistics.least_under(0, settings.share))
 
     def at(rate: float) -> search.Point:
+        searching = settings.rate is None
+        extent = replace(settings.extent, least=least) if searching else settings.extent
         began = time.perf_counter()
-        rounds = scenarios.server(asker, settings.extent, rate, seed=len(runs), first=first)
-        runs[rate] = rounds, time.perf_counter() - began
+        target.steps.clear()
+        rounds = scenarios.server(asker, extent, rate, seed=len(runs), first=first)
+        runs[rate] = rounds, time.perf_counter() - began, list(target.steps)
         return point(rate, [each for one in rounds for each in one], settings)
 
+    noted = []
     if settings.rate is not None:
         points: list[search.Point] = [at(settings.rate)]
         best: float | None = settings.rate
     else:
         extent = replace(settings.extent, seconds=GUESS_SECONDS, rounds=1, most=None)
-        guess = scenarios.offline(asker, extent, outstanding, first).rates[0]
-        best, points = search.highest_rate(at, max(guess, 0.01))
+        guess = scenarios.offline(asker, extent, outstanding, first).rate
+        if not guess:
+            raise ValueError("no request was answered, so there is no rate to search for")
+        best, points = search.highest_rate(at, guess)
+        if best is None:
+            noted.append(f"No rate kept the bound; what follows is of {min(runs):.3g} a second.")
+        elif all(each.met for each in points):
+            noted.append("Every rate that was tried kept the bound; the highest may be higher.")
     shown = best if best is not None else min(runs)
-    rounds, seconds = runs[shown]
+    rounds, seconds, steps = runs[shown]
+    target.steps[:] = steps
     load = [asdict(each) | {"best": each.rate == best} for each in points]
-    return Seen(rounds, seconds, load=load)
+    return Seen(rounds, seconds, load=load, notes=noted)
 
 
 def point(rate: float, observed: list[Observation], settings: Settings) -> search.Point:
@@ -209,22 +250,34 @@ def point(rate: float, observed: list[Observation], settings: Settings) -> searc
 
 
 def _by_loadgen(asker: Asker, settings: Settings, folder: Path, outstanding: int) -> Seen:
-    extent, began = settings.extent, time.perf_counter()
+    extent, rate = settings.extent, settings.rate or 1.0
+    if settings.scenario == "offline":  # LoadGen has to be told how many are enough
+        rate = scenarios.offline(asker, Extent(GUESS_SECONDS, 1), outstanding).rate or rate
+    began = time.perf_counter()
     observed, verdict = loadgen.drive(
         asker,
         settings.scenario,
         folder,
         seconds=extent.seconds,
         least=extent.least,
-        rate=settings.rate or 1.0,
+        most=extent.most,
+        rate=rate,
         bound=settings.bound or 1.0,
+        share=settings.share,
         streams=settings.streams,
         outstanding=outstanding,
     )
+    seconds = time.perf_counter() - began
     size = -(-len(observed) // extent.rounds) or 1
     rounds = [observed[at : at + size] for at in range(0, len(observed), size)]
-    told = {"valid": verdict.valid, "figures": verdict.figures, "logs": str(folder)}
-    return Seen(rounds, time.perf_counter() - began, loadgen=told)
+    told = {
+        "valid": verdict.valid,
+        "problem": verdict.problem,
+        "figures": verdict.figures,
+        "logs": str(folder),
+    }
+    noted = [f"LoadGen says that this run is not valid. {verdict.problem}".strip()]
+    return Seen(rounds, seconds, loadgen=told, notes=[] if verdict.valid else noted)
 
 
 def metrics(
@@ -236,7 +289,7 @@ def metrics(
         return {}
     latencies = [each.latency for each in answered]
     found = {"latency": _summary(latencies)}
-    if floor and settings.scenario != "multi-stream":
+    if floor and settings.scenario == "single-stream":  # elsewhere there is waiting in it
         median = found["latency"]["quantiles"]["0.5"].get("value") or found["latency"]["mean"]
         found["latency"] |= {"floor": floor, "floor_fraction": floor / median}
     if settings.scenario in EARLY:
@@ -244,13 +297,13 @@ def metrics(
         stopped = statistics.early_stopping(latencies, share)
         known = {"value": stopped.value} if stopped.value else {"needs": stopped.needs}
         found[f"early_stopping_p{100 * share:g}"] = {"unit": "s", "better": "lower", **known}
-    for name, value in SERIES.items():
-        values = [number for each in answered if (number := value(each, workload)) is not None]
+    for name, value in series_of(workload, settings).items():
+        values = [number for each in answered if (number := value(each)) is not None]
         if values:
             found[name] = _summary(values, *UNITS[name])
-    rate = len(answered) / seen.seconds if seen.rates is None else float(np.mean(seen.rates))
-    span = None if seen.rates is None else statistics.mean_interval(seen.rates)
-    ends = {} if span is None else {"low": span[0], "high": span[1]}
+    rate = len(answered) / seen.seconds if seen.rate is None else seen.rate
+    span = statistics.mean_interval(seen.rates) if seen.rates else None
+    ends = {} if span is None else {"low": max(span[0], 0.0), "high": span[1]}
     if settings.scenario == "multi-stream":
         rate *= settings.streams
     found["throughput"] = {"unit": "1/s", "better": "higher", "value": rate, **ends}
@@ -263,22 +316,11 @@ def metrics(
     return found
 
 
-def realtime(each: Observation, workload: Workload) -> float | None:
+def realtime(each: Observation) -> float:
     """Seconds of video a second, where a clip is shown at the rate that files have."""
-    if not workload.task.is_video:
-        return None
     return len(each.frames) / DEFAULT_FRAMES_PER_SECOND / each.latency
 
 
-SERIES: Mapping[str, Callable[[Observation, Workload], float | None]] = {
-    "time_to_first_frame": lambda each, workload: (
-        each.time_to_first_frame if workload.task.is_video else None
-    ),
-    "time_per_frame": lambda each, workload: (
-        each.time_per_frame if workload.task.is_video else None
-    ),
-    "realtime_factor": realtime,
-}
 UNITS = {
     "time_to_first_frame": ("s", "lower"),
     "time_per_frame": ("s", "lower"),
@@ -286,20 +328,41 @@ UNITS = {
 }
 
 
-def in_rounds(seen: Seen, workload: Workload) -> dict[str, list[list[float]]]:
-    """Values by metric and round, for comparisons."""
-    found = {
-        "latency": [[each.latency for each in one if each.ok] for one in seen.rounds],
+def series_of(
+    workload: Workload, settings: Settings
+) -> dict[str, Callable[[Observation], float | None]]:
+    """What else a request of a clip has, by metric.
+
+    Not of several at once, which are one observation; frames of ranked samples come all at the end.
+    """
+    if not workload.task.is_video or settings.scenario == "multi-stream":
+        return {}
+    found: dict[str, Callable[[Observation], float | None]] = {
+        "time_to_first_frame": lambda each: each.time_to_first_frame
     }
-    for name, value in SERIES.items():
+    if workload.rank_by is None:
+        found["time_per_frame"] = lambda each: each.time_per_frame
+    return found | {"realtime_factor": realtime}
+
+
+def in_rounds(seen: Seen, workload: Workload, settings: Settings) -> dict[str, list[list[float]]]:
+    """Values by metric and round, for comparisons.
+
+    Offline it is throughput that is compared, and of a search the rate that was found: latencies
+    there depend on how many wait, and on the rate.
+    """
+    if seen.rates or settings.scenario == "offline":
+        return {"throughput": [[rate] for rate in seen.rates]}
+    if seen.load and settings.rate is None:
+        return {}
+    found = {"latency": [[each.latency for each in one if each.ok] for one in seen.rounds]}
+    for name, value in series_of(workload, settings).items():
         series = [
-            [number for each in one if each.ok and (number := value(each, workload)) is not None]
+            [number for each in one if each.ok and (number := value(each)) is not None]
             for one in seen.rounds
         ]
         if any(series):
             found[name] = series
-    if seen.rates is not None:
-        found["throughput"] = [[rate] for rate in seen.rates]
     return found
 
 
@@ -410,7 +473,10 @@ def describe_card(target: Target, workload: Workload, settings: Settings) -> dic
     found = made.to_json()
     if not settings.rates or not target.local or not target.info.backend.endswith("cpu"):
         return found
-    threads = target.threads or machine.usable_cores()
+    quota = machine.cpu_quota(machine.Hardware())
+    threads = target.threads or machine.usable_cores() or 1
+    if quota is not None:
+        threads = max(1, min(threads, int(quota)))
     measured = rates.measure(
         cards.products(manifest.config),
         made.row_counts,
@@ -483,17 +549,21 @@ def describe_scenario(settings: Settings) -> dict[str, Any]:
     }
 
 
-def memory(target: Target) -> dict[str, Any]:
-    """Of this process, with the engine if it is in it."""
-    found = machine.peak_memory()
-    devices = [each["process_bytes"] for each in found["gpus"] if each["process_bytes"]]
+def memory(target: Target, power: Mapping[str, Any]) -> dict[str, Any]:
+    """Of this process, with the engine if it is in it, while it was measured."""
+    seen = power.get("seen") or {}
+    devices = [
+        each["most"] for name, each in seen.items() if name.endswith("_process_bytes") and each
+    ]
+    peak = machine.peak_memory()["peak_process_bytes"]
     return {
-        "process_peak_bytes": found["peak_process_bytes"] if target.local else None,
-        "device_peak_bytes": max(devices, default=None),
+        "process_peak_bytes": peak if target.local else None,
+        "device_peak_bytes": max(devices, default=None) if target.local else None,
     }
 
 
 def notes(
+    target: Target,
     described: Mapping[str, Any],
     warm_up: Mapping[str, Any],
     power: Mapping[str, Any],
@@ -501,6 +571,8 @@ def notes(
 ) -> list[str]:
     """What a reader has to know to believe the rest."""
     found = []
+    if not target.local:
+        found.append("The machine described here is the client's.")
     load, cores = described.get("load_average"), described.get("cores") or 1
     if load and load[0] > BUSY * cores:
         found.append(f"The machine was busy before: load average {load[0]:.2f} on {cores} cores.")

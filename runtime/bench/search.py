@@ -27,7 +27,8 @@ class Point:
 def highest_rate(at: Callable[[float], Point], guess: float) -> tuple[float | None, list[Point]]:
     """(the highest rate whose point met the bound, None if none did; all points by rate).
 
-    guess: where to begin, such as the throughput with many requests under way.
+    guess: where to begin, such as the throughput with many requests under way. If no point missed
+    the bound, the highest may be higher still.
     """
     points: list[Point] = []
 

@@ -6,10 +6,8 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-from ..errors import UnavailableError
 from ..settings import ServerSettings
 from . import scenarios, statistics
 from .asking import Asker
@@ -146,11 +144,13 @@ def _measured(choice: Choice, workload: Workload, seconds: float) -> Outcome:
             backend=choice.backend,
             queue_size=max(64, 4 * choice.slots),
         ) as target:
-            asker = Asker(target.client, workload, target.info)
+            asker = Asker(target.client, workload, target.info, target.model)
             asker.check()
             first = warmed(asker, WARM_UP)["requests"]
             alone = scenarios.single_stream(asker, Extent(seconds / 2, 1, least=6), first)
             latencies = [each.latency for each in alone[0] if each.ok]
+            if not latencies:
+                return Outcome(choice, problem=f"no request was answered: {alone[0][0].status}")
             crowd = scenarios.offline(
                 asker, Extent(seconds / 2, 2), 2 * choice.slots, first + len(alone[0])
             )
@@ -158,7 +158,7 @@ def _measured(choice: Choice, workload: Workload, seconds: float) -> Outcome:
                 choice,
                 target.info.precision,
                 statistics.quantile(latencies, 0.5),
-                mean(crowd.rates),
+                crowd.rate,
             )
-    except UnavailableError as error:
-        return Outcome(choice, problem=str(error))
+    except Exception as error:  # what was measured before is not lost to one bad setting
+        return Outcome(choice, problem=f"{type(error).__name__}: {error}")

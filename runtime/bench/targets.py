@@ -7,14 +7,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..bundle import manifest_hash
 from ..client import PLAIN, Access, BaseClient, Client, LocalClient
 from ..core import ModelInfo
+from ..host import SEPARATOR
 
 
 @dataclass(frozen=True)
 class Target:
     """title: for reports; bundle: its folder, where that is known; slots: None where it is not
-    known; steps: rows and seconds of each decode step, filled while an engine is in this process.
+    known; model: what requests name, "" where there is one only; steps: rows and seconds of each
+    decode step, filled while an engine is in this process.
     """
 
     client: BaseClient
@@ -23,6 +26,7 @@ class Target:
     bundle: Path | None
     slots: int | None
     threads: int | None
+    model: str = ""
     steps: list[tuple[int, float]] = field(default_factory=list)
 
     @property
@@ -44,14 +48,23 @@ def in_process(
     steps: list[tuple[int, float]] = []
     engine.on_step = lambda rows, seconds: steps.append((rows, seconds))
     with LocalClient(engine, queue_size=queue_size) as client:
-        yield Target(client, engine.info, IN_PROCESS, bundle, slots, threads, steps)
+        yield Target(client, engine.info, IN_PROCESS, bundle, slots, threads, steps=steps)
 
 
 @contextmanager
 def over_grpc(
     address: str, *, model: str = "", access: Access = PLAIN, bundle: Path | None = None
 ) -> Iterator[Target]:
-    """A server that runs; nothing is tried again. bundle: its folder, for what the card needs."""
+    """A server that runs; nothing is tried again. bundle: its folder, for what the card needs.
+
+    ValueError if the server has another bundle than that of the folder.
+    """
     with Client(address, attempts=1, access=access) as client:
         info = client.get_model(model)
-        yield Target(client, info, f"gRPC {address}", bundle, None, None)
+        if bundle is not None and manifest_hash(bundle) != info.bundle_hash:
+            raise ValueError(
+                f"{bundle} is not the bundle of {info.name} at {address}: its hash begins with "
+                f"{manifest_hash(bundle)[:12]}, the server's with {info.bundle_hash[:12]}"
+            )
+        version = f"{info.name}{SEPARATOR}{info.version}"  # whatever is loaded meanwhile
+        yield Target(client, info, f"gRPC {address}", bundle, None, None, version)

@@ -55,14 +55,16 @@ class Workload:
     output_format: str = "png"
     seed: int = 0
 
-    def query(self, number: int, info: ModelInfo) -> Query:
-        """The request of this number, for a model like this."""
+    def query(self, number: int, info: ModelInfo, model: str = "") -> Query:
+        """The request of this number, for a model like this; model: its name in the request."""
         options: dict[str, Any] = {
             "seed": self.seed + number,
             "schedule": self.schedule,
             "output_format": self.output_format,
             **self.sampling,
         }
+        if model:
+            options["model"] = model
         if self.samples > 1:
             options |= {"samples": self.samples, "rank_by": self.rank_by}
         count = self.frame_count(info)

@@ -169,11 +169,11 @@ def _measure(args: argparse.Namespace) -> int:
         html.write(args.out / "report.html", result)
         _say(f"written: {args.out / 'result.json'} and {args.out / 'report.html'}")
     table.print(result, Console())
-    status = 0
+    status = 0 if result["outcomes"].get("ok") else 1
     if before is not None:
         differences = compare.compare_results(before, result, args.threshold)
         compare.print_differences(differences, compare.differs(before, result))
-        status = compare.baseline_exit(differences)
+        status = max(status, compare.baseline_exit(differences))
     print(schema.last_line(result))
     return status
 
@@ -283,13 +283,12 @@ def _target(args: argparse.Namespace) -> Iterator[Target]:
     with contextlib.ExitStack() as stack:
         if bundle is None:
             bundle = stack.enter_context(_random_bundle(args.preset, args.precision))
+        crowd = args.streams if args.scenario == "multi-stream" else args.outstanding or 0
+        room = max(
+            args.queue_size, crowd, 2 * args.slots
+        )  # or the bench would be refused by itself
         yield stack.enter_context(
-            in_process(
-                bundle,
-                slots=args.slots,
-                queue_size=args.queue_size,
-                **arguments.engine(args),
-            )
+            in_process(bundle, slots=args.slots, queue_size=room, **arguments.engine(args))
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,7 +88,11 @@ def run(args: argparse.Namespace) -> int:
                 return
             server.load(name, path)
 
-    if not serve_until_signal(server, load=load, grace=settings.grace):
+    serve_until_signal(server, load=load, grace=settings.grace)
+    code = 1 if server.died else 0  # so that who supervises it starts it again
+    if server.host.loading:
+        # A library is at work in a thread that cannot be told to end, and would be waited for.
         logging.shutdown()
-        os._exit(0)  # a library is at work, in a thread that cannot be told to end
-    return 1 if server.died else 0  # so that who supervises it starts it again
+        sys.stdout.flush()
+        os._exit(code)
+    return code

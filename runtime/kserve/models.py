@@ -87,12 +87,16 @@ def models_of(host: Host) -> list[TaskModel]:
 
 
 def find(host: Host, name: str, version: str) -> TaskModel:
-    """Of no version in particular, the latest. NotFoundError naming those that there are."""
+    """Of no version in particular, the latest. NotFoundError naming those that there are;
+    NotReadyError while there are none, or its bundle is still expected.
+    """
     models = models_of(host)
     if not models:
         raise NotReadyError("no model is loaded")
     named = [each for each in models if each.name == name]
     if not named:
+        if any(host.expects(name.removesuffix(f"_{task}")) for task in Task):
+            raise NotReadyError(f"model {name!r} is being loaded")
         names = dict.fromkeys(each.name for each in models)
         raise NotFoundError(f"there is no model {name!r}; this server has {', '.join(names)}")
     for each in named:

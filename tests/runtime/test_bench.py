@@ -425,5 +425,95 @@ def test_a_sweep_measures_each(monkeypatch, tmp_path):
     wanted = list(sweep.choices(["b"], ["cpu", "gpu"], [None], [1, 2]))
     found = sweep.sweep(wanted, Workload(Task.T2I), 0.4)
     assert len(found) == 4
-    assert sorted(one.problem for one in found) == ["", "", *["there is no GPU"] * 2]
+    assert sorted(one.problem for one in found) == [
+        "",
+        "",
+        *["UnavailableError: there is no GPU"] * 2,
+    ]
     assert all(one.latency > 0 and one.throughput > 1 for one in found if not one.problem)
+
+
+def test_throughput_of_answers_that_take_longer_than_a_round():
+    """One every two seconds, in rounds of one; and batches."""
+    single = [Observation(i, i, i) for i in range(0, 22, 2)]
+    found = scenarios.sliced(single, 0.0, 2.0, 22.0, rounds=20)
+    assert found.rate == pytest.approx(0.5) and found.rates == pytest.approx([0.5] * 10)
+    batches = [Observation(i, i, i + j * 1e-3) for i in (0, 10, 20, 30, 40) for j in range(8)]
+    found = scenarios.sliced(batches, 0.0, 5.0, 45.0, rounds=10)
+    assert found.rate == pytest.approx(0.8, rel=0.01)
+    late = [Observation(0.0, 0.0, 30.0)]
+    found = scenarios.sliced(late, 0.0, 1.0, 11.0, rounds=5)
+    assert found.rate == pytest.approx(1 / 30) and found.rates == [] and found.rounds == [late]
+    assert scenarios.sliced([], 0.0, 1.0, 11.0, rounds=5).rate == 0.0
+
+
+def test_an_extent_is_kept_whatever_its_rounds():
+    seen = []
+
+    def ask(number: int, scheduled: float) -> Observation:
+        seen.append(number)
+        return Observation(scheduled, scheduled, scheduled)
+
+    for most in (5, 25):
+        seen.clear()
+        rounds = scenarios.single_stream(ask, Extent(0.05, rounds=10, least=25, most=most))
+        assert len(seen) == most and sum(map(len, rounds)) == most and len(rounds) == 10
+    seen.clear()
+    scenarios.offline(ask, Extent(0.5, rounds=2, most=7), outstanding=3)
+    assert sorted(seen) == list(range(7))
+
+
+def test_who_is_refused_does_not_ask_again_at_once():
+    asked = []
+
+    def ask(number: int, scheduled: float) -> Observation:
+        asked.append(number)
+        return Observation(scheduled, scheduled, scheduled, "QUEUE_FULL")
+
+    scenarios.offline(ask, Extent(0.4, rounds=1), outstanding=2)
+    assert len(asked) <= 2 * (0.5 / scenarios.BACK_OFF) + 2
+
+
+def test_of_several_models_the_one_that_was_named_is_measured():
+    other = FakeEngine()
+    with Server(FakeEngine(), queue_size=8) as server:
+        server.host.add(other, "other")
+        with over_grpc(server.address, model="other") as target:
+            result = measure.measure(
+                target, Workload(Task.T2I), Settings(extent=Extent(0.1, rounds=1), warm_up=1)
+            )
+    assert result["outcomes"]["ok"] >= 1
+    assert len(other.admitted) == 2 + result["outcomes"]["ok"], "the check, and the warm-up"
+    assert result["power"] is None and "client's" in result["notes"][0]
+
+
+def test_loadgen_does_not_know_that_requests_were_refused(tmp_path):
+    pytest.importorskip("mlperf_loadgen")
+
+    def ask(number: int, scheduled: float) -> Observation:
+        time.sleep(0.001)
+        return Observation(scheduled, scheduled, time.perf_counter(), "QUEUE_FULL")
+
+    seen, verdict = loadgen.drive(ask, "multi-stream", tmp_path, seconds=0.5, least=700, streams=4)
+    assert not verdict.valid and "QUEUE_FULL" in verdict.problem
+    assert "Result is : VALID" in verdict.log
+    assert len(seen) == verdict.figures["queries"] if "queries" in verdict.figures else len(seen)
+
+
+def test_a_search_leaves_its_latencies_out_of_comparisons():
+    settings = Settings(
+        "server", Extent(0.2, rounds=2), bound=1.0, share=0.5, outstanding=2, warm_up=1
+    )
+    result = measured(FakeEngine(), Workload(Task.T2I), settings)
+    assert result["rounds"] == {} and result["metrics"]["highest_rate"]["value"] > 0
+    assert [each for each in result["load"] if each["best"]]
+    halved = json.loads(json.dumps(result))
+    halved["metrics"]["highest_rate"]["value"] /= 2
+    from nuwa.runtime.bench import compare
+
+    differences = compare.compare_results(result, halved)
+    assert [each.verdict for each in differences] == ["slower", "no difference"]
+    assert compare.baseline_exit(differences) == 1
+    assert compare.baseline_exit(compare.compare_results(result, result)) == 0
+    failing = json.loads(json.dumps(result)) | {"outcomes": {"ok": 1, "INTERNAL": 9}}
+    assert compare.baseline_exit(compare.compare_results(result, failing)) == 1

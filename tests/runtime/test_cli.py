@@ -589,7 +589,7 @@ def test_serve_ends_at_once_when_told_so_while_it_loads(request):
         started = time.monotonic()
         assert process.wait(20) == 0
         assert time.monotonic() - started < 10
-        assert "told to end while loading" in process.stderr.read()
+        assert "ends while loading" in process.stderr.read()
 
 
 def test_serve_tells_of_a_taken_port(engine, capsys):

@@ -174,6 +174,29 @@ def test_a_full_queue_refuses_before_the_request_has_come(server, channel, stub,
     running.cancel()
 
 
+def test_a_full_lane_is_counted_as_refused(server, channel, silent):
+    calls = [without_body(channel, IMAGE, silent) for _ in range(2 + 1 + SLOW_READERS + 3)]
+    wait_until(lambda: sum(call.done() for call in calls) == 3)
+    labels = {"model": "fake", "task": "none", "outcome": "queue_full"}
+    assert server.metrics.registry.get_sample_value("nuwa_requests_total", labels) == 3
+    for call in calls:
+        call.cancel()
+
+
+def test_probes_without_a_request_make_room_soon(server, channel, silent):
+    """Whoever fills their lane has it for a second."""
+    calls = [without_body(channel, CHECK, silent) for _ in range(SIZES["probes"])]
+
+    def answered_again() -> bool:
+        try:
+            return check(channel) == health_pb2.HealthCheckResponse.SERVING
+        except grpc.RpcError:
+            return False
+
+    wait_until(answered_again)
+    wait_until(lambda: all(call.done() for call in calls))
+
+
 def test_every_method_has_its_kind():
     for service, methods in (
         ("nuwa.v1.GenerationService", pb.DESCRIPTOR.services_by_name["GenerationService"].methods),

@@ -20,6 +20,7 @@ from nuwa.runtime.bundle import BundleError
 from nuwa.runtime.client import Client, ClientError
 from nuwa.runtime.errors import NotFoundError, NotReadyError
 from nuwa.runtime.host import Host
+from nuwa.runtime.kserve.models import find
 from nuwa.runtime.scheduler import Scheduler
 from nuwa.runtime.server import SERVICE, Server
 from nuwa.runtime.until_signal import serve_until_signal
@@ -343,6 +344,8 @@ def test_it_is_ready_when_all_that_it_is_to_serve_is_loaded(bundles):
             stub.GenerateImage(image(model="large"))
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert caught.value.details() == "model 'large' is being loaded"
+        with pytest.raises(NotReadyError, match="'large_t2i' is being loaded"):
+            find(server.host, "large_t2i", "")
         with pytest.raises(grpc.RpcError) as caught:
             stub.GenerateImage(image(model="other"))
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
@@ -360,7 +363,7 @@ def test_a_signal_while_it_loads_ends_it_at_once(bundles, capsys):
         server.load("", Path("b/small"))
 
     started = time.monotonic()
-    assert not serve_until_signal(server, load=load)
+    serve_until_signal(server, load=load)
     assert time.monotonic() - started < 5
     release.set()
     assert "ready" not in capsys.readouterr().out
