@@ -163,6 +163,10 @@ def _measure(args: argparse.Namespace) -> int:
     settings, workload = _settings(args), _workload(args)
     with _target(args) as target:
         result = measure(target, workload, settings, command=_command_line(), say=_say)
+    if args.preset:
+        result["notes"].append(
+            "Random weights, without guidance (which doubles the rows) unless it was asked for."
+        )
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         schema.write(args.out / "result.json", result)
