@@ -31,7 +31,7 @@ class Pages:
         self._metrics, self._status = make_wsgi_app(registry), status
         try:
             family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-            kind = type("_Server", (_Server,), {"address_family": family})
+            kind: type[_Server] = type("_Server", (_Server,), {"address_family": family})
             self._server = make_server(
                 host, port, self._answer, server_class=kind, handler_class=_Quiet
             )

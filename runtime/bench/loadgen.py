@@ -98,6 +98,9 @@ def drive(
     workers = outstanding if scenario == "offline" else MOST_IN_FLIGHT
     with ThreadPoolExecutor(workers, "nuwa-loadgen") as pool:
 
+        def alone(sample: Any, now: float) -> None:
+            keep(answer(sample, now))
+
         def as_one(samples: list[Any], now: float) -> None:
             calls = [pool.submit(answer, sample, now) for sample in samples]
             keep(together(call.result() for call in calls))
@@ -111,7 +114,7 @@ def drive(
                 pool.submit(as_one, samples, now)
             else:
                 for sample in samples:
-                    pool.submit(lambda sample=sample: keep(answer(sample, now)))
+                    pool.submit(alone, sample, now)
 
         system = loadgen.ConstructSUT(issue, lambda: None)
         library = loadgen.ConstructQSL(QUERIES, QUERIES, lambda samples: None, lambda samples: None)
