@@ -21,8 +21,8 @@ from hardware import hardware
 
 from nuwa.runtime.bench import compare, scenarios
 from nuwa.runtime.bench.asking import Ask, Asker
-from nuwa.runtime.bench.measure import warmed
 from nuwa.runtime.bench.observation import Observation
+from nuwa.runtime.bench.running import warmed
 from nuwa.runtime.bench.scenarios import Extent
 from nuwa.runtime.bench.targets import in_process
 from nuwa.runtime.bench.workload import Workload

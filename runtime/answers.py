@@ -46,6 +46,10 @@ class Answers:
         self._answers: OrderedDict[bytes, _Answer] = OrderedDict()  # the oldest first
         self._bytes = 0
 
+    def __len__(self) -> int:
+        """Answers that are kept or being made; some of them may have become too old."""
+        return len(self._answers)
+
     def once(self, key: bytes, make: Callable[[], M], wanted: Callable[[], bool]) -> M:
         """The answer kept under `key`, or that of make(), which is kept.
 

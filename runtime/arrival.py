@@ -21,22 +21,22 @@ PROBE_SECONDS = 1.0  # in which the request of a probe has to come, which is a f
 
 
 class Arrival:
-    """seconds: in which a request has to come; crowded(context): QueueFullError if one more of this
-    client could not be taken, whatever it asks for.
+    """seconds: in which a request has to come; crowded(context, method): QueueFullError if one
+    more of this client could not be taken, whatever it asks for.
     """
 
     def __init__(
         self,
         patience: Patience,
         seconds: float,
-        crowded: Callable[[grpc.ServicerContext], None],
+        crowded: Callable[[grpc.ServicerContext, str], None],
     ) -> None:
         self._patience, self._seconds, self._crowded = patience, seconds, crowded
 
     def one(self, requests: Iterator[Any], context: grpc.ServicerContext, method: str) -> Any:
         """The request of a call that has one. RequestError if there is none."""
         if method in GENERATING:
-            self._crowded(context)
+            self._crowded(context, method)
         found = self._next(requests, context, method)
         if found is None:
             raise RequestError("the call has no request")

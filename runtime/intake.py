@@ -14,10 +14,12 @@ from typing import Protocol, TypeVar
 import grpc
 
 from . import selection
+from .answers import Answers
 from .convert import Job
 from .core import Done, Event, QueueFullError
 from .handle import Handle
 from .host import Host, Loaded
+from .lanes import KEPT
 from .logs import fields
 from .media import DEFAULT_LIMITS, Limits
 from .metrics import Metrics
@@ -61,6 +63,7 @@ class Intake:
         self._patience, self._slow = patience or Patience(), slow_reader_timeout
         self._identify = identify or address_of
         self.metrics, self._tracing = metrics or Metrics(), tracing
+        self.answers = Answers()
         self._calls = threading.BoundedSemaphore(max_calls)
         self._lock = threading.Lock()
         self._live: dict[grpc.ServicerContext, set[Handle]] = {}  # requests by their calls
@@ -88,8 +91,12 @@ class Intake:
         loaded = self.host.loaded
         self.metrics.refused(loaded[0].name if loaded else "", error)
 
-    def crowded(self, context: grpc.ServicerContext) -> None:
-        """QueueFullError if no model's queue has room for a request of this client."""
+    def crowded(self, context: grpc.ServicerContext, method: str) -> None:
+        """QueueFullError if no model's queue has room for a request of this client, and no kept
+        answer can be the one to it.
+        """
+        if method in KEPT and len(self.answers):
+            return
         client, full = self._identify(context), None
         for loaded in self.host.loaded:
             try:

@@ -25,6 +25,7 @@ GENERATING = frozenset(
         f"{KSERVE}ModelInfer",
     }
 )
+KEPT = frozenset({f"{NUWA}GenerateImage"})  # whose answers are kept for those who ask again
 ADMIN = (
     f"{KSERVE}RepositoryModel",
     "/nuwa.v1.ModelService/ReloadModel",

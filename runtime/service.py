@@ -15,7 +15,6 @@ from nuwa.v1 import generation_pb2 as pb
 from nuwa.v1 import generation_pb2_grpc
 
 from . import convert, replies
-from .answers import Answers
 from .errors import FieldError
 from .host import SEPARATOR, Host, Loaded
 from .intake import Intake
@@ -24,7 +23,6 @@ from .intake import Intake
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     def __init__(self, intake: Intake) -> None:
         self._intake = intake
-        self._answers = Answers()
 
     def GenerateImage(
         self, request: pb.GenerateImageRequest, context: grpc.ServicerContext
@@ -40,7 +38,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             if not request.request_id:
                 return make()
             key = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
-            return self._answers.once(key, make, context.is_active)
+            return intake.answers.once(key, make, context.is_active)
 
     def StreamImage(
         self, request: pb.StreamImageRequest, context: grpc.ServicerContext

@@ -11,7 +11,7 @@ from typing import Any
 from ..settings import ServerSettings
 from . import scenarios, statistics
 from .asking import Asker
-from .measure import warmed
+from .running import warmed
 from .scenarios import Extent
 from .targets import in_process
 from .workload import Workload

@@ -18,7 +18,7 @@ from ..backends.base import AUTO, BACKENDS
 from . import arguments
 
 if TYPE_CHECKING:
-    from ..bench.measure import Settings
+    from ..bench.running import Settings
     from ..bench.targets import Target
     from ..bench.workload import Workload
 
@@ -61,7 +61,7 @@ examples:
 
 
 def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
-    from ..bench.measure import SCENARIOS
+    from ..bench.running import SCENARIOS
     from ..bench.sweep import PREFERENCES
 
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
@@ -227,7 +227,7 @@ def _sweep(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    from ..bench.measure import Settings
+    from ..bench.running import Settings
     from ..bench.scenarios import Extent
 
     if not args.seconds > 0:

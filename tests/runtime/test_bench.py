@@ -10,10 +10,20 @@ import time
 import numpy as np
 import pytest
 
-from nuwa.runtime.bench import asking, loadgen, measure, scenarios, schema, search, sweep
+from nuwa.runtime.bench import (
+    asking,
+    figures,
+    loadgen,
+    measure,
+    running,
+    scenarios,
+    schema,
+    search,
+    sweep,
+)
 from nuwa.runtime.bench.asking import Asker
-from nuwa.runtime.bench.measure import Settings
 from nuwa.runtime.bench.observation import Observation, together
+from nuwa.runtime.bench.running import Settings
 from nuwa.runtime.bench.scenarios import Extent
 from nuwa.runtime.bench.targets import IN_PROCESS, Target, over_grpc
 from nuwa.runtime.bench.workload import Workload
@@ -108,7 +118,7 @@ def test_frames_of_a_clip():
     assert median(found["latency"]) == about(ENCODE + 12 * STEP + PIXELS)
     assert median(found["time_to_first_frame"]) == about(ENCODE + 4 * STEP + PIXELS)
     assert median(found["time_per_frame"]) == about(4 * STEP)
-    video = 3 / measure.DEFAULT_FRAMES_PER_SECOND
+    video = 3 / figures.DEFAULT_FRAMES_PER_SECOND
     assert median(found["realtime_factor"]) == about(video / (ENCODE + 12 * STEP + PIXELS))
 
 
@@ -194,7 +204,7 @@ def test_a_rate_keeps_its_bound_only_if_enough_were_asked():
         seen = [Observation(i, i, i + 0.05) for i in range(good)]
         seen += [Observation(i, i, i + 0.3) for i in range(bad)]
         seen += [Observation(i, i, i + 0.01, "QUEUE_FULL") for i in range(failed)]
-        return measure.point(5.0, seen, settings)
+        return running.point(5.0, seen, settings)
 
     assert points(458, 0).met is None and points(458, 0).needed == 1
     assert points(459, 0).met is True
@@ -265,7 +275,7 @@ def test_a_query_of_several_requests_ends_with_the_last():
 
 def test_steps_stand_beside_their_floors():
     card = {"floor_by_rows": [{"rows": 4, "steps": 2, "seconds": 0.5}]}
-    found = measure.steps([(4, 1.0), (4, 2.0), (4, 3.0), (9, 1.0)], card)
+    found = figures.steps([(4, 1.0), (4, 2.0), (4, 3.0), (9, 1.0)], card)
     assert found == [
         {"rows": 4, "count": 3, "median": 2.0, "p99": None, "floor": 0.5},
         {"rows": 9, "count": 1, "median": 1.0, "p99": None, "floor": None},
@@ -274,7 +284,7 @@ def test_steps_stand_beside_their_floors():
 
 def test_the_timeline_is_of_phases_in_order():
     times = Timings(queue=0.5, encode=0.25, decode=1.0, pixels=0.5, total=2.0)
-    (shown,) = measure.timeline([Observation(10.0, 10.25, 12.5, timings=times)])
+    (shown,) = figures.timeline([Observation(10.0, 10.25, 12.5, timings=times)])
     assert (shown["start"], shown["end"]) == (0.0, 2.5)
     assert shown["phases"] == {
         "late": [0.0, 0.25],
