@@ -51,9 +51,8 @@ class Arrival:
 
     def _next(self, requests: Iterator[Any], context: grpc.ServicerContext, method: str) -> Any:
         seconds = min(self._seconds, PROBE_SECONDS) if method in PROBES else self._seconds
-        with self._patience.waiting(
-            context, f"{method} sent no request for {seconds:g} s", seconds
-        ):
+        what = f"{method} sent no request"
+        with self._patience.waiting(context, what, seconds, for_request=True):
             try:
                 found = next(requests, None)
             except grpc.RpcError:  # how the iterator says that the call is over

@@ -46,7 +46,7 @@ class Loaded:
 
 class Host:
     """open_engine(path): loads a bundle; schedule(engine): a scheduler for it, not started;
-    on_change(): called when a model has come or gone.
+    on_change(): called when a model has come or gone, and when one that went has ended.
 
     Safe to use from any thread; of loading, one thing happens at a time.
     """
@@ -240,3 +240,4 @@ class Host:
         with self._lock:
             self._retired.remove(gone)
         log.info("%s is gone", gone.title)
+        self._on_change()

@@ -2,7 +2,7 @@
 
 Each kind has its own threads, so that idle streams, clients that are slow to send and loads of
 models keep neither generations nor health checks waiting. What is beyond a kind's number is refused
-at once, by threads that do nothing else.
+at once, by threads that do nothing else; but a call that has sent no request gives way to it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
 
 from .core import QueueFullError
+from .patience import Patience
 
 NUWA, KSERVE = "/nuwa.v1.GenerationService/", "/inference.GRPCInferenceService/"
 GENERATING = frozenset(
@@ -53,6 +55,7 @@ OTHER = "other"
 # Calls of a kind that may be open at a time, but for generations, of which settings decide.
 SIZES = {"probes": 32, "watches": 16, "streams": 32, "reflections": 16, "loads": 4, OTHER: 32}
 REFUSING_THREADS = 16
+SILENT_SECONDS = 1.0  # after which a call without a request gives way to others
 
 
 def kind_of(method: str) -> str:
@@ -62,7 +65,6 @@ def kind_of(method: str) -> str:
 
 class Lanes(grpc.ServerInterceptor):
     """Goes around what reads requests. sizes: by kind; refuse(error, context): ends a call with its
-    status; on_refused: hears of each error of a generation that had no room.
 
     `refusing` is the pool that the server itself is made with. close() when the server has ended.
     """
@@ -71,10 +73,11 @@ class Lanes(grpc.ServerInterceptor):
         self,
         sizes: Mapping[str, int],
         refuse: Callable[[Exception, grpc.ServicerContext], Any],
-        on_refused: Callable[[Exception], None] = lambda error: None,
+        on_refused: Callable[[Exception], None],
+        patience: Patience,
     ) -> None:
         self.refusing = futures.ThreadPoolExecutor(REFUSING_THREADS, "nuwa-refusals")
-        self._lanes = {kind: _Lane(kind, size) for kind, size in sizes.items()}
+        self._lanes = {kind: _Lane(kind, size, patience) for kind, size in sizes.items()}
         self._refuse, self._on_refused = refuse, on_refused
 
     def intercept_service(self, continuation: Callable, details: Any) -> Any:
@@ -95,9 +98,12 @@ class Lanes(grpc.ServerInterceptor):
 
 
 class _Lane:
-    def __init__(self, kind: str, size: int) -> None:
+    def __init__(self, kind: str, size: int, patience: Patience) -> None:
         self.pool = futures.ThreadPoolExecutor(size, f"nuwa-{kind}")
-        self._room = threading.BoundedSemaphore(size)
+        self._size, self._patience = size, patience
+        self._lock = threading.Lock()
+        self._open = 0  # calls that have entered, for a moment also those that are giving way
+        self._running: set[grpc.ServicerContext] = set()  # those of them that have a thread
         self._problem = f"the server has {size} calls of this kind ({kind}) open, as many as it can"
 
     @property
@@ -106,7 +112,25 @@ class _Lane:
 
     def enter(self) -> bool:
         """Whether there is room; if so, what `wrapped` gives has to be called."""
-        return self._room.acquire(blocking=False)
+        with self._lock:
+            if self._open >= self._size and not self._patience.make_room(
+                self._running, SILENT_SECONDS
+            ):
+                return False
+            self._open += 1
+        return True
+
+    @contextmanager
+    def _inside(self, context: grpc.ServicerContext) -> Iterator[None]:
+        """While a call that has entered has a thread; then it leaves."""
+        with self._lock:
+            self._running.add(context)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running.discard(context)
+                self._open -= 1
 
     def wrapped(self, handler: Any) -> Any:
         """A handler of streams of requests, in this lane's threads, which leaves it at its end.
@@ -128,19 +152,15 @@ class _Lane:
 
     def _leaving(self, behaviour: Callable) -> Callable:
         def leaving(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-            try:
+            with self._inside(context):
                 return behaviour(requests, context)
-            finally:
-                self._room.release()
 
         return leaving
 
     def _leaving_stream(self, behaviour: Callable) -> Callable:
         def leaving(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-            try:
+            with self._inside(context):
                 yield from behaviour(requests, context)
-            finally:
-                self._room.release()
 
         return leaving
 

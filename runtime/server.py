@@ -38,7 +38,7 @@ from .media import Limits
 from .metrics import Metrics
 from .pages import Pages
 from .patience import Patience
-from .process import resident_megabytes
+from .process import resident_megabytes, settle
 from .reflected import Pools
 from .scheduler import Scheduler
 from .service import GenerationService, ModelService
@@ -65,7 +65,8 @@ class Server:
     engine: one to serve from the start; more with `load`. settings: those of `nuwa serve`; or
     single ones by name, in place of the defaults. open_engine: how `load` gets an engine of a
     bundle. `address` says which port was taken. OSError if it cannot be had, ValueError for
-    certificates or tokens that cannot be used.
+    certificates or tokens that cannot be used. owns_process: whether it may change what is Python's
+    alone, as the garbage collector (process.settle).
     """
 
     def __init__(
@@ -81,17 +82,19 @@ class Server:
         self._cut = threading.Event()  # ends the lame-duck time
         self.died = self._stopped = self._started = False
         self._well = True
+        self.owns_process = False
+        self._unsettled = threading.Event()
         metrics = self.metrics = Metrics()
         self._telling, self._reloading = threading.Lock(), threading.Lock()
         self._health = Health()
-        self.host = Host(open_engine or self._open_engine, self._schedule, self._tell_health)
+        self.host = Host(open_engine or self._open_engine, self._schedule, self._on_models)
         if engine is not None:
             self.host.add(engine)
         tracing = self._tracing = None
         if settings.trace_endpoint is not None:
             tracing = self._tracing = Tracing(settings.trace_endpoint, VERSION)
         tokens = None if settings.tokens is None else Tokens(settings.tokens)
-        patience = Patience()
+        patience = self._patience = Patience()
         max_calls = settings.queue_size + settings.slots + SLOW_READERS
         intake = self.intake = Intake(
             self.host,
@@ -108,14 +111,15 @@ class Server:
         arrival = Arrival(patience, settings.slow_sender_timeout, intake.crowded)
         errors = ErrorInterceptor(arrival, metrics.error)
         self._lanes = Lanes(
-            SIZES | {"generations": max_calls}, _refuse_with(errors), intake.refused
+            SIZES | {"generations": max_calls}, _refuse_with(errors), intake.refused, patience
         )
         self._server = grpc.server(
             self._lanes.refusing,
             interceptors=_interceptors(self._lanes, errors, tokens),
             options=_options(settings),
         )
-        self._add_services(intake, errors)
+        self._inference = InferenceService(intake, ready=self.is_ready, told=errors.told)
+        self._add_services(intake)
         self.address = _listen(self._server, settings)
         metrics.collect(Gauges(self))
         self._born = time.monotonic()
@@ -128,10 +132,10 @@ class Server:
             self.busy_seconds,
             settings.hang_timeout,
             self._on_health,
-            patience.look,
+            self._look_after,
         )
 
-    def _add_services(self, intake: Intake, errors: ErrorInterceptor) -> None:
+    def _add_services(self, intake: Intake) -> None:
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationService(intake), self._server
         )
@@ -139,7 +143,7 @@ class Server:
             ModelService(self.host), self._server
         )
         grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
-            InferenceService(intake, ready=self.is_ready, told=errors.told), self._server
+            self._inference, self._server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self.settings.reflection:
@@ -258,6 +262,7 @@ class Server:
         if grace:
             self._cut.wait(self.settings.lame_duck)
         self._health.dismiss()
+        self._inference.dismiss()
         self._server.stop(grace).wait()
         self._lanes.close()
         self._watch.close()
@@ -267,6 +272,16 @@ class Server:
         self._history.close()
         if self._tracing is not None:
             self._tracing.close()
+
+    def _on_models(self) -> None:
+        self._tell_health()
+        self._unsettled.set()
+
+    def _look_after(self) -> None:
+        self._patience.look()
+        if self.owns_process and self._unsettled.is_set():
+            self._unsettled.clear()
+            settle()
 
     def _on_health(self, well: bool) -> None:
         self._well = well

@@ -16,7 +16,9 @@ from .server import Server
 log = logging.getLogger("nuwa.runtime")
 
 DEFAULT_GRACE = 30.0
-SIGNAL_SECONDS = 0.1  # within which a signal is noticed while models are loaded
+# Within which a signal is noticed: Python handles it in the main thread, which it does not wake from
+# an endless wait if the system has another thread take it.
+SIGNAL_SECONDS = 0.1
 
 
 def serve_until_signal(
@@ -48,9 +50,10 @@ def serve_until_signal(
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         previous[number] = signal.signal(number, on_signal)
     try:
+        server.owns_process = True
         server.start()
         started = time.perf_counter()
-        loading = _Loading(load)
+        loading = _InThread("nuwa-load", load)
         while not loading.ended.wait(SIGNAL_SECONDS):
             if asked.is_set():
                 log.info("ends while loading")
@@ -63,30 +66,35 @@ def serve_until_signal(
         if not asked.is_set():
             _say_ready(server, load_seconds + time.perf_counter() - started)
             notify(READY)
-        asked.wait()
+        while not asked.wait(SIGNAL_SECONDS):
+            pass
         notify(STOPPING)
         duck = server.settings.lame_duck
         log.info("draining: %g s more for new calls, then %g s for those at hand", duck, grace)
         started = time.perf_counter()
-        server.stop(grace)
+        stopping = _InThread("nuwa-stop", lambda: server.stop(grace))
+        while not stopping.ended.wait(SIGNAL_SECONDS):
+            pass
+        if stopping.failure is not None:
+            raise stopping.failure
         log.info("stopped after %.2f s", time.perf_counter() - started)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-class _Loading:
-    """Calls `load` in a thread. ended: when it has returned, or raised `failure`."""
+class _InThread:
+    """Calls something in a thread of its own. ended: when it has returned, or raised `failure`."""
 
-    def __init__(self, load: Callable[[], None]) -> None:
+    def __init__(self, name: str, call: Callable[[], None]) -> None:
         self.ended = threading.Event()
         self.failure: BaseException | None = None
-        self._load = load
-        threading.Thread(target=self._run, name="nuwa-load", daemon=True).start()
+        self._call = call
+        threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def _run(self) -> None:
         try:
-            self._load()
+            self._call()
         except BaseException as error:
             self.failure = error
         self.ended.set()

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import queue
 import threading
 from collections.abc import Callable, Iterator
-from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -26,11 +24,12 @@ from nuwa.spec.tasks import Task
 
 from .. import media
 from ..convert import Job
-from ..core import Done, Event, Frame, QueueFullError, Timings
-from ..errors import FieldError, NotFoundError, NotReadyError, RequestError
+from ..core import Done, Event, Frame, Timings
+from ..errors import FieldError, NotFoundError, NotReadyError
 from ..intake import Intake
 from .models import TaskModel, find, models_of
 from .requests import InferJob, read_request
+from .stream import Failure, Stream
 from .tensors import add_output, set_parameters
 
 log = logging.getLogger("nuwa.runtime")
@@ -38,8 +37,6 @@ log = logging.getLogger("nuwa.runtime")
 NAME = "nuwa"
 FINAL = "triton_final_response"
 WANTS_STATUS = "triton_grpc_error"  # metadata: end the stream with a status at the first error
-CALLS_PER_STREAM = 16  # generations of one stream at a time
-UNSENT_ANSWERS = 16  # of one stream, before its generations wait for the client to read
 
 
 class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -49,6 +46,17 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         self, intake: Intake, *, ready: Callable[[], bool], told: Callable[[Exception], str]
     ) -> None:
         self._intake, self._host, self._ready, self._told = intake, intake.host, ready, told
+        self._lock = threading.Lock()
+        self._streams: set[Stream] = set()
+        self._dismissed = False
+
+    def dismiss(self) -> None:
+        """Ends streams as soon as what they have asked for is answered."""
+        with self._lock:
+            self._dismissed = True
+            streams = list(self._streams)
+        for stream in streams:
+            stream.dismiss()
 
     def ServerLive(self, request: Any, context: grpc.ServicerContext) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
@@ -136,19 +144,26 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         self, request_iterator: Iterator[Any], context: grpc.ServicerContext
     ) -> Iterator[pb.ModelStreamInferResponse]:
         strict = dict(context.invocation_metadata()).get(WANTS_STATUS) == "true"
-        stream = _Stream(self._answers, context)
+        stream = Stream(self._answers, context)
+        with self._lock:
+            self._streams.add(stream)
+            dismissed = self._dismissed
         try:
             stream.start(request_iterator)
+            if dismissed:
+                stream.dismiss()
             told = self._told_of(stream.answers(), context, strict)
             yield from self._intake.sending(context, "a stream", told)
         finally:
             stream.close()
+            with self._lock:
+                self._streams.discard(stream)
 
     def _told_of(
         self, answers: Iterator[Any], context: grpc.ServicerContext, strict: bool
     ) -> Iterator[pb.ModelStreamInferResponse]:
         for answer in answers:
-            if not isinstance(answer, _Failure):
+            if not isinstance(answer, Failure):
                 yield pb.ModelStreamInferResponse(infer_response=answer)
             elif strict or not context.is_active():
                 raise answer.error
@@ -221,96 +236,6 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         ):
             duration.count, duration.ns = count, round(seconds * 1e9)
         return message
-
-
-class _Failure:
-    def __init__(self, request_id: str, error: Exception) -> None:
-        self.request_id, self.error = request_id, error
-
-
-class _Stream:
-    """One bidirectional call: requests are answered side by side, each in a thread of its own.
-
-    Answers wait in a bounded queue until the client reads them; the engine never waits for that.
-    """
-
-    def __init__(
-        self,
-        answer: Callable[[pb.ModelInferRequest, grpc.ServicerContext], Iterator],
-        context: grpc.ServicerContext,
-    ) -> None:
-        self._answer, self._context = answer, context
-        self._pool = futures.ThreadPoolExecutor(CALLS_PER_STREAM + 1, "nuwa-stream")
-        self._queue: queue.Queue[Any] = queue.Queue(UNSENT_ANSWERS)
-        self._lock = threading.Lock()
-        self._open = 1  # the reader, and requests that are being answered
-        self._closed = threading.Event()
-
-    def start(self, requests: Iterator[Any]) -> None:
-        """Begins to read requests; answers() gives what becomes of them."""
-        self._pool.submit(self._read, requests)
-
-    def answers(self) -> Iterator[Any]:
-        """Until all requests are answered; _Failure for those that cannot be."""
-        while (answer := self._queue.get()) is not None:
-            yield answer
-
-    def close(self) -> None:
-        """Lets threads that still have answers throw them away.
-
-        Does not wait for them: the one that reads ends with the call, which is not over yet.
-        """
-        self._closed.set()
-        self._pool.shutdown(wait=False)
-
-    def _read(self, requests: Iterator[Any]) -> None:
-        """Takes requests until the client has sent its last one, or is gone."""
-        try:
-            for request in requests:
-                if self._closed.is_set():
-                    return
-                self._take(request)
-        except Exception:
-            log.debug("a stream ended", exc_info=True)  # how the iterator says that it is over
-        finally:
-            self._finish_one()
-
-    def _take(self, request: Any) -> None:
-        if not isinstance(request, pb.ModelInferRequest):
-            self._put(_Failure("", RequestError("the request is not a valid message")))
-            return
-        with self._lock:
-            busy = self._open > CALLS_PER_STREAM
-            self._open += not busy
-        if busy:
-            problem = f"a stream has at most {CALLS_PER_STREAM} requests at a time"
-            self._put(_Failure(request.id, QueueFullError(problem)))
-        else:
-            self._pool.submit(self._serve, request)
-
-    def _serve(self, request: pb.ModelInferRequest) -> None:
-        try:
-            for answer in self._answer(request, self._context):
-                self._put(answer)
-        except Exception as error:
-            self._put(_Failure(request.id, error))
-        finally:
-            self._finish_one()
-
-    def _finish_one(self) -> None:
-        with self._lock:
-            self._open -= 1
-            last = not self._open
-        if last:
-            self._put(None)
-
-    def _put(self, answer: Any) -> None:
-        while not self._closed.is_set():
-            try:
-                self._queue.put(answer, timeout=0.1)
-                return
-            except queue.Full:
-                continue
 
 
 def _response(model: TaskModel, job: Job, **parameters: Any) -> pb.ModelInferResponse:

@@ -11,7 +11,7 @@ import pytest
 from nuwa.inference import grpc_service_pb2 as pb
 from nuwa.inference import grpc_service_pb2_grpc
 from nuwa.runtime import media
-from nuwa.runtime.kserve import service
+from nuwa.runtime.kserve import stream
 from nuwa.runtime.kserve.tensors import set_parameters
 from nuwa.spec.tasks import Task
 
@@ -393,7 +393,7 @@ def test_a_timeout_stops_one_request_of_a_stream_and_no_other(stub, engine, serv
 
 
 def test_streams_and_their_requests_are_limited(stub, engine, monkeypatch):
-    monkeypatch.setattr(service, "CALLS_PER_STREAM", 1)
+    monkeypatch.setattr(stream, "CALLS_PER_STREAM", 1)
     engine.gate.clear()
     requests = [ask("t2v", {"frame_count": 1}, PROMPT=text()) for _ in range(2)]
     requests[1].id = "second"
@@ -402,6 +402,36 @@ def test_streams_and_their_requests_are_limited(stub, engine, monkeypatch):
     assert refusal.infer_response.id == "second" and "at most 1 requests" in refusal.error_message
     engine.gate.set()
     assert [each.infer_response.id for each in answers] == ["mine"]
+
+
+def test_a_stream_that_goes_on_for_ever_ends_with_the_server(stub, engine, server):
+    engine.gate.clear()
+    hold, late = threading.Event(), threading.Event()
+
+    def requests():
+        yield ask("t2i", PROMPT=text())
+        late.wait(20)
+        yield ask("t2i", PROMPT=text())
+        hold.wait(20)
+
+    busy = stub.ModelStreamInfer(requests())
+    idle = stub.ModelStreamInfer(iter(hold.wait, 20))
+    wait_until(lambda: server.scheduler.active == 1)
+    wait_until(lambda: len(server._inference._streams) == 2)
+    stopping = threading.Thread(target=server.stop, args=(20,))
+    stopping.start()
+    assert idle.code() is grpc.StatusCode.UNAVAILABLE
+    assert "shutting down" in idle.details() and stopping.is_alive()
+    late.set()
+    refusal = next(busy)
+    assert "shutting down" in refusal.error_message
+    engine.gate.set()
+    answer = next(busy)
+    assert not answer.error_message and answer.infer_response.id == "mine"
+    assert busy.code() is grpc.StatusCode.UNAVAILABLE
+    stopping.join(10)
+    assert not stopping.is_alive()
+    hold.set()
 
 
 def test_reflection_and_health_know_it(channel):

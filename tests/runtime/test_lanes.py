@@ -72,6 +72,21 @@ def test_calls_without_a_request_are_refused_beyond_their_number(server, channel
     wait_until(lambda: answered(stub))
 
 
+def test_calls_without_a_request_give_way(server, channel, silent, monkeypatch):
+    room = 2 + 1 + SLOW_READERS
+    calls = [without_body(channel, IMAGE, silent) for _ in range(room)]
+    wait_until(lambda: len(server.intake._live) + len(server._patience._waits) == room)
+    stub = generation_pb2_grpc.GenerationServiceStub(channel)
+    assert not answered(stub), "they have only just come"
+    monkeypatch.setattr(lanes, "SILENT_SECONDS", 0.1)
+    time.sleep(0.2)
+    assert all(answered(stub) for _ in range(3))
+    ended = [call for call in calls if call.done()]
+    assert [call.code() for call in ended] == [grpc.StatusCode.CANCELLED]
+    for call in calls:
+        call.cancel()
+
+
 def answered(stub: generation_pb2_grpc.GenerationServiceStub) -> bool:
     try:
         return bool(stub.GenerateImage(image()).frame.data)

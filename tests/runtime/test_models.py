@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import signal
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import grpc
@@ -396,3 +398,18 @@ def test_a_hangup_loads_what_has_changed(bundles, caplog):
     worker.join()
     assert versions == ["small/1", "large/2"]
     assert "small/1 is as it was" in caplog.text
+
+
+def test_a_process_of_its_own_collects_nothing_of_what_it_keeps():
+    """... but what is retired goes all the same."""
+    with Server(open_engine=lambda path: FakeEngine()) as server:
+        server.owns_process = True
+        try:
+            server.load("m", Path("one"))
+            wait_until(lambda: gc.get_freeze_count() > 1000)
+            old = weakref.ref(server.host.find().engine)
+            server.load("m", Path("two"))
+            wait_until(lambda: old() is None)
+        finally:
+            server.owns_process = False
+            gc.unfreeze()
