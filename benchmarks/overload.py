@@ -28,7 +28,6 @@ import numpy as np
 from hardware import hardware
 from server_process import ServerProcess
 
-from nuwa.runtime.scheduler import SHARE_FOR_OTHERS
 from nuwa.v1 import generation_pb2 as pb
 from nuwa.v1 import generation_pb2_grpc
 
@@ -128,9 +127,8 @@ async def measure(address: str, args: argparse.Namespace) -> dict:
     await closed_loop(address, args.task, args.slots, 5.0)  # warm-up
     seconds = args.seconds / 5
     alone = (await closed_loop(address, args.task, args.slots, seconds)).summary()
-    # Whom the queue has room for waits for all before it; so the queue is full here too, as far as
-    # one address may fill it.
-    clients = args.slots + args.queue_size - args.queue_size // SHARE_FOR_OTHERS
+    # Whom the queue has room for waits for all before it; so the queue is full here too.
+    clients = args.slots + args.queue_size
     before = (await closed_loop(address, args.task, clients, seconds)).summary()
     rate = 10 * before["answered_per_second"]
     if not rate:

@@ -20,7 +20,15 @@ from nuwa.v1 import generation_pb2 as pb
 from nuwa.v1 import generation_pb2_grpc
 
 from . import requests, results
-from .client import PLAIN, Access, ClipGathering, channel_options, nobody_at, server_errors
+from .client import (
+    LOOKUP_SECONDS,
+    PLAIN,
+    Access,
+    ClipGathering,
+    channel_options,
+    nobody_at,
+    server_errors,
+)
 from .core import ModelInfo
 from .requests import ImageOptions, VideoOptions
 from .results import ClipEvent, ClipResult, ImageEvent, ImageResult
@@ -52,6 +60,7 @@ class AsyncClient:
         else:
             self._channel = grpc.aio.secure_channel(self._address, credentials, self._options)
         self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        self._models = generation_pb2_grpc.ModelServiceStub(self._channel)
         try:
             async with asyncio.timeout(self._ready_timeout):
                 await self._channel.channel_ready()
@@ -72,9 +81,30 @@ class AsyncClient:
         """What the server has loaded: the model of this name, or its first."""
         with server_errors():
             answer = await self._stub.GetModel(
-                pb.GetModelRequest(model=model), timeout=10, metadata=self._metadata
+                pb.GetModelRequest(model=model), timeout=LOOKUP_SECONDS, metadata=self._metadata
             )
         return results.model_info(answer.model)
+
+    async def list_models(self) -> list[ModelInfo]:
+        """All that the server has loaded, the default first."""
+        with server_errors():
+            answer = await self._models.ListModels(
+                pb.ListModelsRequest(), timeout=LOOKUP_SECONDS, metadata=self._metadata
+            )
+        return list(map(results.model_info, answer.models))
+
+    async def reload_model(self, model: str = "") -> ModelInfo:
+        """Has a model's bundle loaded again; what it is now. Needs the scope "admin"."""
+        with server_errors():
+            request = pb.ReloadModelRequest(model=model)
+            answer = await self._models.ReloadModel(request, metadata=self._metadata)
+        return results.model_info(answer.model)
+
+    async def unload_model(self, model: str) -> None:
+        """Has a model taken away, or one version of it. Needs the scope "admin"."""
+        with server_errors():
+            request = pb.UnloadModelRequest(model=model)
+            await self._models.UnloadModel(request, metadata=self._metadata)
 
     async def generate_image(
         self,

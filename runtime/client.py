@@ -36,6 +36,11 @@ from .results import ClipDone, ClipEvent, ClipResult, ImageEvent, ImageResult
 from .scheduler import DEFAULT_QUEUE_SIZE, Scheduler
 
 MOST_ATTEMPTS = 5  # that gRPC makes
+# A server from which nothing has come for so long is asked whether it lives, while there are calls;
+# if it does not answer in time, being frozen or gone without a word, they end as UNAVAILABLE.
+# Servers allow a question every 10 s.
+KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 30_000, 10_000
+LOOKUP_SECONDS = 10.0  # that a server may take to say what it has loaded
 
 
 def service_config(attempts: int) -> str:
@@ -68,6 +73,13 @@ def channel_options(address: str, attempts: int) -> list[tuple[str, int | str]]:
         ("grpc.max_receive_message_length", -1),
         ("grpc.max_send_message_length", -1),
         ("grpc.service_config", service_config(attempts)),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        # Which gRPC (1.85) goes by instead: without it, its default of a minute.
+        ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.keepalive_permit_without_calls", 0),
+        # A request that waits is silent for long; with the default, gRPC would stop asking.
+        ("grpc.http2.max_pings_without_data", 0),
     ]
     if address.rpartition(":")[0] in ("localhost", "127.0.0.1", "[::1]"):
         options.append(("grpc.enable_http_proxy", 0))
@@ -304,7 +316,7 @@ class Client(BaseClient):
         """What the server has loaded: the model of this name, or its first."""
         with server_errors():
             answer = self._stub.GetModel(
-                pb.GetModelRequest(model=model), timeout=10, metadata=self._metadata
+                pb.GetModelRequest(model=model), timeout=LOOKUP_SECONDS, metadata=self._metadata
             )
         return results.model_info(answer.model)
 
@@ -312,7 +324,7 @@ class Client(BaseClient):
         """All that the server has loaded, the default first."""
         with server_errors():
             answer = self._models.ListModels(
-                pb.ListModelsRequest(), timeout=10, metadata=self._metadata
+                pb.ListModelsRequest(), timeout=LOOKUP_SECONDS, metadata=self._metadata
             )
         return list(map(results.model_info, answer.models))
 

@@ -86,7 +86,8 @@ class GenerationRequest:
 class Timings:
     """Seconds spent on one request, by phase, and how many steps decoding took.
 
-    Of several samples all together; queue: until the first of them got a slot.
+    Of several samples all together; queue: until the first of them got a slot; prefill: of decode,
+    steps that only caught up with given tokens; encoding: of pictures into files, by a server.
     """
 
     queue: float = 0.0
@@ -96,6 +97,8 @@ class Timings:
     total: float = 0.0
     steps: int = 0
     ranking: float = 0.0
+    prefill: float = 0.0
+    encoding: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,8 @@ class SlotStep(NamedTuple):
     """What one decode step did for one slot.
 
     frames: (index, tokens int32 [h, w]) of each frame that this step completed, in index order.
-    error: why the slot can go no further; everything else is then as before the step.
+    error: why the slot can go no further; everything else is then as before the step. prefill:
+    whether it only caught up with what is given.
     """
 
     slot: int
@@ -163,6 +167,7 @@ class SlotStep(NamedTuple):
     frames: tuple[tuple[int, npt.NDArray[np.int32]], ...]
     done: bool
     error: Exception | None = None
+    prefill: bool = False
 
 
 @dataclass(frozen=True)

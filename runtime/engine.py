@@ -279,7 +279,7 @@ class Engine:
 
     def _advance(self, slot: int, part: Part, error: Exception | None) -> SlotStep:
         sequence = self._sequences[slot]
-        total, frames = sequence.plan.grid.size, []
+        total, frames, prefill = sequence.plan.grid.size, [], not sequence.ordinary
         if error is None:
             try:
                 for frame in sequence.advance(part.count):
@@ -289,7 +289,8 @@ class Engine:
                     self._backend.stage(sequence.stream)
             except Exception as failure:
                 frames, error = [], failure
-        return SlotStep(slot, sequence.positions_done, total, tuple(frames), sequence.done, error)
+        done = sequence.positions_done
+        return SlotStep(slot, done, total, tuple(frames), sequence.done, error, prefill)
 
     def pixels(self, tokens: Int) -> Pixels:
         """Tokens i32 [F, h, w] -> u8 [F, H, W, 3]; given.restore_given puts given pixels back."""

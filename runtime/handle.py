@@ -10,11 +10,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from .core import Done, Event, Frame, GenerationRequest, Timings
+from .core import CancelledError, Done, Event, Frame, GenerationRequest, Preview, Timings
+from .errors import DeadlineExceededError
+
+# gRPC cancels a call at its deadline, which may be a moment before that of its handle.
+TOLERANCE = 0.01  # seconds
 
 
 class Handle:
-    """What `Scheduler.submit` returns. Times are those of `time.perf_counter`."""
+    """What `Scheduler.submit` returns. Times are those of `time.perf_counter`.
+
+    most_unread: bytes of pixels that may wait for the reader before the request ends with
+    CancelledError; None: any number.
+    """
 
     def __init__(
         self,
@@ -23,6 +31,7 @@ class Handle:
         submitted: float,
         deadline: float | None,
         on_cancel: Callable[[Handle], None],
+        most_unread: int | None = None,
     ) -> None:
         self.request = request
         self.submitted = submitted
@@ -32,9 +41,10 @@ class Handle:
         self._on_cancel = on_cancel
         self._lock = threading.Lock()  # several threads emit
         self._ended = False
-        # Unbounded, so that a slow reader never stops the threads; each sample makes at most one
-        # event a frame, a preview and a percent, which bounds it in fact
-        # (samples.MAX_REQUEST_PIXELS).
+        # A slow reader never stops the threads that fill this: it is bounded by the end of its
+        # request, and by the number of events, of which a sample has one a frame, a preview and a
+        # percent.
+        self._most_unread, self._unread = most_unread, 0
         self._events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
 
     def cancel(self) -> None:
@@ -56,6 +66,8 @@ class Handle:
         try:
             while True:
                 item = self._events.get()
+                with self._lock:
+                    self._unread -= _bytes(item)
                 last = isinstance(item, Done | BaseException)
                 if last:
                     self._events.put(item)  # a second reading must end too, not block for ever
@@ -78,6 +90,13 @@ class Handle:
                 timings = event.timings
         return sorted(frames, key=lambda frame: (frame.sample_index, frame.index)), timings
 
+    def reason_to_leave(self) -> Exception:
+        """Why its reader leaves it before its end: its time is over, or it is wanted no more."""
+        seconds = time.perf_counter() - self.submitted
+        if self.deadline is not None and self.submitted + seconds >= self.deadline - TOLERANCE:
+            return DeadlineExceededError(f"the request was not finished within {seconds:.3g} s")
+        return CancelledError("the request was cancelled")
+
     @property
     def ended(self) -> bool:
         """Whether it is done or has failed: nothing is emitted any more."""
@@ -85,6 +104,14 @@ class Handle:
 
     def emit(self, event: Event) -> None:
         """For the scheduler: hands one event to the reader, unless the request has ended."""
+        if self._most_unread is not None and self._unread + _bytes(event) > self._most_unread:
+            self.fail(
+                CancelledError(
+                    f"{self._unread / 1e6:.0f} MB of its frames wait for a reader that is too slow"
+                )
+            )
+            self.cancel()
+            return
         self._put(event, last=isinstance(event, Done))
 
     def fail(self, error: BaseException) -> None:
@@ -95,4 +122,10 @@ class Handle:
         with self._lock:
             if not self._ended:
                 self._ended = last
+                self._unread += _bytes(item)
                 self._events.put(item)
+
+
+def _bytes(item: Event | BaseException) -> int:
+    """Of its pixels."""
+    return item.pixels.nbytes if isinstance(item, Frame | Preview) else 0

@@ -70,8 +70,6 @@ class Health(health_pb2_grpc.HealthServicer):
                     continue
             told = status
             yield _STATUS(status=status)  # not under the lock: it may take as long as it likes
-            if self._over:
-                return
 
     def _wake(self) -> None:
         with self._changed:

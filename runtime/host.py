@@ -45,7 +45,7 @@ class Loaded:
 
 
 class Host:
-    """open_engine(path): loads a bundle; schedule(engine): a scheduler for it, not started;
+    """open_engine(path): loads a bundle; schedule(engine, name): a scheduler for it, not started;
     on_change(): called when a model has come or gone, and when one that went has ended.
 
     Safe to use from any thread; of loading, one thing happens at a time.
@@ -54,7 +54,7 @@ class Host:
     def __init__(
         self,
         open_engine: Callable[[Path], Engine],
-        schedule: Callable[[Engine], Scheduler],
+        schedule: Callable[[Engine, str], Scheduler],
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self._open_engine, self._schedule, self._on_change = open_engine, schedule, on_change
@@ -65,6 +65,7 @@ class Host:
         self._retired: list[Loaded] = []  # whose last calls have not ended
         self._paths: dict[str, Path] = {}  # of all that ever were, by name
         self._expected: set[str] = set()
+        self._default: str | None = None  # the name of the first one, also while it is away
         self._closing = False
 
     def expect(self, names: Iterable[str]) -> None:
@@ -92,10 +93,11 @@ class Host:
     def loaded(self) -> list[Loaded]:
         """All that take requests: the default model first, of each the latest version first."""
         with self._lock:
+            names = sorted(self._models, key=lambda name: name != self._default)
             return [
-                versions[number]
-                for versions in self._models.values()
-                for number in sorted(versions, reverse=True)
+                self._models[name][number]
+                for name in names
+                for number in sorted(self._models[name], reverse=True)
             ]
 
     @property
@@ -106,10 +108,10 @@ class Host:
         return [*self.loaded, *retired]
 
     def find(self, model: str = "") -> Loaded:
-        """The one that is meant by "NAME", "NAME/VERSION" or "", which is the first model.
+        """The one that is meant by "NAME", "NAME/VERSION" or "", which is the first one that came.
 
         NotFoundError names those there are; NotReadyError while there is none at all, or this one
-        is still expected.
+        is still expected, or it is the first one and was taken away.
         """
         with self._lock:
             return self._find(model)
@@ -131,7 +133,7 @@ class Host:
     def add(self, engine: Engine, name: str = "", path: Path | None = None) -> Loaded:
         """Serves an engine, as the next version of the model of this name."""
         name = name or engine.info.name
-        scheduler = self._schedule(engine)
+        scheduler = self._schedule(engine, name)
         with self._lock:
             if self._closing:
                 raise ShuttingDownError("the server is shutting down")
@@ -140,6 +142,7 @@ class Host:
             added = Loaded(name, version, engine, scheduler, path)
             scheduler.start()
             self._models.setdefault(name, {})[version] = added
+            self._default = self._default or name
             self._expected.discard(name)
             if path is not None:
                 self._paths[name] = path
@@ -197,9 +200,14 @@ class Host:
         if not self._models:
             raise NotReadyError("no model is loaded")
         name, separator, version = model.partition(SEPARATOR)
-        versions = self._models.get(name) if name else next(iter(self._models.values()))
+        versions = self._models.get(name or self._default or "")
         if versions is None and name in self._expected:
             raise NotReadyError(f"model {name!r} is being loaded")
+        if versions is None and not model:
+            raise NotReadyError(
+                f"model {self._default!r}, the default one, is not loaded now; this server has "
+                f"{', '.join(self._models)}"
+            )
         if versions is None or (separator and not name):
             raise NotFoundError(
                 f"there is no model {model!r}; this server has {', '.join(self._models)}"

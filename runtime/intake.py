@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
@@ -22,13 +23,13 @@ from .host import Host, Loaded
 from .lanes import KEPT
 from .logs import fields
 from .media import DEFAULT_LIMITS, Limits
-from .metrics import Metrics
+from .metrics import OK, Metrics, outcome_of
 from .patience import Patience
 from .tracing import Tracing
 
 log = logging.getLogger("nuwa.runtime")
 
-PHASES = ("total", "queue", "encode", "decode", "pixels", "ranking")
+PHASES = ("total", "queue", "encode", "decode", "prefill", "pixels", "ranking")
 M = TypeVar("M")
 YEAR_SECONDS = 365 * 24 * 3600.0
 
@@ -43,8 +44,8 @@ class Follower(Protocol):
 
 class Intake:
     """max_calls: generations at a time, waiting ones and slow readers included; identify: who makes
-    a call, for fairness, by default its address; patience: of how long a client may take to read,
-    `slow_reader_timeout` seconds.
+    a call, for fairness, by default who_calls; patience: of how long a client may take to read,
+    `slow_reader_timeout` seconds; most_unread: as Handle.
     """
 
     def __init__(
@@ -58,10 +59,12 @@ class Intake:
         tracing: Tracing | None = None,
         patience: Patience | None = None,
         slow_reader_timeout: float = 60.0,
+        most_unread: int | None = None,
     ) -> None:
         self.host, self.limits = host, limits
+        self._most_unread = most_unread
         self._patience, self._slow = patience or Patience(), slow_reader_timeout
-        self._identify = identify or address_of
+        self._identify = identify or who_calls
         self.metrics, self._tracing = metrics or Metrics(), tracing
         self.answers = Answers()
         self._calls = threading.BoundedSemaphore(max_calls)
@@ -147,8 +150,7 @@ class Intake:
         try:
             handle = self._submit(loaded, job, context, timeout)
         except Exception as error:
-            for follower in followers:
-                follower.failed(error)
+            _ended(job, followers, error, time.perf_counter())
             raise
         events = selection.events_of(handle, job.samples, loaded.engine.rankers)
         return self._followed(job, events, context, handle, followers)
@@ -180,6 +182,7 @@ class Intake:
             samples=job.samples.count,
             timeout=timeout,
             client=self._identify(context),
+            most_unread=self._most_unread,
         )
         self._cancel_with(context, handle)
         return handle
@@ -199,9 +202,11 @@ class Intake:
                 if isinstance(event, Done):
                     _tell(job, event)
                 yield event
+        except GeneratorExit:  # as where the call has ended
+            _ended(job, followers, handle.reason_to_leave(), handle.submitted)
+            raise
         except BaseException as error:
-            for follower in followers:
-                follower.failed(error)
+            _ended(job, followers, error, handle.submitted)
             raise
         finally:
             with self._lock:
@@ -222,9 +227,30 @@ class Intake:
             handle.cancel()
 
 
-def address_of(context: grpc.ServicerContext) -> str:
-    """Who calls: the address of gRPC's "ipv4:127.0.0.1:50312", whatever the port."""
+def who_calls(context: grpc.ServicerContext) -> str:
+    """By the certificate that the client shows, or else by its address, whatever the port: gRPC
+    says "ipv4:127.0.0.1:50312".
+    """
+    identities = context.peer_identities()
+    if identities:
+        return next(iter(identities)).decode(errors="replace")
     return context.peer().rpartition(":")[0]
+
+
+def _ended(job: Job, followers: list[Follower], error: BaseException, since: float) -> None:
+    """Without its result."""
+    for follower in followers:
+        follower.failed(error)
+    outcome, seconds = outcome_of(error), time.perf_counter() - since
+    told = fields(
+        request_id=job.request_id,
+        task=str(job.generation.task),
+        outcome=outcome,
+        total_seconds=round(seconds, 6),
+    )
+    log.info(
+        "%s %s: %s after %.3f s", job.request_id, job.generation.task, outcome, seconds, extra=told
+    )
 
 
 def _tell(job: Job, event: Done) -> None:
@@ -246,6 +272,7 @@ def _tell(job: Job, event: Done) -> None:
         extra=fields(
             request_id=job.request_id,
             task=str(generation.task),
+            outcome=OK,
             frames=frames,
             samples=job.samples.count,
             steps=times.steps,

@@ -106,7 +106,7 @@ class ErrorInterceptor(grpc.ServerInterceptor):
             try:
                 return behaviour(request, context)
             except (Exception, DeviceLostError) as error:
-                self.abort(error, method, context)
+                self.abort(error, method, context, request)
 
         return guarded
 
@@ -119,7 +119,7 @@ class ErrorInterceptor(grpc.ServerInterceptor):
             try:
                 yield from behaviour(request, context)
             except (Exception, DeviceLostError) as error:
-                self.abort(error, method, context)
+                self.abort(error, method, context, request)
 
         return guarded
 
@@ -136,17 +136,16 @@ class ErrorInterceptor(grpc.ServerInterceptor):
 
         return guarded
 
-    def abort(self, error: BaseException, method: str, context: grpc.ServicerContext) -> NoReturn:
-        """Ends a call with the status of `error`."""
+    def abort(
+        self,
+        error: BaseException,
+        method: str,
+        context: grpc.ServicerContext,
+        request: Any = None,
+    ) -> NoReturn:
+        """Ends a call with the status of `error`. request: what it asked for, if that is known."""
         status = self.status(error)
-        if status.code == grpc.StatusCode.INTERNAL.value[0]:
-            log.error("%s failed: %s", method, status.message, exc_info=error)
-        else:
-            kind = type(error).__name__
-            told = fields(method=method, error_kind=kind)
-            # While there is too much to do, telling of each refusal would be too much, too.
-            level = logging.DEBUG if isinstance(error, QueueFullError) else logging.INFO
-            log.log(level, "%s refused or stopped: %s", method, kind, extra=told)
+        _log(error, status, method, context.peer(), request)
         told = rpc_status.to_status(status)
         if status.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]:
             wait = NO_RETRY
@@ -156,11 +155,10 @@ class ErrorInterceptor(grpc.ServerInterceptor):
         context.abort_with_status(told)
         raise AssertionError("abort_with_status raises")
 
-    def told(self, error: Exception) -> str:
-        """The message of `error` for a client, which in full is in the log."""
+    def told(self, error: Exception, request_id: str, peer: str) -> str:
+        """The message of `error` for a client, as the answer to one request of its stream."""
         status = self.status(error)
-        if status.code == grpc.StatusCode.INTERNAL.value[0]:
-            log.error("a request of a stream failed: %s", status.message, exc_info=error)
+        _log(error, status, "a request of a stream", peer, request_id=request_id)
         return status.message
 
     def status(self, error: BaseException) -> status_pb2.Status:
@@ -191,6 +189,43 @@ class ErrorInterceptor(grpc.ServerInterceptor):
             packed.Pack(detail)
             status.details.append(packed)
         return status
+
+
+def _log(
+    error: BaseException,
+    status: status_pb2.Status,
+    method: str,
+    peer: str,
+    request: Any = None,
+    request_id: str = "",
+) -> None:
+    """Without what the client sent, which messages may quote, but for names and numbers."""
+    if status.code == grpc.StatusCode.INTERNAL.value[0]:
+        log.error("%s failed: %s", method, status.message, exc_info=error)
+        return
+    kind = type(error).__name__
+    known = {
+        "request_id": request_id or _id_of(request),
+        "model": getattr(request, "model", ""),
+        "field": error.field if isinstance(error, FieldError) else "",
+        "problem": str(error) if isinstance(error, BundleError) else "",
+    }
+    known = {name: _shorten(value) for name, value in known.items() if value}
+    said = "".join(f", {name} {value!r}" for name, value in known.items())
+    # While there is too much to do, telling of each refusal would be too much, too.
+    level = logging.DEBUG if isinstance(error, QueueFullError) else logging.INFO
+    told = fields(method=method, error_kind=kind, peer=peer, **known)
+    log.log(level, "%s refused or stopped: %s%s", method, kind, said, extra=told)
+
+
+def _id_of(request: Any) -> str:
+    """What the client calls its request; of StreamImage it is inside, KServe has another name."""
+    inner = getattr(request, "image", None)
+    for message, name in ((request, "request_id"), (inner, "request_id"), (request, "id")):
+        found = getattr(message, name, "")
+        if isinstance(found, str) and found:
+            return found
+    return ""
 
 
 class _Undecodable:

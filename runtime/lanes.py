@@ -52,8 +52,8 @@ KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("loads", ADMIN),
 )
 OTHER = "other"
-# Calls of a kind that may be open at a time, but for generations, of which settings decide.
-SIZES = {"probes": 32, "watches": 16, "streams": 32, "reflections": 16, "loads": 4, OTHER: 32}
+# Calls of a kind that may be open at a time, where no setting decides.
+SIZES = {"probes": 32, "reflections": 16, "loads": 4, OTHER: 32}
 REFUSING_THREADS = 16
 SILENT_SECONDS = 1.0  # after which a call without a request gives way to others
 

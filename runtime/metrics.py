@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from nuwa.spec.tasks import Task
 
 from .core import (
+    Accepted,
     CancelledError,
     Done,
     Event,
@@ -44,6 +45,10 @@ OUTCOMES: tuple[tuple[type[Exception], str], ...] = (
 OTHER = "internal"
 REQUEST_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 STEP_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+CANCEL_BUCKETS = (
+    *(0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.06, 0.08),
+    *(0.1, 0.2, 0.5, 1),
+)
 
 
 def outcome_of(error: BaseException) -> str:
@@ -65,13 +70,16 @@ class Metrics:
         self._errors = Counter(
             "nuwa_errors", "Errors that clients were told of", ["reason"], registry=r
         )
-        self._duration = _histogram("nuwa_request_duration", "From call to end", tasks, r)
+        self._duration = _histogram(
+            "nuwa_request_duration", "From call to end, however it ends", tasks, r
+        )
         self._phases = {
             name: _histogram(f"nuwa_{name}_duration", help, tasks, r)
             for name, help in (
                 ("queue", "Waiting for the first slot"),
                 ("encode", "Encoding text, sketch and given pictures"),
                 ("decode", "Decode steps that a request took part in"),
+                ("prefill", "Those of them that only caught up with given tokens"),
                 ("pixels", "Turning its tokens into pixels"),
                 ("ranking", "Scoring its samples"),
             )
@@ -79,12 +87,17 @@ class Metrics:
         self._first = _histogram("nuwa_time_to_first_frame", "From call to first frame", tasks, r)
         self._frames = Counter("nuwa_frames_generated", "Frames handed out", tasks, registry=r)
         self._steps = Histogram(
-            "nuwa_step_duration_seconds", "One decode step", buckets=STEP_BUCKETS, registry=r
+            "nuwa_step_duration_seconds",
+            "One decode step",
+            ["model"],
+            buckets=STEP_BUCKETS,
+            registry=r,
         )
         self._cancel = Histogram(
             "nuwa_cancel_latency_seconds",
             "From a cancellation to its effect",
-            buckets=STEP_BUCKETS,
+            ["model"],
+            buckets=CANCEL_BUCKETS,
             registry=r,
         )
 
@@ -92,13 +105,13 @@ class Metrics:
         """Has an object asked for what it knows, whenever metrics are read."""
         self.registry.register(collector)
 
-    def step(self, seconds: float) -> None:
+    def step(self, model: str, seconds: float) -> None:
         """A decode step."""
-        self._steps.observe(seconds)
+        self._steps.labels(model).observe(seconds)
 
-    def cancelled(self, seconds: float) -> None:
+    def cancelled(self, model: str, seconds: float) -> None:
         """A request that held a slot let go of it so long after it was cancelled."""
-        self._cancel.observe(seconds)
+        self._cancel.labels(model).observe(seconds)
 
     def refused(self, model: str, error: Exception) -> None:
         """A request that was refused before it was known what it asks for."""
@@ -121,36 +134,46 @@ class Meter:
         self._labels = (model, str(task))
         self._started = time.perf_counter()
         self._first = True
-        self._ended = False
+        self._accepted = self._ended = False
 
     def heard(self, event: Event) -> None:
         """An event of it, in order; Done ends it well."""
         metrics = self._metrics
-        if isinstance(event, Frame):
+        if isinstance(event, Accepted):
+            if not self._accepted:
+                self._waited(event.queue_seconds)
+        elif isinstance(event, Frame):
             metrics._frames.labels(*self._labels).inc()
             if self._first:
                 self._first = False
                 metrics._first.labels(*self._labels).observe(self._seconds())
         elif isinstance(event, Done):
             for name, phase in metrics._phases.items():
-                if name == "ranking" and not event.scores:
+                seconds = getattr(event.timings, name)
+                if name == "queue" or (name in ("ranking", "prefill") and not seconds):
                     continue
-                phase.labels(*self._labels).observe(getattr(event.timings, name))
-            metrics._duration.labels(*self._labels).observe(self._seconds())
+                phase.labels(*self._labels).observe(seconds)
             metrics.statistics.add(self._key, event.timings)
             self._end(OK)
 
     def failed(self, error: BaseException) -> None:
-        """It ended by this error; GeneratorExit where nobody wanted more of its events."""
+        """It ended by this error."""
         if not self._ended:
+            if not self._accepted:
+                self._waited(self._seconds())
             self._metrics.statistics.fail(self._key, self._seconds())
-            self._end("cancelled" if isinstance(error, GeneratorExit) else outcome_of(error))
+            self._end(outcome_of(error))
+
+    def _waited(self, seconds: float) -> None:
+        self._accepted = True
+        self._metrics._phases["queue"].labels(*self._labels).observe(seconds)
 
     def _seconds(self) -> float:
         return time.perf_counter() - self._started
 
     def _end(self, outcome: str) -> None:
         self._ended = True
+        self._metrics._duration.labels(*self._labels).observe(self._seconds())
         self._metrics._requests.labels(*self._labels, outcome).inc()
 
 

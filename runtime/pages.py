@@ -1,4 +1,7 @@
-"""Over HTTP: /metrics for Prometheus, and / for people."""
+"""Over HTTP: /metrics for Prometheus, / for people, /livez and /readyz for orchestrators.
+
+Those are for where gRPC needs TLS, or certificates of clients, which probes over gRPC have not.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,30 @@ HEADERS = [
     ("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'"),
     ("X-Content-Type-Options", "nosniff"),
 ]
+TEXT = ("Content-Type", "text/plain; charset=utf-8")
+UNWELL = "a call of the engine hangs, or its device has failed"
+UNREADY = "requests are not taken: models are being loaded, or there is none, or the server ends"
 
 
 class Pages:
     """start() and close(). OSError if the port cannot be had; `address` says which it is.
 
-    status: the page for people, as HTML.
+    status: the page for people, as HTML. live: whether the process is well; ready: whether requests
+    are taken. Both are asked often, so they have to be quick.
     """
 
     def __init__(
-        self, registry: CollectorRegistry, status: Callable[[], str], host: str, port: int
+        self,
+        registry: CollectorRegistry,
+        status: Callable[[], str],
+        host: str,
+        port: int,
+        *,
+        live: Callable[[], bool],
+        ready: Callable[[], bool],
     ) -> None:
         self._metrics, self._status = make_wsgi_app(registry), status
+        self._live, self._ready = live, ready
         try:
             family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
             kind: type[_Server] = type("_Server", (_Server,), {"address_family": family})
@@ -60,8 +75,15 @@ class Pages:
         if path == "/":
             start("200 OK", [("Content-Type", "text/html; charset=utf-8"), *HEADERS])
             return [self._status().encode()]
-        start("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
-        return [b"there are / and /metrics here\n"]
+        if path == "/livez":
+            problem = None if self._live() else UNWELL
+        elif path == "/readyz":
+            problem = None if self._ready() else (UNREADY if self._live() else UNWELL)
+        else:
+            start("404 Not Found", [TEXT, *HEADERS])
+            return [b"there are /, /metrics, /livez and /readyz here\n"]
+        start("503 Service Unavailable" if problem else "200 OK", [TEXT, *HEADERS])
+        return [f"{problem or 'ok'}\n".encode()]
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):

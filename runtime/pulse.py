@@ -1,4 +1,5 @@
-"""Whether work that began also ends: for how long each thread has been in a call of the engine.
+"""Whether work that began also ends: for how long each thread has been in a call of the engine, and
+the loop that decodes has not come round although there is work.
 
 Read by health checks, which so cost the engine nothing and never wait for it.
 """
@@ -17,6 +18,7 @@ class Pulse:
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self._since: dict[int, float] = {}
+        self._came_round: float | None = None  # None while there is no work
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -28,7 +30,21 @@ class Pulse:
         finally:
             del self._since[thread]
 
+    def comes_round(self) -> None:
+        """The loop begins another round."""
+        self._came_round = self._now()
+
+    def has_work(self) -> None:
+        """There is work for the loop, from now on if there was none."""
+        if self._came_round is None:
+            self._came_round = self._now()
+
+    def rests(self) -> None:
+        """The loop has nothing to do."""
+        self._came_round = None
+
     def longest(self) -> float:
-        """Seconds of the call that has lasted longest; 0 while none is under way."""
-        now = self._now()
-        return max((now - since for since in list(self._since.values())), default=0.0)
+        """Seconds of the call or round that has lasted longest; 0 while none is under way."""
+        now, round = self._now(), self._came_round
+        began = list(self._since.values()) + ([] if round is None else [round])
+        return max((now - since for since in began), default=0.0)

@@ -7,6 +7,7 @@ returned, or mixed where they are not ranked (selection.py).
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -52,11 +53,13 @@ def image_response(job: Job, events: Iterator[Event]) -> pb.GenerateImageRespons
             case Frame():
                 frames.append(event)
             case Done():
-                response.timings.CopyFrom(timings_message(event.timings))
                 response.scores.extend(_scores(event))
                 if not event.scores:
                     frames.sort(key=lambda frame: frame.sample_index)
-                _add_images(response, job, frames, event.scores)
+                encoding = _Stopwatch()
+                with encoding:
+                    _add_images(response, job, frames, event.scores)
+                response.timings.CopyFrom(encoding.timings(event))
     return response
 
 
@@ -66,6 +69,7 @@ def image_responses(job: Job, events: Iterator[Event]) -> Iterator[pb.StreamImag
     Scores of samples are in the last one.
     """
     best: int | None = None if job.samples.rank_by else job.generation.sample_index
+    encoding = _Stopwatch()
     for event in events:
         match event:
             case Accepted():
@@ -77,14 +81,16 @@ def image_responses(job: Job, events: Iterator[Event]) -> Iterator[pb.StreamImag
                     yield pb.StreamImageResponse(preview=preview)
             case Frame(sample_index=index):
                 best = index if best is None else best
-                for frame in frame_chunks(event, job.output):
+                with encoding:
+                    pieces = [*frame_chunks(event, job.output)]
+                for frame in pieces:
                     sample = pb.Sample(sample_index=index, frame=frame)
                     yield pb.StreamImageResponse(sample=sample)
             case Done():
                 done = pb.ImageDoneEvent(
                     request_id=job.request_id,
                     seed=job.generation.seed,
-                    timings=timings_message(event.timings),
+                    timings=encoding.timings(event),
                     sample_index=best,
                     scores=_scores(event),
                 )
@@ -120,6 +126,7 @@ def clip_responses(job: Job, events: Iterator[Event]) -> Iterator[pb.GenerateVid
     """
     shown: int | None = None if job.samples.rank_by else job.generation.sample_index
     pictures: list[Pixels] = []
+    encoding = _Stopwatch()
     for event in events:
         match event:
             case Accepted():
@@ -131,12 +138,14 @@ def clip_responses(job: Job, events: Iterator[Event]) -> Iterator[pb.GenerateVid
                     shown = index  # the best one is the first to come
                 if job.output.animation and index == shown:
                     pictures.append(event.pixels)
-                for frame in frame_chunks(event, job.output):
+                with encoding:
+                    pieces = [*frame_chunks(event, job.output)]
+                for frame in pieces:
                     sent = pb.FrameEvent(frame=frame, sample_index=index)
                     yield pb.GenerateVideoResponse(frame=sent)
             case Done():
                 assert shown is not None, "a sample has frames"
-                done = _done(job, shown, pictures, event)
+                done = _done(job, shown, pictures, event, encoding)
                 yield from map(_animation_event, _take_chunks(done))
                 yield pb.GenerateVideoResponse(done=done)
 
@@ -161,21 +170,40 @@ def _progress(event: Progress) -> pb.ProgressEvent:
     )
 
 
-def _done(job: Job, sample_index: int, pictures: list[Pixels], event: Done) -> pb.DoneEvent:
+def _done(
+    job: Job, sample_index: int, pictures: list[Pixels], event: Done, encoding: _Stopwatch
+) -> pb.DoneEvent:
     done = pb.DoneEvent(
         request_id=job.request_id,
         seed=job.generation.seed,
-        timings=timings_message(event.timings),
         sample_index=sample_index,
         scores=_scores(event),
     )
     output = job.output
     if output.animation:
-        done.animation = media.encode_animation(
-            pictures, output.animation, output.frames_per_second, output.scale
-        )
+        with encoding:
+            done.animation = media.encode_animation(
+                pictures, output.animation, output.frames_per_second, output.scale
+            )
         done.animation_format = ANIMATION_FORMATS[output.animation]
+    done.timings.CopyFrom(encoding.timings(event))
     return done
+
+
+class _Stopwatch:
+    """Adds up the seconds of encoding."""
+
+    def __init__(self) -> None:
+        self._seconds = self._began = 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_exception: object) -> None:
+        self._seconds += time.perf_counter() - self._began
+
+    def timings(self, event: Done) -> pb.Timings:
+        return timings_message(dataclasses.replace(event.timings, encoding=self._seconds))
 
 
 def _animation_event(chunk: pb.AnimationEvent) -> pb.GenerateVideoResponse:
@@ -249,6 +277,8 @@ def timings_message(timings: Timings) -> pb.Timings:
         total_duration=_duration(timings.total),
         step_count=timings.steps,
         ranking_duration=_duration(timings.ranking),
+        prefill_duration=_duration(timings.prefill),
+        encoding_duration=_duration(timings.encoding),
     )
 
 

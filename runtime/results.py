@@ -338,6 +338,8 @@ def _timings(message: pb.Timings) -> Timings:
         total=_seconds(message.total_duration),
         steps=message.step_count,
         ranking=_seconds(message.ranking_duration),
+        prefill=_seconds(message.prefill_duration),
+        encoding=_seconds(message.encoding_duration),
     )
 
 

@@ -11,7 +11,9 @@ from .submission import Submission
 
 @dataclass
 class Running:
-    """request: the sample's own; previews: how many of them have been due; positions: decoded."""
+    """request: the sample's own; previews: how many of them have been due; positions: decoded;
+    decoded: the same in frames.
+    """
 
     submission: Submission
     request: GenerationRequest
@@ -19,6 +21,12 @@ class Running:
     percent: int = -1
     previews: int = 0
     positions: int = 0
+    decoded: float = 0.0
+
+    @property
+    def frames_left(self) -> float:
+        """Frames' worth of positions that are not decoded."""
+        return max(self.request.frame_count - self.decoded, 0.0)
 
     @property
     def handle(self) -> Handle:
@@ -27,7 +35,9 @@ class Running:
     def advanced(self, result: SlotStep) -> float:
         """How many frames' worth of positions a step decoded; asked once for each."""
         done, self.positions = result.positions_done - self.positions, result.positions_done
-        return max(done, 0) * self.request.frame_count / max(result.positions_total, 1)
+        frames = max(done, 0) * self.request.frame_count / max(result.positions_total, 1)
+        self.decoded += frames
+        return frames
 
     def report(self, result: SlotStep) -> None:
         """Tells of progress, once a percent."""

@@ -17,23 +17,21 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+from .admission import Admission
 from .core import (
     Accepted,
     CancelledError,
     GenerationRequest,
-    QueueFullError,
     SlotStep,
 )
 from .engine_protocol import Engine
 from .errors import (
     DeadlineExceededError,
-    DeadlineTooShortError,
     DeviceLostError,
     EngineError,
     ShuttingDownError,
 )
-from .forecast import Forecast
-from .handle import Handle
+from .handle import TOLERANCE, Handle
 from .painter import Painter, Picture
 from .pulse import Pulse
 from .running import Running
@@ -43,9 +41,6 @@ from .waiting import Waiting
 log = logging.getLogger("nuwa.runtime")
 
 DEFAULT_QUEUE_SIZE = 64
-DEADLINE_TOLERANCE = 0.01  # seconds
-SHARE_FOR_OTHERS = 4  # a quarter of the queue cannot be filled by one client alone
-LEAST_RETRY, MOST_RETRY = 0.1, 10.0  # seconds after which a refused request may come again
 CLOSE_SECONDS = 30.0  # how long close() waits for a step that is under way
 SWEEP_SECONDS = 0.05  # how often deadlines are looked at while nothing is decoded
 SHUT_DOWN = "the server shut down before the request was finished"
@@ -88,7 +83,7 @@ class Scheduler:
         self._closing = False
         self._aborting = False
         self._threads: list[threading.Thread] = []
-        self._forecast = Forecast()
+        self._admission = Admission(engine.slots, queue_size)
         self.pulse = Pulse()
         self._painter = Painter(engine, self._not_painted, self._guarded, self.pulse)
 
@@ -116,14 +111,15 @@ class Scheduler:
         samples: int = 1,
         timeout: float | None = None,
         client: str = "",
+        most_unread: int | None = None,
     ) -> Handle:
         """Queues a request; after `timeout` seconds from now it ends with DeadlineExceededError.
 
         samples: how many, with sample indices from request.sample_index on; their events carry the
         index and come mixed, and Done after all of them. client: who asks; slots are shared fairly
-        among clients, and one that has a name cannot fill the queue alone. Raises ValueError or
-        UnsupportedTaskError (the engine's check), QueueFullError, DeadlineTooShortError, and
-        ShuttingDownError after close().
+        among clients, and one that has a name cannot fill the queue alone. most_unread: as Handle.
+        Raises ValueError or UnsupportedTaskError (the engine's check), QueueFullError,
+        DeadlineTooShortError, and ShuttingDownError after close().
         """
         if samples < 1:
             raise ValueError(f"samples {samples} is not at least 1")
@@ -131,13 +127,23 @@ class Scheduler:
             self.engine.check(replace(request, sample_index=index))
         now = time.perf_counter()
         deadline = None if timeout is None else now + timeout
-        handle = Handle(request, submitted=now, deadline=deadline, on_cancel=self._cancel_queued)
+        handle = Handle(
+            request,
+            submitted=now,
+            deadline=deadline,
+            on_cancel=self._cancel_queued,
+            most_unread=most_unread,
+        )
         with self._changed:
             if self._closing:
                 raise ShuttingDownError("the server is shutting down")
-            self._check_room(client)
+            self._admission.check_room(self._queue, client)
             if timeout is not None:
-                self._check_time(request, samples, timeout, client)
+                running = self._running.values()
+                self._admission.check_time(
+                    self._queue, running, request, samples=samples, timeout=timeout, client=client
+                )
+            self.pulse.has_work()
             self._queue.append(Submission(handle, samples, client))
             self._changed.notify_all()
         return handle
@@ -145,31 +151,7 @@ class Scheduler:
     def check_room(self, client: str) -> None:
         """QueueFullError if a request of this client would find no room now: cheap to ask."""
         with self._changed:
-            self._check_room(client)
-
-    def _check_room(self, client: str) -> None:
-        """Under the lock."""
-        waiting, own = len(self._queue), self._queue.of(client)
-        if waiting >= self.queue_size:
-            problem = f"the queue is full: {self.queue_size} requests are waiting"
-        elif client and own >= self.queue_size - self.queue_size // SHARE_FOR_OTHERS:
-            problem = f"{own} requests of this client are waiting, as many as one may have"
-        else:
-            return
-        one = self._forecast.seconds(sum(each.frames_left for each in self._queue)) / waiting
-        raise QueueFullError(problem, min(max(one, LEAST_RETRY), MOST_RETRY))
-
-    def _check_time(
-        self, request: GenerationRequest, samples: int, timeout: float, client: str
-    ) -> None:
-        """Under the lock."""
-        frames = self._queue.frames_before(client) + samples * request.frame_count
-        needed = self._forecast.seconds(frames)
-        if needed > timeout:
-            raise DeadlineTooShortError(
-                f"the deadline is in {timeout:.3g} s, but at its present speed the server needs "
-                f"{needed:.3g} s or more, with what waits before this request"
-            )
+            self._admission.check_room(self._queue, client)
 
     def start(self) -> None:
         """Starts the threads."""
@@ -232,7 +214,10 @@ class Scheduler:
                     if self._closing and not self._queue:
                         return
                     waiting = self._queue or self._painting
+                    if not waiting:
+                        self.pulse.rests()
                     self._changed.wait(SWEEP_SECONDS if waiting else None)
+            self.pulse.comes_round()
             self._sweep()
             self._decode()
             if self._aborting and not (self._running or self._queue):
@@ -360,8 +345,7 @@ class Scheduler:
     def _reason_to_stop(self, handle: Handle, now: float) -> Exception | None:
         if self._aborting:
             return self._death or ShuttingDownError(SHUT_DOWN)
-        # gRPC cancels a call at its deadline, which may be a moment before or after this.
-        tolerance = DEADLINE_TOLERANCE if handle.cancelled else 0.0
+        tolerance = TOLERANCE if handle.cancelled else 0.0
         if handle.deadline is not None and now >= handle.deadline - tolerance:
             seconds = handle.deadline - handle.submitted
             return DeadlineExceededError(f"the request was not finished within {seconds:.3g} s")
@@ -408,6 +392,8 @@ class Scheduler:
             for submission in self._submissions(self._running):
                 submission.decode += elapsed
                 submission.steps += 1
+            for submission in self._submissions(each.slot for each in results if each.prefill):
+                submission.prefill += elapsed
         except Exception as error:
             log.exception("a decode step failed; the requests of %d slots end", len(self._running))
             for submission in self._submissions(self._running):
@@ -415,7 +401,8 @@ class Scheduler:
             return
         self._on_step(elapsed)
         with self._changed:
-            self._forecast.add(sum(running.advanced(result) for running, result in taken), elapsed)
+            frames = sum(running.advanced(result) for running, result in taken)
+            self._admission.forecast.add(frames, elapsed, len(taken))
         for running, result in taken:
             if self._running.get(result.slot) is not running:
                 continue  # its request has ended with another slot of it

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,15 +108,19 @@ class Server:
             tracing=tracing,
             patience=patience,
             slow_reader_timeout=settings.slow_reader_timeout,
+            most_unread=settings.max_unread_bytes,
         )
         arrival = Arrival(patience, settings.slow_sender_timeout, intake.crowded)
         errors = ErrorInterceptor(arrival, metrics.error)
-        self._lanes = Lanes(
-            SIZES | {"generations": max_calls}, _refuse_with(errors), intake.refused, patience
-        )
+        sizes = SIZES | {
+            "generations": max_calls,
+            "watches": settings.max_watches,
+            "streams": settings.max_streams,
+        }
+        self._lanes = Lanes(sizes, _refuse_with(errors), intake.refused, patience)
         self._server = grpc.server(
             self._lanes.refusing,
-            interceptors=_interceptors(self._lanes, errors, tokens),
+            interceptors=_interceptors(self._lanes, errors, tokens, settings.host in LOOPBACK),
             options=_options(settings),
         )
         self._inference = InferenceService(intake, ready=self.is_ready, told=errors.told)
@@ -127,7 +132,14 @@ class Server:
         self._pages: Pages | None = None
         if settings.metrics_port is not None:
             host, port = settings.metrics_host, settings.metrics_port
-            self._pages = Pages(metrics.registry, self.status_page, host, port)
+            self._pages = Pages(
+                metrics.registry,
+                self.status_page,
+                host,
+                port,
+                live=lambda: self._well and not self.died,
+                ready=self.is_ready,
+            )
         self._watch = Watch(
             self.busy_seconds,
             settings.hang_timeout,
@@ -162,13 +174,13 @@ class Server:
             self._on_death()
             raise
 
-    def _schedule(self, engine: Engine) -> Scheduler:
+    def _schedule(self, engine: Engine, name: str) -> Scheduler:
         return Scheduler(
             engine,
             queue_size=self.settings.queue_size,
             on_death=self._on_death,
-            on_step=self.metrics.step,
-            on_cancelled=self.metrics.cancelled,
+            on_step=partial(self.metrics.step, name),
+            on_cancelled=partial(self.metrics.cancelled, name),
         )
 
     def __enter__(self) -> Server:
@@ -326,12 +338,10 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
 
 
 def _interceptors(
-    lanes: Lanes, errors: ErrorInterceptor, tokens: Tokens | None
+    lanes: Lanes, errors: ErrorInterceptor, tokens: Tokens | None, local: bool
 ) -> list[grpc.ServerInterceptor]:
-    """The outermost first."""
-    if tokens is None:
-        return [lanes, errors]
-    return [AuthInterceptor(tokens, _refuse_with(errors)), lanes, errors]
+    """The outermost first. local: whether only this machine reaches the server."""
+    return [AuthInterceptor(tokens, _refuse_with(errors), local=local), lanes, errors]
 
 
 def _refuse_with(errors: ErrorInterceptor) -> Callable[[Exception, grpc.ServicerContext], None]:

@@ -5,6 +5,7 @@ Flags go before the environment, that before the file, and that before the defau
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import tomllib
@@ -27,6 +28,18 @@ from .backends.base import AUTO, BACKENDS
 ENVIRONMENT = "NUWA_"
 MODEL_NAME = re.compile(r"[\w.-]+", re.ASCII)
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+OTHER_VARIABLES = ("NUWA_TOKEN",)  # of the environment, that other commands read
+INT32 = 2**31 - 1  # the largest option that gRPC takes, in which it counts bytes and milliseconds
+DAY = 86400.0
+YEAR = 365 * DAY
+LONGEST_AGE = 24 * DAY  # in milliseconds just below INT32
+
+# What Kubernetes puts into the environment of pods beside a Service nuwa, or nuwa-metrics.
+_OF_SERVICE = re.compile(
+    r"(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)",
+    re.ASCII,
+)
+_LINK = re.compile("(tcp|udp|sctp)://")  # NUWA_PORT=tcp://10.0.0.7:50051
 
 
 def _backend(name: str) -> str:
@@ -39,9 +52,13 @@ def _bundles(value: Any) -> Any:
     """From "NAME=FOLDER,NAME=FOLDER" too, as flags and the environment have it."""
     if isinstance(value, str):
         pairs = [part.partition("=") for part in value.split(",") if part]
-        if not all(name and equals and folder for name, equals, folder in pairs):
+        if not all(name.strip() and equals and folder.strip() for name, equals, folder in pairs):
             raise ValueError("is not NAME=FOLDER,NAME=FOLDER")
-        value = {name.strip(): folder.strip() for name, _, folder in pairs}
+        names = [name.strip() for name, _, _ in pairs]
+        for n, name in enumerate(names):
+            if name in names[:n]:
+                raise ValueError(f"name {name!r} is there twice")
+        value = {name: folder.strip() for name, (_, _, folder) in zip(names, pairs, strict=True)}
     if isinstance(value, dict):
         for name in value:
             if not MODEL_NAME.fullmatch(str(name)):
@@ -52,7 +69,7 @@ def _bundles(value: Any) -> Any:
 class ServerSettings(BaseModel):
     """What a server is started with. Durations are in seconds."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     bundle: Path | None = Field(None, description="folder made by `nuwa export`")
     bundles: Annotated[dict[str, Path], BeforeValidator(_bundles)] = Field(
@@ -63,28 +80,64 @@ class ServerSettings(BaseModel):
     backend: Annotated[str, AfterValidator(_backend)] = Field(
         AUTO, description="what decodes; auto: the fastest for this machine's processor"
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads; unset: one a core")
-    slots: int = Field(1, ge=1, description="samples that are decoded at a time; others wait")
-    queue_size: int = Field(64, ge=1, description="requests that may wait; more are refused")
-    max_message_bytes: int = Field(16 * 2**20, ge=1024, description="of one request")
-    max_media_bytes: int = Field(8 * 2**20, ge=1, description="of one picture or clip as sent")
-    max_media_pixels: int = Field(2**24, ge=1, description="of one picture or clip")
-    max_media_frames: int = Field(256, ge=1, description="of one clip that is given")
-    grace: float = Field(30.0, ge=0, description="how long running requests may go on at the end")
+    threads: int | None = Field(None, ge=1, le=4096, description="CPU threads; unset: one a core")
+    slots: int = Field(
+        1, ge=1, le=65536, description="samples that are decoded at a time; others wait"
+    )
+    queue_size: int = Field(
+        64, ge=1, le=10**6, description="requests that may wait; more are refused"
+    )
+    max_watches: int = Field(
+        256, ge=1, le=65536, description="health watches that may be open; more are refused"
+    )
+    max_streams: int = Field(
+        128,
+        ge=1,
+        le=65536,
+        description="streams of the Open Inference Protocol that may be open; more are refused",
+    )
+    max_message_bytes: int = Field(16 * 2**20, ge=1024, le=INT32, description="of one request")
+    max_media_bytes: int = Field(
+        8 * 2**20, ge=1, le=INT32, description="of one picture or clip as sent"
+    )
+    max_media_pixels: int = Field(2**24, ge=1, le=INT32, description="of one picture or clip")
+    max_media_frames: int = Field(256, ge=1, le=INT32, description="of one clip that is given")
+    max_unread_bytes: int = Field(
+        64 * 2**20,
+        ge=2**20,
+        le=2**40,
+        description="pixels of one request that its client has not read yet, before the request "
+        "is ended",
+    )
+    grace: float = Field(
+        30.0, ge=0, le=YEAR, description="how long running requests may go on at the end"
+    )
     lame_duck: float = Field(
-        0.0, ge=0, description="how long requests are still taken after health says NOT_SERVING"
+        0.0,
+        ge=0,
+        le=YEAR,
+        description="how long requests are still taken after health says NOT_SERVING",
     )
     hang_timeout: float = Field(
-        30.0, gt=0, description="in one call of the engine, before health says NOT_SERVING"
+        30.0, gt=0, le=YEAR, description="in one call of the engine, before health says NOT_SERVING"
     )
     slow_sender_timeout: float = Field(
-        30.0, gt=0, description="in which the request of a call has to come, or it is cancelled"
+        30.0,
+        gt=0,
+        le=YEAR,
+        description="in which the request of a call has to come, or it is cancelled",
     )
     slow_reader_timeout: float = Field(
-        60.0, gt=0, description="in which a client takes no event, before its call is cancelled"
+        60.0,
+        gt=0,
+        le=YEAR,
+        description="in which a client takes no event, before its call is cancelled",
     )
     max_connection_age: float | None = Field(
-        None, gt=0, description="after which clients are to connect anew; unset: never"
+        None,
+        ge=0.001,
+        le=LONGEST_AGE,
+        description="after which clients are to connect anew; unset: never",
     )
     tls_certificate: Path | None = Field(None, description="chain of the server, PEM")
     tls_key: Path | None = Field(None, description="its private key, PEM")
@@ -136,9 +189,10 @@ class ServerSettings(BaseModel):
 
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
-        pairs = (f"{json.dumps(key)} = {_toml(each)}" for key, each in value.items())
+        pairs = (f"{_toml(key)} = {_toml(each)}" for key, each in value.items())
         return "{" + ", ".join(pairs) + "}"
-    return json.dumps(str(value) if isinstance(value, Path) else value)
+    # Not as ASCII: JSON writes some characters as two escapes, of which TOML knows neither.
+    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
 
 
 def read(
@@ -146,6 +200,7 @@ def read(
 ) -> ServerSettings:
     """Settings from all three; a flag that was not given is None, or not there.
 
+    Variables that are no settings are passed over; `ignored` tells of them.
     ValueError naming the setting, where it was given, and what is right.
     """
     found: dict[str, tuple[Any, str]] = {}
@@ -153,8 +208,9 @@ def read(
         found |= {name: (value, str(file)) for name, value in _table(file).items()}
     for name in ServerSettings.model_fields:
         variable = ENVIRONMENT + name.upper()
-        if environment.get(variable):
-            found[name] = (environment[variable], variable)
+        value = environment.get(variable, "")
+        if value and not _is_link(variable, value):
+            found[name] = (value, variable)
     found |= {name: (value, _flag(name)) for name, value in flags.items() if value is not None}
     try:
         return ServerSettings(**{name: value for name, (value, _) in found.items()})
@@ -162,6 +218,37 @@ def read(
         raise ValueError(
             _told(error, {name: where for name, (_, where) in found.items()})
         ) from None
+
+
+def ignored(environment: Mapping[str, str]) -> list[str]:
+    """A sentence for each variable that looks like a setting, and that `read` does not read.
+
+    Not for what Kubernetes says of a Service that is called nuwa, unless it has a setting's name.
+    """
+    known = {ENVIRONMENT + name.upper() for name in ServerSettings.model_fields}
+    told = []
+    for variable, value in environment.items():
+        name = variable.removeprefix(ENVIRONMENT)
+        if not value or name == variable or variable in OTHER_VARIABLES:
+            continue
+        if variable in known:
+            if _is_link(variable, value):
+                told.append(
+                    f"{variable}={value} is ignored: Kubernetes says so where a Service is next "
+                    "door (enableServiceLinks: false keeps it from that)"
+                )
+        elif not (_OF_SERVICE.fullmatch(name) or _is_link(variable, value)):
+            near = difflib.get_close_matches(variable, known, n=1)
+            told.append(
+                f"{variable} is ignored: there is no such setting"
+                + (f"; is {near[0]} meant?" if near else "")
+            )
+    return told
+
+
+def _is_link(variable: str, value: str) -> bool:
+    """Whether it is not a port, but where Kubernetes has a Service's."""
+    return variable.endswith("_PORT") and bool(_LINK.match(value))
 
 
 def _table(file: Path) -> dict[str, Any]:

@@ -17,9 +17,9 @@ class Submission:
     """`samples` sequences that share one handle. client: who asks, for fairness among them.
 
     started: samples that got a slot; finished: samples that are decoded; prepared: the request as
-    the engine has encoded it, None while it has not, or when no sample will need it. encode, decode
-    and pixels are the seconds in which the engine worked for at least one of them; steps are
-    counted likewise.
+    the engine has encoded it, None while it has not, or when no sample will need it. encode,
+    decode, prefill and pixels are the seconds in which the engine worked for at least one of them;
+    steps are counted likewise.
     """
 
     handle: Handle
@@ -31,6 +31,7 @@ class Submission:
     queue: float = 0.0
     encode: float = 0.0
     decode: float = 0.0
+    prefill: float = 0.0
     pixels: float = 0.0
     steps: int = 0
 
@@ -68,4 +69,12 @@ class Submission:
     def timings(self, now: float) -> Timings:
         """What Done tells; `now` is of time.perf_counter."""
         total = now - self.handle.submitted
-        return Timings(self.queue, self.encode, self.decode, self.pixels, total, self.steps)
+        return Timings(
+            queue=self.queue,
+            encode=self.encode,
+            decode=self.decode,
+            pixels=self.pixels,
+            total=total,
+            steps=self.steps,
+            prefill=self.prefill,
+        )

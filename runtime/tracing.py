@@ -13,7 +13,7 @@ from .core import Accepted, Done, Event, Frame
 from .errors import UnavailableError
 from .metrics import OK, outcome_of
 
-PHASES = ("queue", "encode", "decode", "pixels", "ranking")
+PHASES = ("queue", "encode", "decode", "prefill", "pixels", "ranking")
 EXPORT_SECONDS = 2  # for a collector that is away
 
 
@@ -85,9 +85,9 @@ class RequestSpan:
             self._end(OK)
 
     def failed(self, error: BaseException) -> None:
-        """It ended by this error; GeneratorExit where nobody wanted more of its events."""
+        """It ended by this error."""
         if not self._ended:
-            outcome = "cancelled" if isinstance(error, GeneratorExit) else outcome_of(error)
+            outcome = outcome_of(error)
             self._span.set_status(self._trace.StatusCode.ERROR, outcome)
             self._end(outcome)
 

@@ -16,8 +16,8 @@ from .server import Server
 log = logging.getLogger("nuwa.runtime")
 
 DEFAULT_GRACE = 30.0
-# Within which a signal is noticed: Python handles it in the main thread, which it does not wake from
-# an endless wait if the system has another thread take it.
+# Within which a signal is noticed: Python handles it in the main thread, which it does not wake
+# from an endless wait if the system has another thread take it.
 SIGNAL_SECONDS = 0.1
 
 

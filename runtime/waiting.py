@@ -72,11 +72,10 @@ class Waiting:
         """How many of this client wait."""
         return sum(submission.client == client for _, _, submission in self._order)
 
-    def frames_before(self, client: str) -> int:
-        """Of the samples that are to get a slot before a new request of this client."""
+    def frames_before(self, client: str) -> list[int]:
+        """Of each sample that is to get a slot before a new request of this client."""
         start = self._start(client)
-        before = [each for tag, _, each in self._order if tag <= start]
-        return sum(each.handle.request.frame_count for each in before)
+        return [each.handle.request.frame_count for tag, _, each in self._order if tag <= start]
 
     def _start(self, client: str) -> float:
         return max(self._now, self._finish.get(client, 0.0))

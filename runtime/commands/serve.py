@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+log = logging.getLogger("nuwa.runtime")
+
 DESCRIPTION = """\
 Load a bundle and answer requests on a port, over gRPC (nuwa.v1, and the Open Inference Protocol),
 until SIGTERM or Ctrl-C.
@@ -21,7 +23,7 @@ changed: the new version takes over when it is loaded, and if it cannot be, the 
 
 Every setting can be given as a flag, as a variable of the environment (NUWA_QUEUE_SIZE=32) or in a
 TOML file (queue_size = 32); flags go first, then the environment, then the file. --print-config
-shows what they come to, as such a file."""
+shows what they come to, as such a file. Variables NUWA_... that are no setting are warned of."""
 
 EXAMPLES = """\
 examples:
@@ -63,20 +65,24 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..settings import ServerSettings, read
+    from .. import logs
+    from ..settings import ServerSettings, ignored, read
 
     flags = {name: getattr(args, name) for name in ServerSettings.model_fields}
     settings = read(flags, args.config, os.environ)
+    named = settings.bundle is not None or bool(settings.bundles)
+    if named and not args.print_config:
+        logs.configure(settings.log_format, logging.DEBUG if args.debug else logging.INFO)
+    for each in ignored(os.environ):
+        log.warning("%s", each)
     if args.print_config:
         print(settings.to_toml(), end="")
         return 0
-    if settings.bundle is None and not settings.bundles:
+    if not named:
         raise ValueError("which bundle? name its folder, as an argument or as a setting")
-    from .. import logs
     from ..server import Server
     from ..until_signal import serve_until_signal
 
-    logs.configure(settings.log_format, logging.DEBUG if args.debug else logging.INFO)
     server = Server(settings=settings)
     server.host.expect(settings.bundles)
 

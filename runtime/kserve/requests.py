@@ -1,6 +1,7 @@
-"""A ModelInferRequest as a Job, by way of the message of nuwa.v1 that asks for the same.
+"""What requests say: a ModelInferRequest as a Job, by way of the message of nuwa.v1 that asks for
+the same, so that both interfaces have the same checks and defaults; and what others may not say.
 
-So both interfaces have the same checks and defaults. Errors name tensors and parameters.
+Errors name tensors and parameters.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from nuwa.inference import grpc_service_pb2 as pb
 from nuwa.v1 import generation_pb2 as v1
@@ -39,6 +43,7 @@ SHARED = {
 OF_CLIPS = {"frame_count": (int, "frame_count")}
 TIMEOUT = "timeout"  # microseconds, as Triton's clients send it
 EMPTY_FINAL = "triton_enable_empty_final_response"
+DEPENDENTS = "unload_dependents"  # which Triton's client always sends
 TENSORS = {"prompt": "PROMPT", "sketch": "SKETCH", "image": "IMAGE", "video": "VIDEO"}
 
 
@@ -54,10 +59,54 @@ class InferJob:
     empty_final: bool
 
 
+def refuse_unknown(request: Message) -> None:
+    """FieldError for a field that this version does not know: ignoring it would mislead."""
+    if unknown := UnknownFieldSet(request):
+        number, name = unknown[0].field_number, request.DESCRIPTOR.name
+        raise FieldError("", f"field number {number} of {name} is not known here")
+
+
+def check_index(request: pb.RepositoryIndexRequest) -> None:
+    """FieldError for a repository, of which there are none."""
+    refuse_unknown(request)
+    _refuse_repository(request)
+
+
+def check_load(request: pb.RepositoryModelLoadRequest) -> None:
+    """FieldError for whatever would have a bundle be loaded otherwise than it is."""
+    refuse_unknown(request)
+    _refuse_repository(request)
+    for name in request.parameters:
+        raise FieldError(
+            f"parameters.{name}",
+            f"a bundle is loaded as it is; loading takes no parameters, and {name!r} is one",
+        )
+
+
+def check_unload(request: pb.RepositoryModelUnloadRequest) -> None:
+    """FieldError for all but DEPENDENTS: as there are none, both its values mean the same."""
+    refuse_unknown(request)
+    _refuse_repository(request)
+    for name, parameter in request.parameters.items():
+        field = f"parameters.{name}"
+        if name != DEPENDENTS:
+            raise FieldError(field, f"unloading has no parameter {name!r}; it has {DEPENDENTS}")
+        _typed(_value(parameter, field), bool, field)
+
+
+def _refuse_repository(request: Any) -> None:
+    if request.repository_name:
+        raise FieldError(
+            "repository_name",
+            f"there is no repository {request.repository_name!r}, nor any other; leave it empty",
+        )
+
+
 def read_request(
     request: pb.ModelInferRequest, model: TaskModel, info: ModelInfo, limits: Limits
 ) -> InferJob:
     """FieldError for a tensor or parameter that is missing, wrong or unknown."""
+    refuse_unknown(request)
     inputs = read_inputs(request)
     by_name = {each.name: each for each in model.inputs}
     for name in inputs:
@@ -157,7 +206,7 @@ def _parameters(
     return timeout, empty_final
 
 
-def _value(parameter: pb.InferParameter, field: str) -> Any:
+def _value(parameter: pb.InferParameter | pb.ModelRepositoryParameter, field: str) -> Any:
     kind = parameter.WhichOneof("parameter_choice")
     if kind is None:
         raise FieldError(field, "the parameter has no value")

@@ -16,7 +16,6 @@ from typing import Any
 
 import grpc
 import numpy as np
-from google.protobuf.unknown_fields import UnknownFieldSet
 
 from nuwa.inference import grpc_service_pb2 as pb
 from nuwa.inference import grpc_service_pb2_grpc
@@ -28,7 +27,14 @@ from ..core import Done, Event, Frame, Timings
 from ..errors import FieldError, NotFoundError, NotReadyError
 from ..intake import Intake
 from .models import TaskModel, find, models_of
-from .requests import InferJob, read_request
+from .requests import (
+    InferJob,
+    check_index,
+    check_load,
+    check_unload,
+    read_request,
+    refuse_unknown,
+)
 from .stream import Failure, Stream
 from .tensors import add_output, set_parameters
 
@@ -40,10 +46,16 @@ WANTS_STATUS = "triton_grpc_error"  # metadata: end the stream with a status at 
 
 
 class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
-    """ready: whether the server takes requests; told: the message for clients of an error."""
+    """ready: whether the server takes requests; told(error, request_id, peer): the message for
+    clients of an error.
+    """
 
     def __init__(
-        self, intake: Intake, *, ready: Callable[[], bool], told: Callable[[Exception], str]
+        self,
+        intake: Intake,
+        *,
+        ready: Callable[[], bool],
+        told: Callable[[Exception, str, str], str],
     ) -> None:
         self._intake, self._host, self._ready, self._told = intake, intake.host, ready, told
         self._lock = threading.Lock()
@@ -76,6 +88,7 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     def ServerMetadata(
         self, request: Any, context: grpc.ServicerContext
     ) -> pb.ServerMetadataResponse:
+        refuse_unknown(request)
         version = importlib.metadata.version("nuwa-runtime")
         extensions = ["model_configuration", "statistics", "model_repository"]
         return pb.ServerMetadataResponse(name=NAME, version=version, extensions=extensions)
@@ -83,16 +96,19 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     def ModelMetadata(
         self, request: pb.ModelMetadataRequest, context: grpc.ServicerContext
     ) -> pb.ModelMetadataResponse:
+        refuse_unknown(request)
         return find(self._host, request.name, request.version).metadata
 
     def ModelConfig(
         self, request: pb.ModelConfigRequest, context: grpc.ServicerContext
     ) -> pb.ModelConfigResponse:
+        refuse_unknown(request)
         return pb.ModelConfigResponse(config=find(self._host, request.name, request.version).config)
 
     def ModelStatistics(
         self, request: pb.ModelStatisticsRequest, context: grpc.ServicerContext
     ) -> pb.ModelStatisticsResponse:
+        refuse_unknown(request)
         models = models_of(self._host)
         if request.name:
             models = [find(self._host, request.name, request.version)]
@@ -101,6 +117,7 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     def RepositoryIndex(
         self, request: pb.RepositoryIndexRequest, context: grpc.ServicerContext
     ) -> pb.RepositoryIndexResponse:
+        check_index(request)
         ready = self._ready()
         response = pb.RepositoryIndexResponse()
         for each in models_of(self._host) if ready or not request.ready else ():
@@ -111,12 +128,14 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     def RepositoryModelLoad(
         self, request: pb.RepositoryModelLoadRequest, context: grpc.ServicerContext
     ) -> pb.RepositoryModelLoadResponse:
+        check_load(request)
         self._host.reload(self._bundle(request.model_name))
         return pb.RepositoryModelLoadResponse()
 
     def RepositoryModelUnload(
         self, request: pb.RepositoryModelUnloadRequest, context: grpc.ServicerContext
     ) -> pb.RepositoryModelUnloadResponse:
+        check_unload(request)
         self._host.unload(self._bundle(request.model_name))
         return pb.RepositoryModelUnloadResponse()
 
@@ -171,7 +190,8 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
                 failed = pb.ModelInferResponse(id=answer.request_id)
                 set_parameters(failed.parameters, {FINAL: True})
                 yield pb.ModelStreamInferResponse(
-                    error_message=self._told(answer.error), infer_response=failed
+                    error_message=self._told(answer.error, answer.request_id, context.peer()),
+                    infer_response=failed,
                 )
 
     def _answers(
@@ -197,9 +217,6 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
             yield replace(model, loaded=loaded)
 
     def _read(self, request: pb.ModelInferRequest, model: TaskModel) -> InferJob:
-        if unknown := UnknownFieldSet(request):
-            number = unknown[0].field_number
-            raise FieldError("", f"field number {number} of ModelInferRequest is not known here")
         return read_request(request, model, model.loaded.engine.info, self._intake.limits)
 
     def _events(

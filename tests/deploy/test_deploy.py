@@ -5,15 +5,20 @@ from __future__ import annotations
 import configparser
 import json
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
 from prometheus_client import generate_latest
 
+from nuwa.inference import grpc_service_pb2
+from nuwa.runtime.auth import scope_of
 from nuwa.runtime.client import Client
-from nuwa.runtime.server import KSERVE, SERVICE, Server
-from nuwa.runtime.settings import ServerSettings, read
+from nuwa.runtime.server import MODELS, SERVICE, Server
+from nuwa.runtime.settings import ServerSettings, ignored, read
+from nuwa.v1 import generation_pb2
 
 from ..runtime.fake_engine import FakeEngine
 
@@ -21,10 +26,22 @@ ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 
 
-def manifests() -> dict[str, dict]:
+def by_kind(text: str) -> dict[str, dict]:
     yaml = pytest.importorskip("yaml")
-    documents = yaml.safe_load_all((DEPLOY / "kubernetes" / "nuwa.yaml").read_text())
-    return {each["kind"]: each for each in documents}
+    return {each["kind"]: each for each in yaml.safe_load_all(text)}
+
+
+def manifests() -> dict[str, dict]:
+    return by_kind((DEPLOY / "kubernetes" / "nuwa.yaml").read_text())
+
+
+def patches() -> dict[str, dict]:
+    """What kustomization.yaml changes in the manifests, by kind."""
+    yaml = pytest.importorskip("yaml")
+    overlay = yaml.safe_load((DEPLOY / "kubernetes" / "kustomization.yaml").read_text())
+    assert overlay["resources"] == ["nuwa.yaml"]
+    found = [yaml.safe_load(each["patch"]) for each in overlay["patches"]]
+    return {each["kind"]: each for each in found}
 
 
 def test_the_containers_settings_are_settings():
@@ -34,6 +51,11 @@ def test_the_containers_settings_are_settings():
     assert f"EXPOSE {found.port} {found.metrics_port}" in containerfile
     assert "COPY deploy/container.toml /etc/nuwa/server.toml" in containerfile
     assert '"--config", "/etc/nuwa/server.toml"' in containerfile
+    text = (DEPLOY / "container.toml").read_text()
+    told = dict(re.findall(r"--env (NUWA_\w+)=(\S+)", text))
+    secured = read({}, DEPLOY / "container.toml", told)
+    assert secured.tls_certificate and secured.tls_key and secured.tokens
+    assert ignored(told) == [] and "/livez and /readyz" in text
 
 
 def test_kubernetes_has_the_ports_and_leaves_the_time_that_the_settings_say():
@@ -52,12 +74,103 @@ def test_kubernetes_has_the_ports_and_leaves_the_time_that_the_settings_say():
     alive = liveness["periodSeconds"] * liveness["failureThreshold"]
     assert alive >= settings.lame_duck + settings.grace, "a drain must not count as a death"
     assert found["Service"]["spec"]["ports"][0]["port"] == settings.port
-    [rule] = found["GRPCRoute"]["spec"]["rules"]
-    assert {each["method"]["service"] for each in rule["matches"]} == {SERVICE, KSERVE}
+    assert pod["enableServiceLinks"] is False
     labels = found["Deployment"]["spec"]["template"]["metadata"]["labels"]
     for kind in ("Deployment", "PodDisruptionBudget"):
         assert found[kind]["spec"]["selector"]["matchLabels"] == labels
     assert found["Service"]["spec"]["selector"] == labels
+
+
+def test_the_route_forwards_all_methods_but_those_that_change_models():
+    forwarded: set[str] = set()
+    for rule in manifests()["GRPCRoute"]["spec"]["rules"]:
+        assert len(rule["matches"]) <= 8
+        assert rule["backendRefs"] == [{"name": "nuwa", "port": ServerSettings().port}]
+        for each in rule["matches"]:
+            assert set(each) == {"method"} and set(each["method"]) <= {"service", "method"}
+            service, method = each["method"]["service"], each["method"].get("method")
+            methods = descriptor(service).methods_by_name
+            forwarded |= {f"/{service}/{name}" for name in ([method] if method else methods)}
+    there = {
+        f"/{service.full_name}/{name}"
+        for file in (generation_pb2.DESCRIPTOR, grpc_service_pb2.DESCRIPTOR)
+        for service in file.services_by_name.values()
+        for name in service.methods_by_name
+    }
+    assert forwarded == {name for name in there if scope_of(name) == "infer"} | {
+        f"/{MODELS}/ListModels"
+    }
+    assert not any("RepositoryModel" in name for name in forwarded)
+
+
+def descriptor(service: str):
+    package, _, name = service.rpartition(".")
+    [file] = [
+        each
+        for each in (generation_pb2.DESCRIPTOR, grpc_service_pb2.DESCRIPTOR)
+        if each.package == package
+    ]
+    return file.services_by_name[name]
+
+
+def test_with_tls_kubernetes_probes_over_http_what_the_server_answers(tmp_path):
+    base, changed = manifests(), patches()
+    assert {each["metadata"]["name"] for each in changed.values()} == {"nuwa"}
+    pod = changed["Deployment"]["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    variables = {each["name"]: each["value"] for each in container["env"]}
+    file = tmp_path / "server.toml"
+    file.write_text(base["ConfigMap"]["data"]["server.toml"])
+    assert ignored(variables) == []
+    settings = read({}, file, variables)
+    assert not settings.insecure and settings.metrics_host == "0.0.0.0"
+    mounts = {each["name"]: Path(each["mountPath"]) for each in container["volumeMounts"]}
+    assert settings.tls_certificate == mounts["tls"] / "tls.crt"  # as secrets for TLS have it
+    assert settings.tls_key == mounts["tls"] / "tls.key"
+    assert settings.tokens == mounts["tokens"] / "tokens.toml"
+    assert {each["name"] for each in pod["volumes"]} == set(mounts)
+    assert not any("subPath" in each for each in container["volumeMounts"])
+    original = base["Deployment"]["spec"]["template"]["spec"]
+    assert pod["securityContext"]["fsGroup"] == original["securityContext"]["runAsUser"]
+    ports = {each["name"] for each in original["containers"][0]["ports"]}
+    probes = {name: container[name] for name in container if name.endswith("Probe")}
+    assert {name: each["httpGet"]["path"] for name, each in probes.items()} == {
+        "startupProbe": "/livez",
+        "readinessProbe": "/readyz",
+        "livenessProbe": "/livez",
+    }
+    for probe in probes.values():
+        assert (
+            probe["grpc"] is None and probe["httpGet"]["port"] == "metrics" and "metrics" in ports
+        )
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+def test_kustomize_takes_the_patches():
+    command = ["kubectl", "kustomize", str(DEPLOY / "kubernetes")]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert made.returncode == 0, made.stderr
+    found = by_kind(made.stdout)
+    assert set(found) == set(manifests())
+    [container] = found["Deployment"]["spec"]["template"]["spec"]["containers"]
+    for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert "httpGet" in container[name] and "grpc" not in container[name]
+    assert {each["name"] for each in container["volumeMounts"]} == {
+        *("config", "bundle", "scratch", "tls", "tokens")
+    }
+    [port] = found["Service"]["spec"]["ports"]
+    assert port == {"name": "grpc", "port": 50051, "targetPort": "grpc", "appProtocol": "https"}
+
+
+def test_systemd_hands_over_what_only_root_may_read():
+    text = (DEPLOY / "nuwa.service").read_text()
+    assert "\nDynamicUser=yes\n" in text
+    given = dict(re.findall(r"^#LoadCredential=(\w+):(/etc/nuwa/\S+)$", text, re.MULTILINE))
+    named = dict(re.findall(r"^#Environment=(NUWA_\w+)=%d/(\w+)$", text, re.MULTILINE))
+    assert set(named.values()) == set(given) == {"tls_certificate", "tls_key", "tokens"}
+    for variable, credential in named.items():
+        assert variable == f"NUWA_{credential.upper()}"
+        assert credential in ServerSettings.model_fields
 
 
 def test_systemd_waits_for_the_drain():
@@ -75,7 +188,10 @@ def test_the_dashboard_asks_for_metrics_that_there_are():
         client.generate_image("t2i", "a 3", samples=2, rank_by="first")
         text = generate_latest(server.metrics.registry).decode()
     there = {line.split("{")[0].split(" ")[0] for line in text.splitlines() if line[0] != "#"}
-    there |= {f"nuwa_errors{suffix}" for suffix in ("_total",)}  # there was none yet
+    # Those with labels are not told before there is something to tell: no error, no cancellation.
+    suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
+    for family in server.metrics.registry.collect():
+        there |= {f"{family.name}{suffix}" for suffix in suffixes.get(family.type, ())}
     dashboard = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
     asked = set()
     for panel in dashboard["panels"]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import base64
 import json
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from google.rpc import error_details_pb2
 from nuwa.runtime.server import Server
 
 from ..runtime.fake_engine import FakeEngine, expected_pixels, expected_tokens
+from ..runtime.messages import wait_until
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -29,6 +32,24 @@ SECONDS = 60
 def server():
     with Server(FakeEngine(slots=2)) as server:
         yield server
+
+
+@pytest.fixture
+def slow():
+    """A server of which an image takes 2 s and a clip of the usual length 20 s."""
+    engine = FakeEngine()
+    step = engine.step
+    engine.step = lambda: time.sleep(0.5) or step()
+    with Server(engine) as server:
+        yield server
+
+
+def freed(server: Server, steps: int) -> None:
+    """The request that was begun there ends within seconds, long before it would be finished."""
+    engine = server.scheduler.engine
+    assert len(engine.admitted) == 1, "it was begun"
+    wait_until(lambda: server.scheduler.active == server.scheduler.queued == 0)
+    assert not engine.allocated and engine.steps < steps
 
 
 def program(name: str) -> str:
@@ -72,6 +93,20 @@ def test_tritons_client(server):
     assert "ancel" in seen["cancelled"]
 
 
+def test_tritons_client_loads_and_unloads_models():
+    with Server(open_engine=lambda path: FakeEngine()) as server:
+        server.load("", Path("b/fake"))
+        script = str(HERE / "triton_client.py")
+        output = ran(program("python"), script, server.address, "repository")
+    seen = json.loads(output)["repository"]
+    for name, field in (("config", "'config'"), ("files", "'file:1/model.onnx'"), ("both", "'")):
+        code, told = seen["refused"][name]
+        assert code == "StatusCode.INVALID_ARGUMENT" and "takes no parameters" in told
+        assert field in told
+    assert seen["versions"] == [["1"], ["2"]], "what is refused loads nothing"
+    assert not seen["ready"] and seen["left"] == 0
+
+
 def test_a_client_that_knows_the_methods_by_reflection(server):
     seen = json.loads(ran(program("python"), str(HERE / "reflecting_client.py"), server.address))
     assert {"nuwa.v1.GenerationService", "inference.GRPCInferenceService"} <= set(seen["services"])
@@ -80,10 +115,21 @@ def test_a_client_that_knows_the_methods_by_reflection(server):
     assert seen["inputs"] == ["PROMPT"]
 
 
-def buf_curl(server: Server, method: str, data: dict, code: int = 0) -> list[dict]:
-    url = f"http://{server.address}"
+@pytest.mark.parametrize(("method", "steps"), [("GenerateImage", 4), ("GenerateVideo", 40)])
+def test_a_deadline_of_a_client_that_reflects(slow, method, steps):
+    script = str(HERE / "reflecting_client.py")
+    ended = json.loads(ran(program("python"), script, slow.address, method, "1"))
+    assert ended == "DEADLINE_EXCEEDED"
+    freed(slow, steps)
+
+
+def buf_command(server: Server, method: str, data: dict, *more: str) -> list[str]:
     options = ("--protocol", "grpc", "--http2-prior-knowledge", "--data", json.dumps(data))
-    output = ran(program("buf"), "curl", *options, f"{url}/{method}", code=code)
+    return [program("buf"), "curl", *options, *more, f"http://{server.address}/{method}"]
+
+
+def buf_curl(server: Server, method: str, data: dict, *more: str, code: int = 0) -> list[dict]:
+    output = ran(*buf_command(server, method, data, *more), code=code)
     decoder, found = json.JSONDecoder(), []
     while output.strip():
         value, end = decoder.raw_decode(output.strip())
@@ -107,6 +153,32 @@ def test_buf_curl(server):
     ]
     bad = error_details_pb2.BadRequest.FromString(base64_decoded(error["details"][1]["value"]))
     assert [each.field for each in bad.field_violations] == ["prompt"]
+
+
+CLIP = ("nuwa.v1.GenerationService/GenerateVideo", {"task": "TASK_T2V", "prompt": "a 3"})
+
+
+def test_a_deadline_of_buf_curl(slow):
+    """It takes no grpc-timeout as a header, but sends one for this."""
+    [*_, error] = buf_curl(slow, *CLIP, "--timeout", "2s", code=4 << 3)
+    assert error["code"] == "deadline_exceeded"
+    freed(slow, 40)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("name", ["buf", "python"])
+def test_a_client_that_is_ended_within_a_stream_frees_its_slot(slow, name, number):
+    command = buf_command(slow, *CLIP)
+    if name == "python":
+        script = str(HERE / "reflecting_client.py")
+        command = [program("python"), script, slow.address, "GenerateVideo"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:
+        try:
+            wait_until(lambda: slow.scheduler.engine.steps >= 1, SECONDS)
+            client.send_signal(number)
+            freed(slow, 40)
+        finally:
+            client.kill()
 
 
 def base64_decoded(text: str) -> bytes:

@@ -1,6 +1,8 @@
 """Drives a server with Triton's own client, in an environment of its own (see Makefile).
 
-usage: triton_client.py ADDRESS    prints one line of JSON: what it saw.
+usage: triton_client.py ADDRESS [repository]    prints one line of JSON: what it saw.
+
+With `repository` it has models loaded and taken away.
 """
 
 import json
@@ -115,9 +117,33 @@ def cancelled(client):
     return "" if error is None else error.message()
 
 
+def repository(client):
+    refused = {}
+    for name, options in (
+        ("config", {"config": "{}"}),
+        ("files", {"files": {"file:1/model.onnx": b"x"}}),
+        ("both", {"config": "{}", "files": {"file:1/model.onnx": b"x"}}),
+    ):
+        try:
+            client.load_model("fake_t2i", **options)
+        except InferenceServerException as error:
+            refused[name] = [error.status(), error.message()]
+    versions = [list(client.get_model_metadata("fake_t2i").versions)]
+    client.load_model("fake_t2i")
+    versions.append(list(client.get_model_metadata("fake_t2i").versions))
+    client.unload_model("fake_t2i", unload_dependents=True)
+    ready = client.is_model_ready("fake_t2i")
+    client.load_model("fake_t2i")
+    client.unload_model("fake_t2i")
+    left = len(client.get_model_repository_index().models)
+    return {"refused": refused, "versions": versions, "ready": ready, "left": left}
+
+
 def main():
     with triton.InferenceServerClient(sys.argv[1]) as client:
         parts = (metadata, unary, errors, stream, cancelled)
+        if sys.argv[2:]:
+            parts = (repository,)
         print(json.dumps({part.__name__: part(client) for part in parts}))
 
 

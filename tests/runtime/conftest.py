@@ -19,7 +19,7 @@ def engine():
 
 @pytest.fixture
 def server(engine):
-    with Server(engine, queue_size=2) as server:
+    with Server(engine, queue_size=2, max_watches=16, max_streams=16) as server:
         yield server
         engine.gate.set()
 

@@ -37,6 +37,7 @@ class Run:
     prepared: Prepared
     frames: dict[int, np.ndarray] = field(default_factory=dict)
     steps: int = 0
+    prefills: int = 0
     last: SlotStep | None = None
 
     def take(self, result: SlotStep) -> None:
@@ -47,6 +48,7 @@ class Run:
             assert index == len(self.frames), "frames must come in index order, each once"
             self.frames[index] = tokens
         self.steps, self.last = self.steps + 1, result
+        self.prefills += result.prefill
 
     @property
     def tokens(self) -> np.ndarray:

@@ -151,7 +151,15 @@ class FakeEngine:
         if rows % GRID == 0:
             index = rows // GRID - 1
             frames = ((index, expected_tokens(request.seed + request.sample_index, index)),)
-        return SlotStep(slot, GRID * rows, GRID * rows_total, frames, rows == rows_total)
+        given = 0 if request.frames is None else GRID * len(request.frames)
+        return SlotStep(
+            slot,
+            GRID * rows,
+            GRID * rows_total,
+            frames,
+            rows == rows_total,
+            prefill=request.task is Task.V2V and rows <= given,
+        )
 
     def unfinished(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
         request = self.allocated[slot]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 import pytest
 
+from nuwa.runtime.admission import Admission
 from nuwa.runtime.core import GenerationRequest, QueueFullError
 from nuwa.runtime.errors import DeadlineTooShortError
 from nuwa.runtime.forecast import Forecast
@@ -96,43 +97,86 @@ def test_who_gives_up_is_not_charged_for_it():
 
 def test_frames_before_a_new_request():
     waiting = filled(*[submission("a", 10) for _ in range(3)])
-    assert waiting.frames_before("a") == 30
-    assert waiting.frames_before("b") == 10
+    assert waiting.frames_before("a") == [10, 10, 10]
+    assert waiting.frames_before("b") == [10]
 
 
-def test_a_forecast_is_the_best_speed_of_the_last_minute():
+def test_a_forecast_is_the_best_speed_of_late():
     clock = [0.0]
     forecast = Forecast(now=lambda: clock[0])
-    assert forecast.seconds(100) == 0.0, "nothing is known"
-    forecast.add(5, 0.2)
-    assert forecast.seconds(100) == 0.0, "not long enough to tell"
-    forecast.add(5, 0.3)
-    assert forecast.seconds(100) == pytest.approx(5.0)
+    assert forecast.rate(1) == float("inf"), "nothing is known"
+    forecast.add(5, 0.2, 1)
+    assert forecast.rate(1) == float("inf"), "not long enough to tell"
+    forecast.add(5, 0.3, 1)
+    assert forecast.rate(1) == pytest.approx(20.0)
     clock[0] = 30.0
-    forecast.add(1, 1.0)
-    assert forecast.seconds(100) == pytest.approx(5.0)
-    clock[0] = 70.0
-    assert forecast.seconds(100) == pytest.approx(100.0)
+    for _ in range(4):
+        forecast.add(1, 1.0, 1)
+    assert forecast.rate(1) == pytest.approx(20.0)
+    forecast.add(1, 1.0, 1)
+    assert forecast.rate(1) == pytest.approx(1.0), "it has become slower, and the rest is forgotten"
+    clock[0] = 91.0
+    assert forecast.rate(1) == float("inf")
+
+
+def test_a_forecast_for_as_many_slots_as_have_not_been_seen():
+    forecast = Forecast()
+    forecast.add(20, 1.0, 2)
+    assert [forecast.rate(slots) for slots in (1, 2, 4)] == [20.0, 20.0, 40.0]
+    forecast.add(30, 1.0, 5)
+    assert forecast.rate(4) == 30.0, "not more than five are"
+    assert forecast.rate(10) == 60.0
+
+
+@pytest.mark.parametrize(
+    "slots, running, waiting, seconds",
+    [
+        (1, [], [10], 10),
+        (1, [], [10, 5], 15),
+        (1, [7.5], [10], 17.5),
+        (2, [], [10], 10),  # half of the speed may be its own alone
+        (2, [], [10, 10], 20),
+        (2, [300], [10], 20),
+        (2, [300, 4], [10], 8 + 20),
+        (2, [300, 4], [6, 10], 8 + 12 + 20),
+        (4, [1, 1, 1, 1], [1], 5),
+        (2, [2, 4], [1], 4 + 2),
+        (3, [], [], 0),
+    ],
+)
+def test_how_long_what_runs_and_waits_will_take(slots, running, waiting, seconds):
+    forecast = Forecast()
+    for number in range(1, slots + 1):
+        forecast.add(1, 1, number)
+    assert forecast.seconds(slots, running, waiting) == pytest.approx(seconds)
+
+
+def test_more_slots_at_work_are_faster_together():
+    forecast = Forecast()
+    for slots, rate in ((1, 10), (2, 16)):
+        forecast.add(rate, 1, slots)
+    assert forecast.seconds(2, [8], [24]) == pytest.approx(16 / 16 + 16 / 10)
+    assert Forecast().seconds(2, [8, 8], [24]) == 0.0, "nothing is known"
 
 
 class Slow(Forecast):
-    """One frame a second."""
+    """One frame a second, of all slots together."""
 
-    def seconds(self, frames: float) -> float:
-        return frames
+    def rate(self, slots: int) -> float:
+        return 1.0
 
 
 @pytest.fixture
 def scheduler():
     scheduler = Scheduler(FakeEngine(), queue_size=8)
-    scheduler._forecast = Slow()
+    scheduler._admission.forecast = Slow()
     yield scheduler
     scheduler.close()
 
 
 def test_a_deadline_that_cannot_be_met_is_refused_at_once(scheduler):
     scheduler.submit(request(10), client="a", timeout=10.5)
-    with pytest.raises(DeadlineTooShortError, match="needs 15 s or more, with what waits before"):
+    with pytest.raises(DeadlineTooShortError, match="needs 15 s or more, with what comes before"):
         scheduler.submit(request(5), client="a", timeout=14.0)
     with pytest.raises(DeadlineTooShortError):
         scheduler.submit(request(4), client="a", samples=2, timeout=17.0)
@@ -141,7 +185,39 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once(scheduler):
     assert scheduler.queued == 3
 
 
-def test_one_client_cannot_fill_the_queue(scheduler):
+def test_what_is_being_decoded_counts(scheduler):
+    scheduler.submit(request(10), client="a")
+    for _ in range(5):
+        scheduler.turn()
+    assert scheduler.active == 1
+    left = next(iter(scheduler._running.values())).frames_left
+    assert 0 < left < 10
+    with pytest.raises(DeadlineTooShortError):
+        scheduler.submit(request(5), client="a", timeout=left + 4.9)
+    scheduler.submit(request(5), client="a", timeout=left + 5.1)
+
+
+def test_one_client_alone_may_fill_the_queue(scheduler):
+    for _ in range(8):
+        scheduler.submit(request(), client="a")
+    with pytest.raises(QueueFullError, match="the queue is full: 8 requests"):
+        scheduler.submit(request(), client="a")
+
+
+def test_others_are_forgotten_after_a_while():
+    clock = [0.0]
+    admission = Admission(1, 4, now=lambda: clock[0])
+    waiting = filled(*[submission("a") for _ in range(3)])
+    admission.check_room(waiting, "b")
+    with pytest.raises(QueueFullError, match="3 requests of this client"):
+        admission.check_room(waiting, "a")
+    admission.check_room(waiting, "")
+    clock[0] = 61.0
+    admission.check_room(waiting, "a")
+
+
+def test_one_client_among_others_cannot_fill_the_queue(scheduler):
+    scheduler.check_room("b")
     for _ in range(6):
         scheduler.submit(request(), client="a")
     with pytest.raises(QueueFullError, match="6 requests of this client are waiting") as refused:
@@ -154,12 +230,13 @@ def test_one_client_cannot_fill_the_queue(scheduler):
 
 
 def test_the_time_to_come_back_follows_from_what_waits(scheduler):
+    scheduler.check_room("b")
     for _ in range(6):
         scheduler.submit(request(9), client="a")
     with pytest.raises(QueueFullError) as refused:
         scheduler.submit(request(), client="a")
     assert refused.value.retry_seconds == pytest.approx(9.0)
-    scheduler._forecast.seconds = lambda frames: 1000.0 * frames
+    scheduler._admission.forecast.rate = lambda slots: 1e-3
     with pytest.raises(QueueFullError) as refused:
         scheduler.submit(request(), client="a")
     assert refused.value.retry_seconds == 10.0
@@ -168,7 +245,7 @@ def test_the_time_to_come_back_follows_from_what_waits(scheduler):
 def test_speed_is_learnt_from_what_is_decoded():
     found = []
     scheduler = Scheduler(FakeEngine(slots=2))
-    scheduler._forecast.add = lambda frames, seconds: found.append(frames)
+    scheduler._admission.forecast.add = lambda frames, seconds, slots: found.append(frames)
     handles = [scheduler.submit(request(3, seed)) for seed in range(2)]
     while not all(handle.ended for handle in handles):
         scheduler.turn()
@@ -177,7 +254,7 @@ def test_speed_is_learnt_from_what_is_decoded():
 
 
 def test_a_refused_deadline_tells_clients_not_to_retry(stub, server):
-    server.scheduler._forecast = Slow()
+    server.scheduler._admission.forecast = Slow()
     with pytest.raises(grpc.RpcError) as caught:
         stub.GenerateImage(image(), timeout=0.9)
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

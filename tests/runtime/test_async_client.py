@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -13,8 +15,9 @@ from nuwa.runtime.async_client import AsyncClient
 from nuwa.runtime.client import Client, ClientError
 from nuwa.runtime.core import Accepted, Frame, Preview, Progress
 from nuwa.runtime.results import ClipDone, ImageDone, ImageSample
+from nuwa.runtime.server import Server
 
-from .fake_engine import expected_pixels, expected_tokens
+from .fake_engine import FakeEngine, expected_pixels, expected_tokens
 from .messages import wait_until
 
 
@@ -109,6 +112,34 @@ def test_leaving_a_stream_cancels(server, engine, monkeypatch):
     asyncio.run(main())
     wait_until(lambda: server.scheduler.active == server.scheduler.queued == 0)
     assert engine.steps < 3600
+
+
+def test_models_are_listed_loaded_again_and_taken_away():
+    def opened(path: Path) -> FakeEngine:
+        engine = FakeEngine()
+        engine.info = dataclasses.replace(engine.info, name=path.name)
+        return engine
+
+    async def main(address: str) -> None:
+        async with AsyncClient(address, attempts=1) as client:
+            listed = await client.list_models()
+            assert [(each.name, each.version) for each in listed] == [("small", 1), ("large", 1)]
+            assert (await client.reload_model("large")).version == 2
+            assert (await client.get_model("large")).version == 2
+            assert (await client.reload_model()).name == "small", "the default"
+            with pytest.raises(ClientError, match="name it without") as caught:
+                await client.reload_model("large/2")
+            assert "model" in caught.value.fields
+            await client.unload_model("small")
+            assert [each.name for each in await client.list_models()] == ["large"]
+            with pytest.raises(ClientError, match="no model 'small'") as caught:
+                await client.unload_model("small")
+            assert caught.value.code is grpc.StatusCode.NOT_FOUND
+
+    with Server(open_engine=opened) as server:
+        for name in ("small", "large"):
+            server.load("", Path("b") / name)
+        asyncio.run(main(server.address))
 
 
 def test_nobody_there():

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
 import time
+from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
 
+from nuwa.runtime import client as client_module
 from nuwa.runtime import media
+from nuwa.runtime import server as server_module
+from nuwa.runtime.async_client import AsyncClient
 from nuwa.runtime.client import Client, ClientError, LocalClient
 from nuwa.runtime.core import Accepted, Frame, Progress, UnsupportedTaskError
 from nuwa.runtime.errors import DeadlineExceededError, FieldError
 from nuwa.runtime.requests import image_request, video_request
 from nuwa.runtime.results import ClipDone
 from nuwa.runtime.server import Server
+from nuwa.runtime.settings import ServerSettings
 from nuwa.spec.palette import voc_palette
 from nuwa.spec.sampling import Sampling
 
@@ -158,6 +169,87 @@ def test_errors_without_a_server_are_the_plain_ones(engine):
         engine.step = lambda: time.sleep(0.01) or []
         with pytest.raises(DeadlineExceededError):
             client.generate_image("t2i", "a 3", deadline=0.05)
+
+
+RUN = """
+from tests.runtime.fake_engine import FakeEngine
+from nuwa.runtime.server import Server
+engine = FakeEngine()
+engine.gate.clear()
+with Server(engine) as server:
+    print(server.address, flush=True)
+    input()
+    engine.gate.set()
+"""
+
+
+@pytest.fixture
+def process():
+    """A server whose engine is never done; the first line it writes is its address."""
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", RUN],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        yield process
+        process.kill()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Clients that ask after a second whether the server lives, and wait for another.
+
+    Servers put up with a few questions that come too soon.
+    """
+    monkeypatch.setattr(client_module, "KEEPALIVE_MS", 1000)
+    monkeypatch.setattr(client_module, "KEEPALIVE_TIMEOUT_MS", 1000)
+
+
+def freeze(process) -> float:
+    """When it was."""
+    process.send_signal(signal.SIGSTOP)
+    return time.monotonic()
+
+
+def test_a_call_ends_when_its_server_freezes(process, impatient):
+    with Client(process.stdout.readline().strip(), attempts=1) as client:
+        events = client.stream_video("t2v", "a 3")
+        assert isinstance(next(events), Accepted)
+        frozen = freeze(process)
+        with pytest.raises(ClientError) as caught:
+            next(events)
+    assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+    assert 1 < time.monotonic() - frozen < 10
+
+
+def test_a_call_of_the_asyncio_client_ends_when_its_server_freezes(process, impatient):
+    async def main(address: str) -> float:
+        async with AsyncClient(address, attempts=1) as client:
+            events = client.stream_video("t2v", "a 3")
+            assert isinstance(await anext(events), Accepted)
+            frozen = freeze(process)
+            with pytest.raises(ClientError) as caught:
+                await anext(events)
+        assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+        return time.monotonic() - frozen
+
+    assert 1 < asyncio.run(main(process.stdout.readline().strip())) < 10
+
+
+def test_a_call_goes_on_while_its_server_is_silent_but_alive(engine, impatient):
+    engine.gate.clear()
+    with Server(engine) as server, Client(server.address, attempts=1) as client:
+        threading.Timer(2.5, engine.gate.set).start()
+        assert client.generate_image("t2i", "a 3", seed=9).seed == 9
+
+
+def test_clients_ask_no_more_often_than_servers_allow():
+    options = dict(server_module._options(ServerSettings()))
+    assert options["grpc.http2.min_ping_interval_without_data_ms"] <= client_module.KEEPALIVE_MS
 
 
 def test_no_server():

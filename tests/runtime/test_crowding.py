@@ -11,10 +11,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from nuwa.runtime import media
+from nuwa.runtime.core import CancelledError, Done, Frame, GenerationRequest
+from nuwa.runtime.scheduler import Scheduler
 from nuwa.runtime.server import SERVICE, Server
+from nuwa.spec.tasks import Task
 from nuwa.v1 import generation_pb2 as pb
 from nuwa.v1 import generation_pb2_grpc
 
+from .fake_engine import FakeEngine
 from .messages import (
     details,
     image,
@@ -120,6 +124,41 @@ def test_readers_that_never_read_do_not_use_up_the_server(engine):
         assert set(codes) == {grpc.StatusCode.RESOURCE_EXHAUSTED}
         assert 30 - 18 <= len(codes) < 30
         assert list(stub.GenerateVideo(request))[-1].HasField("done")
+
+
+def test_a_reader_that_is_far_behind_is_cut_off():
+    scheduler = Scheduler(FakeEngine())
+    one = 3 * 8 * 8  # bytes of a frame
+    handle = scheduler.submit(clip_request(10), most_unread=4 * one)
+    other = scheduler.submit(clip_request(10), most_unread=10 * one)
+    while scheduler.active or scheduler.queued:
+        scheduler.turn()
+    frames = []
+    with pytest.raises(CancelledError, match="wait for a reader that is too slow"):
+        for event in handle.events():
+            if isinstance(event, Frame):
+                frames.append(event)
+    assert len(frames) == 4 and len(other.result()[0]) == 10
+    scheduler.close()
+
+
+def test_a_reader_that_keeps_up_may_have_as_many_frames_as_it_likes():
+    scheduler = Scheduler(FakeEngine())
+    handle = scheduler.submit(clip_request(10), most_unread=2 * 3 * 8 * 8)
+    events = handle.events()
+    frames, done = 0, False
+    while not done:
+        scheduler.turn()
+        while not (done or handle._events.empty()):
+            event = next(events)
+            frames += isinstance(event, Frame)
+            done = isinstance(event, Done)
+    assert frames == 10
+    scheduler.close()
+
+
+def clip_request(frames: int) -> GenerationRequest:
+    return GenerationRequest(Task.T2V, "a 3", frame_count=frames)
 
 
 def test_the_decode_thread_does_not_wait_for_readers(stub, server):

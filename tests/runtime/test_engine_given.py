@@ -76,6 +76,7 @@ def test_given_frames_change_the_prediction_and_save_steps(engine, clip):
     assert (run.tokens[2] != other.tokens[2]).any()
     free = alone(engine, GenerationRequest(Task.T2V, "none", frame_count=3, seed=1))
     assert run.steps < free.steps
+    assert 0 < run.prefills < run.steps and free.prefills == 0
 
 
 @pytest.mark.parametrize("schedule", ["wave", "raster"])

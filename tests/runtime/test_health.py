@@ -10,7 +10,6 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from nuwa.runtime.lanes import SIZES
 from nuwa.runtime.server import KSERVE, SERVICE
 
 from .messages import image, wait_until
@@ -44,7 +43,7 @@ def test_watchers_hear_of_every_change_and_of_nothing_else(health, server):
 
 
 def test_a_watcher_that_leaves_makes_room(health, server, monkeypatch):
-    watches = [health.Watch(request()) for _ in range(SIZES["watches"])]
+    watches = [health.Watch(request()) for _ in range(server.settings.max_watches)]
     for watch in watches:
         next(watch)
     with pytest.raises(grpc.RpcError) as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -13,9 +14,10 @@ from nuwa.inference import grpc_service_pb2_grpc
 from nuwa.runtime import media
 from nuwa.runtime.kserve import stream
 from nuwa.runtime.kserve.tensors import set_parameters
+from nuwa.runtime.server import Server
 from nuwa.spec.tasks import Task
 
-from .fake_engine import expected_pixels, expected_tokens
+from .fake_engine import FakeEngine, expected_pixels, expected_tokens
 from .messages import CLIP, PICTURE, details, wait_until, wait_until_told_to_cancel
 
 MASK = np.zeros((8, 8), bool)
@@ -432,6 +434,118 @@ def test_a_stream_that_goes_on_for_ever_ends_with_the_server(stub, engine, serve
     stopping.join(10)
     assert not stopping.is_alive()
     hold.set()
+
+
+UNKNOWN = b"\xa0\x06\x01"  # field 100, of no message
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "ServerMetadata",
+        "ModelMetadata",
+        "ModelConfig",
+        "ModelStatistics",
+        "ModelInfer",
+        "RepositoryIndex",
+        "RepositoryModelLoad",
+        "RepositoryModelUnload",
+    ],
+)
+def test_fields_that_are_not_known_are_refused(stub, server, method):
+    request = ask("t2i", PROMPT=text()) if method == "ModelInfer" else None
+    request = request or getattr(pb, f"{method}Request")()
+    for field in ("name", "model_name"):
+        if field in request.DESCRIPTOR.fields_by_name:
+            setattr(request, field, "fake_t2i")
+    request.MergeFromString(UNKNOWN)
+    told, _ = refused(lambda: getattr(stub, method)(request))
+    assert told == f"field number 100 of {method}Request is not known here"
+    assert [each.title for each in server.host.loaded] == ["fake/1"], "it did nothing"
+
+
+@pytest.mark.parametrize("method", ["ServerLive", "ServerReady", "ModelReady"])
+def test_probes_are_answered_whatever_else_they_say(stub, method):
+    request = getattr(pb, f"{method}Request").FromString(UNKNOWN)
+    if method == "ModelReady":
+        request.name = "fake_t2i"
+    answer = getattr(stub, method)(request)
+    assert answer.live if method == "ServerLive" else answer.ready
+
+
+@pytest.fixture
+def bundled():
+    """A stub, and its server, which has opened its engine itself and so can do it again."""
+    with (
+        Server(open_engine=lambda path: FakeEngine()) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        server.load("", Path("b/fake"))
+        yield grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel), server
+
+
+def titles(server: Server) -> list[str]:
+    return [each.title for each in server.host.loaded]
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("config", {"string_param": "{}"}),
+        ("config", {"string_param": ""}),
+        ("file:1/model.onnx", {"bytes_param": b"x" * 1000}),
+        ("other", {}),
+    ],
+)
+def test_loading_takes_no_parameters(bundled, name, given):
+    stub, server = bundled
+    request = pb.RepositoryModelLoadRequest(model_name="fake_t2i")
+    request.parameters[name].MergeFrom(pb.ModelRepositoryParameter(**given))
+    told, fields = refused(lambda: stub.RepositoryModelLoad(request))
+    assert list(fields) == [f"parameters.{name}"] and "as it is" in told and name in told
+    assert titles(server) == ["fake/1"]
+    del request.parameters[name]
+    stub.RepositoryModelLoad(request)
+    assert titles(server) == ["fake/2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("unload_dependants", {"bool_param": True}, "it has unload_dependents"),
+        ("unload_dependents", {"int64_param": 1}, "1 is not of type bool"),
+        ("unload_dependents", {}, "has no value"),
+    ],
+)
+def test_unloading_takes_one_parameter(bundled, name, given, message):
+    stub, server = bundled
+    request = pb.RepositoryModelUnloadRequest(model_name="fake_t2i")
+    request.parameters[name].MergeFrom(pb.ModelRepositoryParameter(**given))
+    told, fields = refused(lambda: stub.RepositoryModelUnload(request))
+    assert list(fields) == [f"parameters.{name}"] and message in told
+    assert titles(server) == ["fake/1"]
+
+
+@pytest.mark.parametrize("dependents", [True, False])
+def test_dependents_are_none_so_that_unloading_them_changes_nothing(bundled, dependents):
+    stub, server = bundled
+    request = pb.RepositoryModelUnloadRequest(model_name="fake_t2i")
+    request.parameters["unload_dependents"].bool_param = dependents
+    stub.RepositoryModelUnload(request)
+    assert titles(server) == []
+
+
+@pytest.mark.parametrize(
+    "method", ["RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload"]
+)
+def test_there_are_no_repositories(bundled, method):
+    stub, server = bundled
+    request = getattr(pb, f"{method}Request")(repository_name="mine")
+    if method != "RepositoryIndex":
+        request.model_name = "fake_t2i"
+    told, fields = refused(lambda: getattr(stub, method)(request))
+    assert list(fields) == ["repository_name"] and "no repository 'mine'" in told
+    assert titles(server) == ["fake/1"]
 
 
 def test_reflection_and_health_know_it(channel):

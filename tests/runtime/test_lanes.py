@@ -115,7 +115,9 @@ def test_a_call_that_ends_without_a_request_is_told_so(channel):
 def test_idle_streams_leave_the_rest_alone(server, channel, stub, silent):
     infer = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
     reflect = reflection_pb2_grpc.ServerReflectionStub(channel)
-    streams = [infer.ModelStreamInfer(silent, timeout=20) for _ in range(SIZES["streams"])]
+    streams = [
+        infer.ModelStreamInfer(silent, timeout=20) for _ in range(server.settings.max_streams)
+    ]
     told = [reflect.ServerReflectionInfo(silent, timeout=20) for _ in range(SIZES["reflections"])]
     extra = infer.ModelStreamInfer(silent, timeout=20)
     assert extra.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -222,7 +224,7 @@ def test_every_method_has_its_kind():
         ),
     ):
         kinds = {kind_of(f"/{service}/{method.name}"): method for method in methods}
-        assert set(kinds) <= {"generations", *SIZES}
+        assert set(kinds) <= {"generations", "streams", *SIZES}
         for method in methods:
             generates = (
                 method.name.startswith(("Generate", "Stream")) or method.name == "ModelInfer"

@@ -44,7 +44,7 @@ def test_what_was_generated_is_counted(stub, read):
     assert read("nuwa_requests_total", task="t2i", outcome="ok") == 1
     assert read("nuwa_requests_total", task="t2v", outcome="ok") == 1
     assert read("nuwa_frames_generated_total", task="t2v") == 3
-    assert read("nuwa_step_duration_seconds_count") == 16
+    assert read("nuwa_step_duration_seconds_count", model="fake") == 16
     assert read("nuwa_ranking_duration_seconds_count") == 0, "nothing was ranked"
     stub.GenerateImage(image(rank_by="first", sample_count=2))
     assert read("nuwa_ranking_duration_seconds_count") == 1
@@ -104,8 +104,40 @@ def test_cancellations_are_counted_and_timed(stub, engine, server, read):
     wait_until_told_to_cancel(server)
     engine.gate.set()
     wait_until(lambda: read("nuwa_requests_total", task="t2v", outcome="cancelled") == 1)
-    assert read("nuwa_cancel_latency_seconds_count") == 1
+    assert read("nuwa_cancel_latency_seconds_count", model="fake") == 1
     assert read("nuwa_requests_total", task="t2v", outcome="ok") == 0
+
+
+@pytest.mark.parametrize("kind", ["image", "clip"])
+def test_deadlines_that_are_missed_are_counted_and_timed(stub, engine, server, read, caplog, kind):
+    caplog.set_level("INFO", "nuwa.runtime")
+    engine.gate.clear()
+    task = "t2i" if kind == "image" else "t2v"
+    with pytest.raises(grpc.RpcError) as caught:
+        if kind == "image":
+            stub.GenerateImage(image(request_id="late"), timeout=0.3)
+        else:
+            list(stub.GenerateVideo(video(request_id="late"), timeout=0.3))
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    engine.gate.set()
+    wait_until(lambda: read("nuwa_requests_total", task=task, outcome="deadline") == 1)
+    assert read("nuwa_requests_total", task=task, outcome="cancelled") == 0
+    assert read("nuwa_request_duration_seconds_count", task=task) == 1
+    assert read("nuwa_request_duration_seconds_sum", task=task) >= 0.25
+    assert read("nuwa_queue_duration_seconds_count", task=task) == 1
+    wait_until(lambda: f"late {task}: deadline after 0." in caplog.text)
+
+
+def test_the_time_in_the_queue_counts_although_it_was_in_vain(stub, engine, server, read):
+    engine.gate.clear()
+    running = stub.GenerateVideo(video(frame_count=1))
+    assert next(running).HasField("accepted")
+    with pytest.raises(grpc.RpcError):
+        stub.GenerateImage(image(), timeout=0.3)
+    wait_until(lambda: read("nuwa_requests_total", task="t2i", outcome="deadline") == 1)
+    assert read("nuwa_queue_duration_seconds_sum", task="t2i") >= 0.25
+    engine.gate.set()
+    list(running)
 
 
 def test_there_is_nothing_else_there(server):

@@ -63,7 +63,7 @@ def bundles(monkeypatch):
 
 @pytest.fixture
 def host(bundles):
-    host = Host(bundles.open, Scheduler)
+    host = Host(bundles.open, lambda engine, name: Scheduler(engine))
     yield host
     for engine in bundles.opened:
         engine.gate.set()
@@ -174,7 +174,13 @@ def test_requests_say_which_model(server, bundles):
         assert "model" in caught.value.fields
         client.unload_model("small")
         assert [each.name for each in client.list_models()] == ["large"]
-        assert client.generate_image("t2i", "a 3", seed=4).seed == 4
+        with pytest.raises(ClientError, match="'small', the default one, is not loaded") as caught:
+            client.generate_image("t2i", "a 3", deadline=1)
+        assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+        assert client.generate_image("t2i", "a 3", seed=4, model="large").seed == 4
+        client.reload_model("small")
+        assert client.get_model().name == "small"
+        assert [each.name for each in client.list_models()] == ["small", "large"]
         with pytest.raises(ClientError, match="model is empty"):
             client.unload_model("")
 

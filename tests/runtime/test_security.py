@@ -15,7 +15,7 @@ import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from nuwa.inference import grpc_service_pb2_grpc
+from nuwa.inference import grpc_service_pb2, grpc_service_pb2_grpc
 from nuwa.runtime import tokens as tokens_module
 from nuwa.runtime.async_client import AsyncClient
 from nuwa.runtime.auth import scope_of
@@ -23,6 +23,7 @@ from nuwa.runtime.cli import main
 from nuwa.runtime.client import Access, Client, ClientError
 from nuwa.runtime.server import Server
 from nuwa.runtime.tokens import Tokens, read_tokens
+from nuwa.v1 import generation_pb2, generation_pb2_grpc
 
 from .fake_engine import FakeEngine
 
@@ -95,6 +96,7 @@ def test_clients_show_certificates_where_they_must(files, authority, tmp_path):
     with tls_server(files, tls_client_ca=files["ca"]) as server:
         own = {"certificate": mine["chain"], "key": mine["key"]}
         assert generates(server.address, tls=True, ca=files["ca"], **own)
+        assert list(server.scheduler._admission._asked) == ["app"], "who it is, for fairness"
         assert "no server" in fails(server.address, tls=True, ca=files["ca"])
         theirs = {"certificate": stranger["chain"], "key": stranger["key"]}
         assert "no server" in fails(server.address, tls=True, ca=files["ca"], **theirs)
@@ -194,7 +196,121 @@ def test_every_method_has_its_scope():
     assert scope_of("/nuwa.v1.GenerationService/GenerateVideo") == "infer"
     assert scope_of("/inference.GRPCInferenceService/ModelInfer") == "infer"
     assert scope_of("/inference.GRPCInferenceService/RepositoryModelUnload") == "admin"
+    assert scope_of("/inference.GRPCInferenceService/RepositoryIndex") == "infer"
     assert scope_of("/something.else/Entirely") == "infer"
+
+
+def admin_calls(channel: grpc.Channel, token: str | None = None) -> dict[str, grpc.RpcError | None]:
+    """How all that changes models went, in an order in which each can succeed."""
+    models = generation_pb2_grpc.ModelServiceStub(channel)
+    kserve, messages = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel), grpc_service_pb2
+    calls = {
+        "ReloadModel": lambda **k: models.ReloadModel(
+            generation_pb2.ReloadModelRequest(model="fake"), **k
+        ),
+        "RepositoryModelUnload": lambda **k: kserve.RepositoryModelUnload(
+            messages.RepositoryModelUnloadRequest(model_name="fake"), **k
+        ),
+        "RepositoryModelLoad": lambda **k: kserve.RepositoryModelLoad(
+            messages.RepositoryModelLoadRequest(model_name="fake"), **k
+        ),
+        "UnloadModel": lambda **k: models.UnloadModel(
+            generation_pb2.UnloadModelRequest(model="fake"), **k
+        ),
+    }
+    went: dict[str, grpc.RpcError | None] = {}
+    for name, call in calls.items():
+        try:
+            call(metadata=Access(token=token).metadata, timeout=20)
+            went[name] = None
+        except grpc.RpcError as error:
+            went[name] = error
+    return went
+
+
+def loaded_server(tmp_path: Path, **settings) -> Server:
+    """With a model that can be loaded again."""
+    server = Server(open_engine=lambda path: FakeEngine(), **settings)
+    server.load("fake", tmp_path)
+    return server
+
+
+def said(caplog, ending: str) -> list[dict]:
+    """The fields of records whose messages have `ending` in them."""
+    return [each.nuwa for each in caplog.records if ending in each.getMessage()]
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_without_tokens_nobody_beyond_the_machine_changes_its_models(
+    encrypted, files, tmp_path, caplog
+):
+    caplog.set_level("INFO")
+    settings: dict = {"host": "0.0.0.0", "insecure": not encrypted}
+    if encrypted:
+        settings |= {"tls_certificate": files["chain"], "tls_key": files["key"]}
+    with loaded_server(tmp_path, **settings) as server:
+        port = server.address.rpartition(":")[2]
+        if encrypted:
+            credentials = grpc.ssl_channel_credentials(files["ca"].read_bytes())
+            channel = grpc.secure_channel(f"localhost:{port}", credentials)
+        else:
+            channel = grpc.insecure_channel(f"127.0.0.1:{port}")
+        with channel:
+            went = admin_calls(channel)
+            for name, error in went.items():
+                assert error is not None, name
+                assert error.code() is grpc.StatusCode.PERMISSION_DENIED
+                assert "a token of the scope admin" in error.details()
+                assert "this server has no tokens" in error.details()
+            stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            index = stub.RepositoryIndex(grpc_service_pb2.RepositoryIndexRequest())
+            assert all(each.version == "1" for each in index.models) and index.models
+            models = generation_pb2_grpc.ModelServiceStub(channel)
+            assert models.ListModels(generation_pb2.ListModelsRequest()).models
+        told = said(caplog, "was refused")
+        assert [each["method"].rpartition("/")[2] for each in told] == list(went)
+        assert all(each["peer"].startswith("ipv") for each in told)
+        assert not said(caplog, "is let in")
+        before = server.host.find("fake").version
+        server.host.reload("fake")  # as SIGHUP has it
+        assert server.host.find("fake").version == before + 1
+
+
+def test_programs_of_the_machine_change_models_without_tokens_and_the_log_says_so(tmp_path, caplog):
+    caplog.set_level("INFO")
+    with loaded_server(tmp_path) as server, grpc.insecure_channel(server.address) as channel:
+        went = admin_calls(channel)
+    assert went == dict.fromkeys(went)
+    told = said(caplog, "is let in")
+    assert [each["method"].rpartition("/")[2] for each in told] == list(went)
+    assert all(each["peer"].startswith("ipv4:127.0.0.1:") for each in told)
+    assert not any("token" in each for each in told)
+
+
+def test_the_log_names_the_token_of_who_changes_models_and_of_who_may_not(
+    token_file, tmp_path, caplog
+):
+    caplog.set_level("INFO")
+    settings = {"host": "0.0.0.0", "insecure": True, "tokens": token_file}
+    with loaded_server(tmp_path, **settings) as server:
+        port = server.address.rpartition(":")[2]
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            for token, name in ((TOKEN, "app"), (OLD, None), (None, None)):
+                caplog.clear()
+                went = admin_calls(channel, token)
+                assert None not in went.values()
+                told = said(caplog, "was refused")
+                assert [each["method"].rpartition("/")[2] for each in told] == list(went)
+                assert {each.get("token") for each in told} == {name}
+                assert all(each["peer"].startswith("ipv4:127.0.0.1:") for each in told)
+            caplog.clear()
+            went = admin_calls(channel, ADMIN)
+    assert went == dict.fromkeys(went)
+    told = said(caplog, "is let in")
+    assert [(each["method"].rpartition("/")[2], each["token"]) for each in told] == [
+        (name, "admin") for name in went
+    ]
+    assert not any(token in caplog.text for token in (TOKEN, ADMIN, OLD))
 
 
 def test_fairness_goes_by_the_name_of_the_token(token_file, monkeypatch):

@@ -81,6 +81,18 @@ def test_a_clip_streams_its_events_in_order(stub):
     assert events[-1].done.timings.step_count == 12 and events[-1].done.animation == b""
 
 
+def test_the_time_for_given_tokens_and_for_files_is_told(stub):
+    start = pb.Media(raw=pb.RawFrames(data=bytes(192), frame_count=1, height=8, width=8))
+    predict = pb.GenerateVideoRequest(task=pb.TASK_V2V, video=start, frame_count=3)
+    for request, given in ((predict, True), (video(frame_count=3), False)):
+        times = list(stub.GenerateVideo(request))[-1].done.timings
+        prefill, decode = times.prefill_duration, times.decode_duration
+        assert (prefill.ToNanoseconds() > 0) == given
+        assert prefill.ToNanoseconds() < decode.ToNanoseconds()
+        assert times.encoding_duration.ToNanoseconds() > 0
+    assert stub.GenerateImage(image()).timings.encoding_duration.ToNanoseconds() > 0
+
+
 @pytest.mark.parametrize("kind", ["WEBP", "GIF"])
 def test_a_clip_as_one_file(stub, kind):
     request = video(

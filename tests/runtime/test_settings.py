@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import tomllib
 
+import grpc
 import pytest
 
 from nuwa.runtime.cli import main
-from nuwa.runtime.settings import ServerSettings, read
+from nuwa.runtime.commands.arguments import TOKEN_VARIABLE
+from nuwa.runtime.server import _options
+from nuwa.runtime.settings import OTHER_VARIABLES, ServerSettings, ignored, read
 
 
 def test_flags_go_before_the_environment_and_that_before_the_file(tmp_path):
@@ -20,8 +23,8 @@ def test_flags_go_before_the_environment_and_that_before_the_file(tmp_path):
 
 
 def test_what_is_printed_reads_back_as_the_same(tmp_path):
-    flags = {"bundle": "a b", "slots": 3, "reflection": False, "grace": "1.5"}
-    found = read(flags | {"bundles": "x=some/folder,y-2=other"}, None, {})
+    flags = {"bundle": 'a "b" 茶🍵', "slots": 3, "reflection": False, "grace": "1.5"}
+    found = read(flags | {"bundles": "x=some/folder,y-2= 🍵"}, None, {})
     assert set(found.bundles) == {"x", "y-2"}
     file = tmp_path / "printed.toml"
     file.write_text(found.to_toml())
@@ -44,6 +47,8 @@ def test_what_is_printed_reads_back_as_the_same(tmp_path):
             "server.toml: there is no setting 'slotz'; there are bundle, bundles",
         ),
         ({"bundles": "a"}, {}, "", r"bundles 'a' \(--bundles\): is not NAME=FOLDER,NAME=FOLDER"),
+        ({"bundles": "a= "}, {}, "", r"bundles 'a= ' \(--bundles\): is not NAME=FOLDER"),
+        ({}, {"NUWA_BUNDLES": "a=/x,b=/y, a=/z"}, "", r"\(NUWA_BUNDLES\): name 'a' is there twice"),
         ({}, {}, 'bundles = {"a/b" = "x"}', "name 'a/b' is not of letters, digits"),
         ({}, {}, "slots = ", "server.toml is not TOML"),
         ({"backend": "x"}, {}, "", r"backend 'x' \(--backend\): choose one of auto, native-cpu"),
@@ -58,6 +63,104 @@ def test_wrong_settings_are_named_with_their_place(tmp_path, flags, environment,
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         read(flags, file, environment)
+
+
+NUMBERS = [
+    name
+    for name, field in ServerSettings.model_fields.items()
+    if field.annotation in (int, float, int | None, float | None)
+]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e16", "99999999999999", "-1"])
+def test_no_number_is_without_bounds(tmp_path, name, value):
+    with pytest.raises(ValueError, match=name):
+        read({name: value}, None, {})
+    file = tmp_path / "server.toml"
+    file.write_text(f"{name} = {value}")
+    with pytest.raises(ValueError, match=name):
+        read({}, file, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_message_bytes", "99999999999"),
+        ("max_message_bytes", str(2**31)),
+        ("max_connection_age", "1e12"),
+        ("max_connection_age", "0.0001"),
+        ("grace", str(366 * 86400)),
+    ],
+)
+def test_what_grpc_could_not_take_is_refused(name, value):
+    with pytest.raises(ValueError, match=rf"{name} '.*' \(--.*than or equal to"):
+        read({name: value}, None, {})
+
+
+@pytest.mark.parametrize("end", ["ge", "le"])
+def test_grpc_takes_what_is_at_the_bounds(end):
+    bounds = {}
+    for name in ("max_message_bytes", "max_connection_age"):
+        metadata = ServerSettings.model_fields[name].metadata
+        [bounds[name]] = [getattr(each, end) for each in metadata if hasattr(each, end)]
+    found = read(bounds, None, {})
+    for name, value in bounds.items():
+        assert getattr(found, name) == value
+    server = grpc.server(None, options=_options(found))
+    assert server.add_insecure_port("127.0.0.1:0") > 0
+    server.stop(None)
+
+
+def test_what_the_environment_has_no_setting_for_is_named():
+    environment = {
+        "NUWA_QUEUE_SIZ": "3",
+        "NUWA_SLOTS": "2",
+        "NUWA_ZZZZZ": "1",
+        "NUWA_EMPTY": "",
+        "QUEUE_SIZ": "3",
+        TOKEN_VARIABLE: "a-secret",
+    }
+    assert ignored(environment) == [
+        "NUWA_QUEUE_SIZ is ignored: there is no such setting; is NUWA_QUEUE_SIZE meant?",
+        "NUWA_ZZZZZ is ignored: there is no such setting",
+    ]
+    assert TOKEN_VARIABLE in OTHER_VARIABLES
+    assert ignored({f"NUWA_{name.upper()}": "1" for name in ServerSettings.model_fields}) == []
+
+
+def test_a_service_next_door_in_kubernetes_is_no_setting():
+    address = "tcp://10.0.0.7:50051"
+    there = {"NUWA_PORT": address}
+    for service in ("NUWA", "NUWA_METRICS"):
+        there |= {
+            f"{service}_SERVICE_HOST": "10.0.0.7",
+            f"{service}_SERVICE_PORT": "50051",
+            f"{service}_SERVICE_PORT_GRPC": "50051",
+            f"{service}_PORT": address,
+            f"{service}_PORT_50051_TCP": address,
+            f"{service}_PORT_50051_TCP_PROTO": "tcp",
+            f"{service}_PORT_50051_TCP_PORT": "50051",
+            f"{service}_PORT_50051_TCP_ADDR": "10.0.0.7",
+        }
+    there["NUWA_CACHE_PORT"] = address  # of a Service that is called nuwa-cache
+    assert read({}, None, there) == ServerSettings()
+    told = ignored(there)
+    assert [each.split("=")[0] for each in told] == ["NUWA_PORT", "NUWA_METRICS_PORT"]
+    assert all("enableServiceLinks" in each for each in told)
+    with pytest.raises(ValueError, match="port 'tcp' .NUWA_PORT."):
+        read({}, None, {"NUWA_PORT": "tcp"})
+
+
+def test_serve_warns_of_variables_that_it_ignores(caplog, capsys, monkeypatch):
+    monkeypatch.setenv("NUWA_BUNDEL", "some/bundle")
+    assert main(["serve"]) == 2
+    assert "is NUWA_BUNDLE meant?" in caplog.text
+    assert "which bundle?" in capsys.readouterr().err
+    caplog.clear()
+    assert main(["serve", "some/bundle", "--print-config"]) == 0
+    assert "NUWA_BUNDEL is ignored" in caplog.text
+    assert tomllib.loads(capsys.readouterr().out)["bundle"] == "some/bundle"
 
 
 def test_serve_prints_its_settings(capsys, monkeypatch):

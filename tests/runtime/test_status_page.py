@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import urllib.error
 import urllib.request
 from html.parser import HTMLParser
@@ -13,10 +14,12 @@ from prometheus_client import CollectorRegistry
 
 from nuwa.runtime import history, status_page
 from nuwa.runtime.history import Buckets, History, Point
+from nuwa.runtime.pages import UNREADY, UNWELL
 from nuwa.runtime.server import Server
 from nuwa.runtime.status_page import Facts, ModelRow, page
 from nuwa.v1 import generation_pb2 as pb
 
+from .fake_engine import FakeEngine
 from .messages import image, video, wait_until
 
 INF = float("inf")
@@ -106,10 +109,58 @@ def test_a_server_that_is_not_ready_says_so(server):
     assert ">not ready<" in read(server)
 
 
+def probe(server: Server, path: str) -> tuple[int, str]:
+    try:
+        return 200, read(server, path)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def test_probes_over_http_say_what_health_says():
+    well, unwell, unready = (200, "ok\n"), (503, f"{UNWELL}\n"), (503, f"{UNREADY}\n")
+    with Server(metrics_port=0) as server:
+        assert (probe(server, "/livez"), probe(server, "/readyz")) == (well, unready), "no model"
+        server.host.add(FakeEngine())
+        assert (probe(server, "/livez"), probe(server, "/readyz")) == (well, well)
+        server._on_health(False)
+        assert (probe(server, "/livez"), probe(server, "/readyz")) == (unwell, unwell)
+        server._on_health(True)
+        assert (probe(server, "/livez"), probe(server, "/readyz")) == (well, well)
+        server._on_death()
+        assert (probe(server, "/livez"), probe(server, "/readyz")) == (unwell, unwell)
+
+
+def test_a_server_that_drains_is_live_and_not_ready(engine):
+    server = Server(engine, metrics_port=0, lame_duck=20)
+    server.start()
+    ending = threading.Thread(target=server.stop, args=(1.0,))
+    ending.start()
+    wait_until(lambda: probe(server, "/readyz") == (503, f"{UNREADY}\n"))
+    assert probe(server, "/livez") == (200, "ok\n")
+    server.hasten()
+    ending.join(20)
+    assert not ending.is_alive()
+
+
+def test_probes_are_answered_while_a_call_of_the_engine_hangs(server, engine, stub):
+    engine.gate.clear()
+    running = stub.GenerateVideo(video())
+    assert next(running).HasField("accepted")
+    wait_until(lambda: server.scheduler.active == 1)
+    submitted = len(engine.admitted)
+    for _ in range(20):
+        assert probe(server, "/livez")[0] == probe(server, "/readyz")[0] == 200
+    assert len(engine.admitted) == submitted and server.scheduler.queued == 0
+    running.cancel()
+
+
 def test_there_is_no_other_page(server):
     with pytest.raises(urllib.error.HTTPError) as caught:
         read(server, "/other")
-    assert caught.value.code == 404 and b"/metrics" in caught.value.read()
+    assert caught.value.code == 404
+    told = caught.value.read()
+    assert all(path in told for path in (b"/metrics", b"/livez", b"/readyz"))
 
 
 def test_names_are_text():

@@ -22,6 +22,21 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
+def test_a_pulse_tells_of_a_loop_that_does_not_come_round():
+    clock = [0.0]
+    pulse = Pulse(now=lambda: clock[0])
+    pulse.has_work()
+    clock[0] = 2.0
+    pulse.has_work()
+    assert pulse.longest() == 2.0
+    pulse.comes_round()
+    assert pulse.longest() == 0.0
+    clock[0] = 3.0
+    pulse.rests()
+    clock[0] = 9.0
+    assert pulse.longest() == 0.0, "there is nothing to do"
+
+
 def test_a_pulse_tells_how_long_the_longest_call_has_lasted():
     clock, leave, entered = [0.0], threading.Event(), threading.Event()
     pulse = Pulse(now=lambda: clock[0])
@@ -88,6 +103,21 @@ def test_a_hanging_engine_is_not_serving_until_it_returns(
     call = stub.GenerateImage.future(image())
     wait_until(lambda: health(SERVICE) == health("") == NOT_SERVING)
     assert not call.done()
+    gate.set()
+    call.result(20)
+    wait_until(lambda: health(SERVICE) == health("") == SERVING)
+
+
+def test_a_loop_that_is_stuck_outside_the_engine_is_not_serving(server, stub, health, monkeypatch):
+    gate, sweep = threading.Event(), server.scheduler._sweep
+
+    def stuck():
+        assert gate.wait(20)
+        sweep()
+
+    monkeypatch.setattr(server.scheduler, "_sweep", stuck)
+    call = stub.GenerateImage.future(image())
+    wait_until(lambda: health(SERVICE) == health("") == NOT_SERVING)
     gate.set()
     call.result(20)
     wait_until(lambda: health(SERVICE) == health("") == SERVING)

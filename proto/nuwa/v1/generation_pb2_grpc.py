@@ -241,7 +241,8 @@ class GenerationService:
 
 
 class ModelServiceStub:
-    """Which models a server has. Where tokens are needed, all but ListModels need the scope "admin".
+    """Which models a server has. All but ListModels need a token with the scope "admin", except where a
+    server without tokens is reached from its own machine alone.
     """
 
     def __init__(self, channel):
@@ -268,7 +269,8 @@ class ModelServiceStub:
 
 
 class ModelServiceServicer:
-    """Which models a server has. Where tokens are needed, all but ListModels need the scope "admin".
+    """Which models a server has. All but ListModels need a token with the scope "admin", except where a
+    server without tokens is reached from its own machine alone.
     """
 
     def ListModels(self, request, context):
@@ -321,7 +323,8 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelService:
-    """Which models a server has. Where tokens are needed, all but ListModels need the scope "admin".
+    """Which models a server has. All but ListModels need a token with the scope "admin", except where a
+    server without tokens is reached from its own machine alone.
     """
 
     @staticmethod
