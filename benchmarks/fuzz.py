@@ -244,7 +244,7 @@ def _element(data: bytes) -> bytes:
 def targets(manifest: bytes) -> list[Target]:
     files, info = pictures(), StillEngine.info
     images, clips = v1_requests(files)
-    host = Host(lambda path: StillEngine(), Scheduler)
+    host = Host(lambda path: StillEngine(), lambda engine, name: Scheduler(engine))
     host.add(StillEngine())
 
     def infer(data: bytes) -> None:

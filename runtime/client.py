@@ -320,6 +320,14 @@ class Client(BaseClient):
             )
         return results.model_info(answer.model)
 
+    def slot_count(self, model: str = "") -> int:
+        """Sequences that the server decodes at a time."""
+        with server_errors():
+            answer = self._stub.GetModel(
+                pb.GetModelRequest(model=model), timeout=LOOKUP_SECONDS, metadata=self._metadata
+            )
+        return int(answer.model.slot_count)
+
     def list_models(self) -> list[ModelInfo]:
         """All that the server has loaded, the default first."""
         with server_errors():

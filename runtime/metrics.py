@@ -44,10 +44,9 @@ OUTCOMES: tuple[tuple[type[Exception], str], ...] = (
 )
 OTHER = "internal"
 REQUEST_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
-STEP_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
-CANCEL_BUCKETS = (
-    *(0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.06, 0.08),
-    *(0.1, 0.2, 0.5, 1),
+STEP_BUCKETS = (
+    *(0.0002, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.03),
+    *(0.04, 0.05, 0.06, 0.08, 0.1, 0.2, 0.5, 1),
 )
 
 
@@ -97,7 +96,7 @@ class Metrics:
             "nuwa_cancel_latency_seconds",
             "From a cancellation to its effect",
             ["model"],
-            buckets=CANCEL_BUCKETS,
+            buckets=STEP_BUCKETS,
             registry=r,
         )
 

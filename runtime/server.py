@@ -39,7 +39,7 @@ from .media import Limits
 from .metrics import Metrics
 from .pages import Pages
 from .patience import Patience
-from .process import resident_megabytes, settle
+from .process import resident_megabytes, settle, trim
 from .reflected import Pools
 from .scheduler import Scheduler
 from .service import GenerationService, ModelService
@@ -56,6 +56,7 @@ SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_n
 MODELS = generation_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
 KSERVE = grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 VERSION = importlib.metadata.version("nuwa-runtime")
+TRIM_SECONDS = 30.0
 AGE_GRACE = 600.0  # seconds that calls may go on in a connection that has reached its age
 SLOW_READERS = 16  # calls that may still be sending when their decoding is done
 
@@ -85,6 +86,7 @@ class Server:
         self._well = True
         self.owns_process = False
         self._unsettled = threading.Event()
+        self._trimmed = time.monotonic()
         metrics = self.metrics = Metrics()
         self._telling, self._reloading = threading.Lock(), threading.Lock()
         self._health = Health()
@@ -291,9 +293,14 @@ class Server:
 
     def _look_after(self) -> None:
         self._patience.look()
-        if self.owns_process and self._unsettled.is_set():
+        if not self.owns_process:
+            return
+        if self._unsettled.is_set():
             self._unsettled.clear()
             settle()
+        if time.monotonic() - self._trimmed > TRIM_SECONDS:
+            trim()
+            self._trimmed = time.monotonic()
 
     def _on_health(self, well: bool) -> None:
         self._well = well
@@ -328,6 +335,7 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
         # A client that is gone without a word is found out, and its calls end.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.ping_timeout_ms", 10_000),  # which decides in the gRPC of today
     ]
     if settings.max_connection_age is not None:
         options += [

@@ -61,6 +61,23 @@ def test_round_trip(preset):
     assert Manifest.from_json(manifest.to_json()) == manifest
 
 
+def test_the_hash_of_contents_is_of_what_is_computed():
+    """Not of when it was exported, nor of how exact it was found to be."""
+    manifest = example()
+    assert len(manifest.contents_hash) == 64
+    assert Manifest.from_json(manifest.to_json()).contents_hash == manifest.contents_hash
+    again = dataclasses.replace(manifest, created="2027-01-02T03:04:05+00:00", parity={})
+    assert again.contents_hash == manifest.contents_hash
+    others = (
+        {"files": manifest.files | {"tokenizer.json": "1" * 64}},
+        {"precision": "fp32"},
+        {"config": PRESETS["base"]},
+        {"sampling": {}},
+    )
+    hashes = {dataclasses.replace(manifest, **other).contents_hash for other in others}
+    assert len(hashes | {manifest.contents_hash}) == 1 + len(others)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
