@@ -336,10 +336,13 @@ class Client(BaseClient):
             )
         return list(map(results.model_info, answer.models))
 
-    def reload_model(self, model: str = "") -> ModelInfo:
-        """Has a model's bundle loaded again; what it is now. Needs the scope "admin"."""
+    def reload_model(self, model: str = "", *, keep_earlier: bool = False) -> ModelInfo:
+        """Has a model's bundle loaded again; what it is now. Needs the scope "admin".
+
+        keep_earlier: versions before stay, for requests that name them.
+        """
         with server_errors():
-            request = pb.ReloadModelRequest(model=model)
+            request = pb.ReloadModelRequest(model=model, keep_earlier=keep_earlier)
             answer = self._models.ReloadModel(request, metadata=self._metadata)
         return results.model_info(answer.model)
 

@@ -162,8 +162,8 @@ class Host:
         self._on_change()
         return added
 
-    def reload(self, name: str) -> Loaded:
-        """Loads a model's bundle again, which may be another one by now; also one taken away."""
+    def reload(self, name: str, *, beside: bool = False) -> Loaded:
+        """As load, a model's bundle again, which may be another one by now; also one taken away."""
         with self._lock:
             path = self._paths.get(name)
         if path is None:
@@ -171,7 +171,7 @@ class Host:
             name, path = found.name, found.path
         if path is None:
             raise RequestError(f"model {name!r} was not loaded from a bundle")
-        return self.load(name, path)
+        return self.load(name, path, beside=beside)
 
     def unload(self, model: str) -> list[Loaded]:
         """Takes a version of a model away, or all of them. NotFoundError if it is not there."""

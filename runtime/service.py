@@ -82,7 +82,8 @@ class ModelService(generation_pb2_grpc.ModelServiceServicer):
         convert.refuse_unknown_fields(request)
         if SEPARATOR in request.model:
             raise FieldError("model", f"model {request.model!r} has a version; name it without")
-        return pb.ReloadModelResponse(model=_message(self._host.reload(request.model)))
+        loaded = self._host.reload(request.model, beside=request.keep_earlier)
+        return pb.ReloadModelResponse(model=_message(loaded))
 
     def UnloadModel(
         self, request: pb.UnloadModelRequest, context: grpc.ServicerContext

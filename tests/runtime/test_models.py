@@ -196,6 +196,23 @@ def test_a_failed_reload_is_told_and_the_old_one_serves_on(server, bundles):
         assert client.get_model("small").version == 1
 
 
+def test_versions_side_by_side(server):
+    with Client(server.address) as client:
+        assert client.reload_model("small", keep_earlier=True).version == 2
+        assert [(each.name, each.version) for each in client.list_models()][:2] == [
+            ("small", 2),
+            ("small", 1),
+        ]
+        for model, version in (("small", 2), ("small/1", 1), ("small/2", 2), ("", 2)):
+            assert client.get_model(model).version == version
+            assert client.generate_image("t2i", "a 3", seed=4, model=model).seed == 4
+        client.unload_model("small/1")
+        with pytest.raises(ClientError, match="no version '1'; it has 2"):
+            client.generate_image("t2i", "a 3", model="small/1")
+        assert client.reload_model("small").version == 3
+        assert [each.version for each in client.list_models() if each.name == "small"] == [3]
+
+
 def test_a_stream_ends_in_the_version_it_began_in(server, channel, bundles):
     stub = generation_pb2_grpc.GenerationServiceStub(channel)
     old = bundles.opened[0]

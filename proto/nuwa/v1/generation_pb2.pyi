@@ -427,10 +427,12 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class ReloadModelRequest(_message.Message):
-    __slots__ = ("model",)
+    __slots__ = ("model", "keep_earlier")
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    KEEP_EARLIER_FIELD_NUMBER: _ClassVar[int]
     model: str
-    def __init__(self, model: _Optional[str] = ...) -> None: ...
+    keep_earlier: bool
+    def __init__(self, model: _Optional[str] = ..., keep_earlier: _Optional[bool] = ...) -> None: ...
 
 class ReloadModelResponse(_message.Message):
     __slots__ = ("model",)
