@@ -46,7 +46,9 @@ CLIENTS, AT_A_TIME = 4, 8
 KILLED_EVERY = 5.0  # seconds
 SLOW_READER_TIMEOUT = 2.0
 LATE = 0.020  # seconds that a cancellation may take beside a step
-MOST_GROWTH = 0.005  # of memory, in 1000 requests of the second half, by a line through its readings
+MOST_GROWTH = (
+    0.005  # of memory, in 1000 requests of the second half, by a line through its readings
+)
 QUEUES = 4 * CLIENTS  # of clients, the latest, that are read
 READINGS = 60  # of memory, that are kept
 

@@ -26,7 +26,9 @@ _MANIFEST_LIMIT = 16 << 20  # bytes; a manifest has a few kilobytes
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle. hash: SHA-256 of the manifest, which names every other file's."""
+    """An opened bundle. hash: SHA-256 of the manifest, which names every other file's; of every
+    export another one, unlike the manifest's contents_hash.
+    """
 
     path: Path
     manifest: Manifest
@@ -62,6 +64,11 @@ def open_bundle(path: Path | str, verify: bool = True) -> Bundle:
 def manifest_hash(folder: Path) -> str:
     """That of the bundle in a folder, which is another one if anything in it is. BundleError."""
     return hashlib.sha256(_read_manifest(folder)).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """That of the bundle in a folder; nothing else of the bundle is looked at. BundleError."""
+    return Manifest.from_json(_read_manifest(folder).decode())
 
 
 def _read_manifest(folder: Path) -> bytes:

@@ -43,6 +43,9 @@ WEIGHT_ALIASES = "nuwa.aliases"  # metadata of a graph: weights that go by anoth
 VISUAL_ENCODER_INPUTS = ("tokens", "coordinates", "neighbours")
 RANKER_INPUTS = ("tokens", "frames")
 
+# Fields that say when, where and how exactly a bundle was made, and not what it computes.
+_OF_THE_EXPORT = ("created", "parity")
+
 _HASH = re.compile(r"[0-9a-f]{64}")
 # One path component that means the same file on every system.
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -133,6 +136,15 @@ class Manifest:
     def graphs(self) -> tuple[str, ...]:
         """The bundle's graphs."""
         return graph_names(self.config, bool(self.rankers))
+
+    @property
+    def contents_hash(self) -> str:
+        """SHA-256, in hexadecimal, of what the bundle computes and with what: the same for exports
+        of one checkpoint that came to the same files, whenever they were made.
+        """
+        data = dataclasses.asdict(self)
+        kept = {name: value for name, value in data.items() if name not in _OF_THE_EXPORT}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
         """JSON text that `from_json` reads back to an equal manifest."""

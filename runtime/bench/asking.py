@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..client import BaseClient, ClientError
-from ..core import Frame, ModelInfo, Timings
+from ..core import Frame, ModelInfo, Pixels, Timings
 from ..interceptor import CODES
 from ..results import ClipDone
 from .observation import OK, Observation
@@ -56,17 +56,18 @@ class Asker:
             frames = [ended]
         return Observation(scheduled, sent, ended, status, tuple(frames), timings)
 
-    def check(self) -> None:
-        """Asks once; what is wrong with the request, or with the server, is raised as it is."""
+    def check(self) -> Pixels:
+        """Asks once, and what came; what is wrong with the request, or with the server, is raised
+        as it is.
+        """
         query = self.workload.query(0, self.info, self.model)
         if query.task.is_video:
-            self.client.generate_video(
+            return self.client.generate_video(
                 query.task, query.prompt, deadline=self.deadline, **query.options
-            )
-        else:
-            self.client.generate_image(
-                query.task, query.prompt, deadline=self.deadline, **query.options
-            )
+            ).frames
+        return self.client.generate_image(
+            query.task, query.prompt, deadline=self.deadline, **query.options
+        ).pixels
 
 
 def reason_of(error: Exception) -> str:

@@ -9,9 +9,8 @@ Legend: T rows of a step, h, w cells of a frame.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,7 @@ from nuwa.spec.manifest import Manifest
 from nuwa.spec.plan import Call, Plan, RollingPlan, completion_plan, decode_plan
 from nuwa.spec.tasks import Task
 
-from ..bundle import manifest_hash
-from .rates import Rates
+from ..bundle import manifest_hash, read_manifest
 
 WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}  # of a number in a step's matrices
 CACHE_BYTES = {"fp32": 4, "fp16": 2, "int8": 4}  # of one in the caches
@@ -77,7 +75,9 @@ class Card:
     lanes: rows for each position of a sample, two where guidance compares with no prompt;
     given_frames: of V2V; parameters: of the whole bundle; weights_bytes: of a step's matrices;
     flops_per_row: of the products; cache_bytes: keys and values of one sample, all its lanes;
-    steps: of the schedule; wave_steps, one_by_one_steps: how many either schedule has.
+    head_bytes: of its last matrix, which a step that draws nothing leaves out; steps: of the
+    schedule; first_frame_steps: after how many of them the first frame that was not given can be
+    seen; wave_steps, one_by_one_steps: how many either schedule has.
     """
 
     name: str
@@ -91,10 +91,12 @@ class Card:
     precision: str
     parameters: int
     weights_bytes: int
+    head_bytes: int
     flops_per_row: float
     cache_bytes: int
     wave_steps: int
     one_by_one_steps: int
+    first_frame_steps: int
     steps: tuple[Step, ...]
 
     @property
@@ -131,6 +133,7 @@ class Card:
             "steps": len(self.steps),
             "wave_steps": self.wave_steps,
             "one_by_one_steps": self.one_by_one_steps,
+            "first_frame_steps": self.first_frame_steps,
             "rows_per_step": [step.rows for step in self.steps],
             "generation_bytes": self.bytes,
             "generation_flops": self.flops,
@@ -167,6 +170,7 @@ def card(
     if schedule not in plans:
         raise ValueError(f"schedule {schedule!r} is not one of 'wave', 'raster'")
     lanes = 2 if prompt and guidance != 1.0 else 1
+    head = decoder.width * config.image.codebook_size
     costs = _Costs(config, precision, lanes, samples, text_length)
     visual = None
     if task.needs_sketch or (task.needs_mask and kept.any() and config.visual is not None):
@@ -183,80 +187,13 @@ def card(
         precision=precision,
         parameters=manifest.parameter_count,
         weights_bytes=int(weights_bytes(config, WEIGHT_BYTES[precision])),
+        head_bytes=WEIGHT_BYTES[precision] * head,
         flops_per_row=step_flops(config, 1),
         cache_bytes=lanes * manifest.cache_entries * decoder.layers * costs.entry_bytes,
         wave_steps=plans["wave"].steps,
         one_by_one_steps=plans["raster"].steps,
+        first_frame_steps=_first_frame_steps(plans[schedule], given_frames),
         steps=costs.steps(plans[schedule], kept, visual),
-    )
-
-
-@dataclass(frozen=True)
-class FloorOfRows:
-    """Of the steps of T rows: how many there are, seconds of one (their mean), as in Floor."""
-
-    rows: int
-    steps: int
-    seconds: float
-    blas_seconds: float | None
-
-
-@dataclass(frozen=True)
-class Floor:
-    """seconds: that all steps take at least; bytes_seconds, products_seconds: what they would take
-    if only bytes moved, or only products were computed. blas_seconds: likewise at the rate that
-    products of T rows have, not at the fastest of any; it is no floor, for other kernels may be
-    better at few rows. None for what needs the rate of products where that is not known.
-    """
-
-    seconds: float
-    bytes_seconds: float
-    products_seconds: float | None
-    blas_seconds: float | None
-    by_rows: tuple[FloorOfRows, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-able, beside a card's."""
-        return {
-            "floor_seconds": self.seconds,
-            "floor_bytes_seconds": self.bytes_seconds,
-            "floor_products_seconds": self.products_seconds,
-            "blas_seconds": self.blas_seconds,
-            "floor_by_rows": [dataclasses.asdict(each) for each in self.by_rows],
-        }
-
-
-def floor(card: Card, rates: Rates) -> Floor:
-    """What the steps of a card take at least at these rates: each its bytes or its products,
-    whichever take longer. Products count only if the rates are of the card's precision.
-    """
-    known = card.precision == rates.precision
-    moved = [step.bytes / rates.bytes_per_second for step in card.steps]
-    computed, by_blas = [0.0] * len(moved), list(moved)
-    if known:
-        computed = [step.flops / rates.most_flops_per_second for step in card.steps]
-        by_blas = [
-            max(bytes_seconds, step.flops / rates.flops_per_second(step.rows))
-            for bytes_seconds, step in zip(moved, card.steps, strict=True)
-        ]
-    least = [max(pair) for pair in zip(moved, computed, strict=True)]
-    of_rows: dict[int, list[int]] = defaultdict(list)
-    for index, step in enumerate(card.steps):
-        of_rows[step.rows].append(index)
-    return Floor(
-        seconds=sum(least),
-        bytes_seconds=sum(moved),
-        products_seconds=sum(computed) if known else None,
-        blas_seconds=sum(by_blas) if known else None,
-        by_rows=tuple(
-            FloorOfRows(
-                rows=rows,
-                steps=len(steps),
-                seconds=sum(least[step] for step in steps) / len(steps),
-                blas_seconds=sum(by_blas[step] for step in steps) / len(steps) if known else None,
-            )
-            for rows, steps in sorted(of_rows.items())
-        ),
     )
 
 
@@ -266,15 +203,16 @@ def evaluation_of(
     """(scores of `nuwa evaluate` by task, None), or (None, why there are none).
 
     Looked for in the folder of the bundle, or in `scores`, a report or a folder of such. Only a
-    report that names this very bundle counts; of a task that several have, the first by name does.
-    BundleError if there is no bundle.
+    report counts that names this very bundle, or another export that came to the same files, of
+    which a remark in place of the None says so; of a task that several have, the first by name
+    does. BundleError if there is no bundle.
     """
     place, own = scores or bundle, manifest_hash(bundle)
     files = [place] if place.is_file() else _reports(place)
     if not files:
         return None, f"{place} has none of {', '.join(REPORTS)}"
     tasks: dict[str, Any] = {}
-    reasons = []
+    reasons, exports = [], []
     for file in files:
         try:
             report = json.loads(file.read_text(encoding="utf-8"))
@@ -284,13 +222,21 @@ def evaluation_of(
             reasons.append(f"{file.name} is no report of `nuwa evaluate`")
             continue
         if about != own:
-            reasons.append(f"{file.name} is of bundle {str(about)[:12]}, this one is {own[:12]}")
-            continue
+            hashes = report["about"].get("files")
+            if not hashes or hashes != read_manifest(bundle).files:
+                reasons.append(
+                    f"{file.name} is of bundle {str(about)[:12]}, this one is {own[:12]}"
+                )
+                continue
+            if found:
+                exports.append(f"{file.name} is of another export with the same files")
         settings = {name: report[name] for name in SETTINGS if name in report}
         tasks = {
             task: {"report": file.name, **settings, "scores": each} for task, each in found.items()
         } | tasks
-    return (tasks, None) if tasks else (None, "; ".join(reasons) or "the reports have no scores")
+    if tasks:
+        return tasks, "; ".join(exports) or None
+    return None, "; ".join(reasons) or "the reports have no scores"
 
 
 class _Costs:
@@ -356,6 +302,16 @@ def _plan(decoder: DecoderConfig, frames: int, given_frames: int, kept: Bool, ki
     if kept.any():
         return completion_plan(decoder, grid, kept, kind)
     return decode_plan(decoder, grid, kind)
+
+
+def _first_frame_steps(plan: Plan, given_frames: int) -> int:
+    cells = plan.grid.height * plan.grid.width
+    left = cells
+    for step in range(plan.steps):
+        left -= int((plan.call(step).position // cells == given_frames).sum())
+        if not left:
+            return step + 1
+    return plan.steps
 
 
 def _kept(task: Task, grid: Grid, given_frames: int, known: Bool | None) -> Bool:

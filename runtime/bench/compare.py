@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -26,18 +26,23 @@ Rounds = Sequence[Sequence[float | None]]
 
 STYLES = {"slower": "red", "faster": "green", "no difference": "", "unknown": "yellow"}
 LEAST_ROUNDS = 2
-SINGLE = ("highest_rate",)  # metrics that are one number
+SCHEMA = "nuwa-bench-compare/1"
+RATE = "highest_rate"  # what a search is about
+WHOLE = "throughput"  # compared as one number where no metric has rounds
 SAME = ("scenario", "workload", "task")  # parts of a result that must be
 LISTED = ("version", "model", "machine")  # parts that may differ
 # Names within SAME that may differ, too: how long it was measured, and what served it.
 FREE = ("seconds", "rounds", "least", "most", "target", "slots", "threads")
+IMPLIED = ("given_frames",)  # by others of SAME, and not in every result
+PASSING = ("date", "load_average", "evaluation_note")  # names within LISTED that say nothing
+OUTSTANDING_A_SLOT, SLOTS_UNKNOWN = 2, 4  # of the offline scenario, where it was not said
 
 
 @dataclass(frozen=True)
 class Difference:
     """Of one metric. a, b: the values of the results in `unit`, each the geometric mean of its
-    rounds' medians; ratio: b / a, with its interval low, high. Where the verdict is "unknown",
-    these five are None, and reason says why.
+    rounds' medians; ratio: b / a, with its interval low, high. What is not known of these five is
+    None; reason says why a verdict is "unknown", or rests on less than rounds.
     """
 
     name: str
@@ -103,52 +108,140 @@ def compare(
 def compare_results(
     a: Mapping[str, Any], b: Mapping[str, Any], threshold: float = 0.05, confidence: float = 0.95
 ) -> list[Difference]:
-    """Every metric with rounds in both results, in the order of the first; then what is one number
-    in both, by the threshold alone, and how many requests failed.
+    """Every metric with rounds in both results, in the order of the first; of a search the highest
+    rate; where neither is there, throughput; then how many requests failed.
 
     ValueError that names what differs if they are not of the same workload, scenario and task, or
     have no metric in common.
     """
-    unlike = [line for part in SAME for line in _unlike(a.get(part), b.get(part), part, FREE)]
+    differing = unlike(a, b)
     names = [name for name in _rounds(a) if name in _rounds(b)]
-    for name in names:
-        of_a, of_b = (result["metrics"][name] for result in (a, b))
-        for key in ("unit", "better"):
-            unlike += _unlike(of_a.get(key), of_b.get(key), f"metrics.{name}.{key}")
-    if unlike:
-        raise ValueError(f"results that cannot be compared differ in {'; '.join(unlike)}")
-    numbers = [name for name in SINGLE if all(_value(each, name) is not None for each in (a, b))]
-    if not names and not numbers:
-        raise ValueError("results that cannot be compared: no metric has rounds in both")
+    for name in [*names, *([] if names else [RATE, WHOLE])]:
+        of_a, of_b = (_metric(result, name) for result in (a, b))
+        for key in ("unit", "better") if of_a and of_b else ():
+            differing += _unlike(of_a.get(key), of_b.get(key), f"metrics.{name}.{key}")
+    _refuse(differing)
     found = [
         compare(
             _rounds(a)[name],
             _rounds(b)[name],
             threshold,
             confidence,
-            better=a["metrics"][name].get("better", "lower"),
+            better=_metric(a, name).get("better", "lower"),
             name=name,
-            unit=a["metrics"][name].get("unit", ""),
+            unit=_metric(a, name).get("unit", ""),
         )
         for name in names
     ]
-    found += [_by_threshold(name, a, b, threshold) for name in numbers]
+    if is_search(a):
+        found.append(_compare_searches(a, b, threshold))
+    elif not found and all(_metric(each, WHOLE).get("value") is not None for each in (a, b)):
+        found.append(_by_threshold(WHOLE, a, b, threshold))
+    if not found:
+        raise ValueError("results that cannot be compared: no metric has rounds in both")
     told = a.get("outcomes") and b.get("outcomes")
     return [*found, _failures(a, b, threshold)] if told else found
+
+
+def unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """In what they differ that results which are compared must have in common, "scenario.name:
+    offline, server"; known before anything is measured.
+    """
+    free: tuple[str, ...] = FREE + IMPLIED
+    if is_search(a) and is_search(b):  # the rate that is found depends on how long it was tried
+        free = tuple(name for name in free if name != "seconds")
+    if _outstanding_by_default(a) and _outstanding_by_default(b):
+        free += ("outstanding",)
+    return [line for part in SAME for line in _unlike(a.get(part), b.get(part), part, free)]
+
+
+def check_comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
+    """ValueError if there is something in `unlike`."""
+    _refuse(unlike(a, b))
+
+
+def _refuse(differing: Sequence[str]) -> None:
+    if differing:
+        raise ValueError(f"results that cannot be compared differ in {'; '.join(differing)}")
+
+
+def is_search(result: Mapping[str, Any]) -> bool:
+    """Whether it is of a search for the highest rate."""
+    scenario = result.get("scenario") or {}
+    return scenario.get("name") == "server" and scenario.get("rate") is None
+
+
+def _outstanding_by_default(result: Mapping[str, Any]) -> bool:
+    asked = (result.get("scenario") or {}).get("outstanding")
+    return bool(asked == outstanding((result.get("workload") or {}).get("slots")))
+
+
+def outstanding(slots: int | None) -> int:
+    """Requests under way of the offline scenario, where it was not said how many."""
+    return OUTSTANDING_A_SLOT * (slots or SLOTS_UNKNOWN)
+
+
+def _compare_searches(a: Mapping[str, Any], b: Mapping[str, Any], threshold: float) -> Difference:
+    """A difference is told if one's highest rate is beyond the other's by more than the threshold
+    wherever in their intervals they are; that there is none, only of searches that were decided.
+    """
+    (low_a, high_a, decided_a), (low_b, high_b, decided_b) = _searched(a), _searched(b)
+    first, second = (_metric(result, RATE).get("value") for result in (a, b))
+    undecided = [name for name, ok in (("a", decided_a), ("b", decided_b)) if not ok]
+    verdict: Verdict = "unknown" if undecided else "no difference"
+    if high_b * (1 + threshold) < low_a:
+        verdict = "slower"
+    elif high_a * (1 + threshold) < low_b:
+        verdict = "faster"
+    none = [name for name, value in (("a", first), ("b", second)) if not value]
+    reason = f"no rate kept the bound in {' and '.join(none)}" if none else ""
+    if verdict == "unknown":
+        reason = reason or f"the search of {' and '.join(undecided)} is undecided"
+    return Difference(
+        RATE,
+        "1/s",
+        "higher",
+        verdict,
+        a=first,
+        b=second,
+        ratio=second / first if first and second else None,
+        low=low_b / high_a if high_a and math.isfinite(high_a) else None,
+        high=high_b / low_a if low_a and math.isfinite(high_b) else None,
+        reason=reason,
+    )
+
+
+def _searched(result: Mapping[str, Any]) -> tuple[float, float, bool]:
+    """(a rate that was shown to keep the bound, one that was shown not to, whether nothing between
+    them is open); 0 and infinity where there is none.
+
+    Results of before searches told their interval have a rate alone, and their points.
+    """
+    told = result.get("search")
+    if told:
+        low, high = told.get("low"), told.get("high")
+        return low or 0.0, math.inf if high is None else high, bool(told.get("decided"))
+    value = _metric(result, RATE).get("value")
+    if value is not None:
+        return value, value, True
+    missed = [each["rate"] for each in result.get("load") or () if each.get("met") is False]
+    return 0.0, min(missed, default=math.inf), False
 
 
 def _by_threshold(
     name: str, a: Mapping[str, Any], b: Mapping[str, Any], threshold: float
 ) -> Difference:
     """Of a metric that is one number, found once: without an interval."""
-    first, second = float(_value(a, name) or 0.0), float(_value(b, name) or 0.0)
-    better: Better = a["metrics"][name].get("better", "lower")
-    unit = a["metrics"][name].get("unit", "")
-    ratio = second / first if first else math.inf
+    first, second = (float(_metric(result, name)["value"]) for result in (a, b))
+    better: Better = _metric(a, name).get("better", "lower")
+    unit, reason = _metric(a, name).get("unit", ""), "by the threshold alone"
+    if not first:
+        verdict: Verdict = "unknown" if second else "no difference"
+        return Difference(name, unit, better, verdict, first, second, reason="it was 0")
+    ratio = second / first
     apart = not 1 / (1 + threshold) <= ratio <= 1 + threshold
     worse = (ratio > 1) == (better == "lower")
-    verdict: Verdict = "no difference" if not apart else "slower" if worse else "faster"
-    reason = "by the threshold alone"
+    verdict = "no difference" if not apart else "slower" if worse else "faster"
     return Difference(name, unit, better, verdict, first, second, ratio, reason=reason)
 
 
@@ -168,22 +261,50 @@ def _failed(result: Mapping[str, Any]) -> float:
     return 1 - outcomes.get("ok", 0) / total if total else 0.0
 
 
-def _value(result: Mapping[str, Any], name: str) -> float | None:
-    metric = (result.get("metrics") or {}).get(name) or {}
-    value: float | None = metric.get("value")
-    return value
+def _metric(result: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    return (result.get("metrics") or {}).get(name) or {}
 
 
 def differs(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """What may differ between results that are compared, and does: "machine.cpu: x, y"."""
-    lines = [line for part in LISTED for line in _unlike(a.get(part), b.get(part), part)]
+    models = [result.get("model") or {} for result in (a, b)]
+    passing: tuple[str, ...] = PASSING
+    if models[0].get("contents_hash") and _same(models, "contents_hash"):
+        passing += ("bundle_hash",)  # two exports of the same
+    lines = [line for part in LISTED for line in _unlike(a.get(part), b.get(part), part, passing)]
     for part in SAME:
         of_a, of_b = (result.get(part) for result in (a, b))
         if isinstance(of_a, Mapping) and isinstance(of_b, Mapping):
             for key in FREE:
                 lines += _unlike(of_a.get(key), of_b.get(key), f"{part}.{key}")
     alone = sorted(_rounds(a).keys() ^ _rounds(b).keys())
-    return lines + [f"metrics.{name}: in one of them only" for name in alone]
+    lines += [f"metrics.{name}: in one of them only" for name in alone]
+    lines += [f"{name} was interrupted" for name, each in (("a", a), ("b", b)) if _ended(each)]
+    hashed = [name for name in ("bundle_hash", "contents_hash") if name not in passing]
+    other = not all(_same(models, name) for name in hashed)
+    if other and not all(model.get("evaluation") for model in models):
+        lines.append("model.evaluation: not known of both, so what is faster may be worse")
+    return lines
+
+
+def _ended(result: Mapping[str, Any]) -> bool:
+    return bool(result.get("interrupted"))
+
+
+def _same(models: Sequence[Mapping[str, Any]], name: str) -> bool:
+    return models[0].get(name) == models[1].get(name)
+
+
+def to_json(
+    differences: Sequence[Difference], differing: Sequence[str], threshold: float
+) -> dict[str, Any]:
+    """differing: lines as of `differs`."""
+    return {
+        "schema": SCHEMA,
+        "threshold": threshold,
+        "differences": [asdict(each) for each in differences],
+        "differs": list(differing),
+    }
 
 
 def print_differences(
@@ -247,8 +368,12 @@ def _rounds(result: Mapping[str, Any]) -> dict[str, Rounds]:
 
 def _unlike(a: Any, b: Any, where: str, free: Sequence[str] = ()) -> Iterator[str]:
     """Where two JSON values differ, and how; names in `free` do not count, and objects are gone
-    through.
+    through, also where the other one has none.
     """
+    if isinstance(a, Mapping) and b is None:
+        b = {}
+    elif isinstance(b, Mapping) and a is None:
+        a = {}
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         for key in dict.fromkeys([*a, *b]):
             if key not in free:

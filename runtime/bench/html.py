@@ -10,19 +10,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from .cells import Section, estimate, interval, words
 from .drawing import Figure
 from .plots import figures
 from .schema import percentile, quantity, replace, share
-from .table import (
-    INDENT,
-    Section,
-    estimate,
-    heading,
-    interval,
-    sections,
-    subtitle,
-    words,
-)
+from .table import INDENT, heading, sections, subtitle
 
 STYLE = """
 :root { color-scheme: light dark;

@@ -6,19 +6,24 @@ writes its logs; what it says is read from its summary.
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import subprocess
+import sys
 import threading
 import time
-from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 from ..errors import UnavailableError
 from .asking import Ask
 from .observation import Observation, together
-from .scenarios import MOST_IN_FLIGHT
+from .scenarios import MOST_IN_FLIGHT, Interrupted
 
 NAMES = {
     "single-stream": "SingleStream",
@@ -27,19 +32,19 @@ NAMES = {
     "offline": "Offline",
 }
 SUMMARY = "mlperf_log_summary.txt"
-QUERIES = 1024  # different ones that LoadGen draws from
+Samples = list[tuple[int, int]]  # LoadGen's id and its number of the query
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What LoadGen says. valid: that it says so, and that every request was answered, of which it
-    does not know; figures: its summary's lines, times in seconds.
+    """What LoadGen says. reasons: why a run is not valid, and what it recommends; figures: its
+    summary's lines, times in seconds. It does not know of requests that were not answered.
     """
 
     valid: bool
     figures: dict[str, float]
     log: str
-    problem: str = ""
+    reasons: list[str] = field(default_factory=list)
 
 
 def drive(
@@ -61,74 +66,88 @@ def drive(
     least, most: queries; rate: a second, of the server scenario, and what offline expects; bound:
     seconds within which a share of the server scenario's latencies must be; streams: requests of a
     multi-stream query, which is one observation; outstanding: requests at a time of offline.
-    UnavailableError where LoadGen is not installed; its logs go into `folder`.
+    UnavailableError where LoadGen is not installed; its logs go into `folder`. Ctrl-C is
+    Interrupted with one round.
     """
-    try:
-        import mlperf_loadgen as loadgen
-    except ImportError:
-        raise UnavailableError(
-            "LoadGen is not installed: pip install 'nuwa-runtime[bench]'"
-        ) from None
+    if importlib.util.find_spec("mlperf_loadgen") is None:
+        raise UnavailableError("LoadGen is not installed: pip install 'nuwa-runtime[bench]'")
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = {
+        "min_duration_ms": round(1000 * seconds),
+        "min_query_count": least,
+        "max_query_count": most or 0,
+        "server_target_qps": rate,
+        "offline_expected_qps": rate,
+        "server_target_latency_ns": round(1e9 * bound),
+        "server_target_latency_percentile": share,
+        "multi_stream_samples_per_query": streams,
+    }
     seen: list[Observation] = []
     lock = threading.Lock()
+    pool = ThreadPoolExecutor(
+        outstanding if scenario == "offline" else MOST_IN_FLIGHT, "nuwa-loadgen"
+    )
+    with _loadgen_process() as link:
 
-    def answer(sample: Any, now: float) -> Observation:
-        observation = ask(sample.index, now)
-        loadgen.QuerySamplesComplete([loadgen.QuerySampleResponse(sample.id, 0, 0)])
-        return observation
+        def answered(samples: Samples, observation: Observation) -> None:
+            with lock:
+                seen.append(observation)
+                link.send([each for each, _ in samples])
 
-    def keep(observation: Observation) -> None:
-        with lock:
-            seen.append(observation)
+        def alone(sample: tuple[int, int], now: float) -> None:
+            answered([sample], ask(sample[1], now))
 
-    settings = loadgen.TestSettings()
-    settings.scenario = getattr(loadgen.TestScenario, NAMES[scenario])
-    settings.mode = loadgen.TestMode.PerformanceOnly
-    settings.min_duration_ms = round(1000 * seconds)
-    settings.min_query_count = least
-    settings.max_query_count = most or 0
-    settings.server_target_qps = settings.offline_expected_qps = rate
-    settings.server_target_latency_ns = round(1e9 * bound)
-    settings.server_target_latency_percentile = share
-    settings.multi_stream_samples_per_query = streams
-    folder.mkdir(parents=True, exist_ok=True)
-    logs = loadgen.LogSettings()
-    logs.log_output.outdir = str(folder)
-    logs.enable_trace = False
-    workers = outstanding if scenario == "offline" else MOST_IN_FLIGHT
-    with ThreadPoolExecutor(workers, "nuwa-loadgen") as pool:
+        def as_one(samples: Samples, now: float) -> None:
+            calls = [pool.submit(ask, index, now) for _, index in samples]
+            answered(samples, together(call.result() for call in calls))
 
-        def alone(sample: Any, now: float) -> None:
-            keep(answer(sample, now))
-
-        def as_one(samples: list[Any], now: float) -> None:
-            calls = [pool.submit(answer, sample, now) for sample in samples]
-            keep(together(call.result() for call in calls))
-
-        def issue(samples: list[Any]) -> None:
-            now = time.perf_counter()
-            if scenario == "single-stream":
-                for sample in samples:
-                    keep(answer(sample, now))
-            elif scenario == "multi-stream":
-                pool.submit(as_one, samples, now)
-            else:
-                for sample in samples:
-                    pool.submit(alone, sample, now)
-
-        system = loadgen.ConstructSUT(issue, lambda: None)
-        library = loadgen.ConstructQSL(QUERIES, QUERIES, lambda samples: None, lambda samples: None)
         try:
-            loadgen.StartTestWithLogSettings(system, library, settings, logs)
+            link.send({"scenario": NAMES[scenario], "settings": wanted, "folder": str(folder)})
+            while (samples := _received(link)) is not None:
+                now = time.perf_counter()
+                if scenario == "multi-stream":
+                    pool.submit(as_one, samples, now)
+                    continue
+                for sample in samples:
+                    if scenario == "single-stream":
+                        alone(sample, now)
+                    else:
+                        pool.submit(alone, sample, now)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise Interrupted([seen]) from None
         finally:
-            loadgen.DestroyQSL(library)
-            loadgen.DestroySUT(system)
-    verdict = read_verdict((folder / SUMMARY).read_text())
-    failed = Counter(each.status for each in seen if not each.ok)
-    if failed:
-        told = ", ".join(f"{number} {status}" for status, number in failed.most_common())
-        verdict = replace(verdict, valid=False, problem=f"not answered: {told}")
-    return seen, verdict
+            pool.shutdown(cancel_futures=True)
+    return seen, read_verdict((folder / SUMMARY).read_text())
+
+
+def _received(link: Connection) -> Samples | None:
+    try:
+        samples: Samples | None = link.recv()
+    except EOFError:
+        raise RuntimeError("LoadGen's process ended in the middle of its test") from None
+    return samples
+
+
+@contextmanager
+def _loadgen_process() -> Iterator[Connection]:
+    """A connection to one (loadgen_process.py), which is ended in the end, whatever it does."""
+    here, there = Pipe()
+    command = [sys.executable, str(Path(__file__).with_name("loadgen_process.py"))]
+    with there:
+        process = subprocess.Popen(
+            [*command, str(there.fileno())],
+            pass_fds=[there.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for who asked
+        )
+    try:
+        yield here
+    finally:
+        here.close()
+        process.kill()
+        process.wait()
 
 
 def read_verdict(summary: str) -> Verdict:
@@ -137,6 +156,13 @@ def read_verdict(summary: str) -> Verdict:
     for name, value in re.findall(r"^(.+?)\s*: ([-\d.]+)$", summary, re.MULTILINE):
         nanoseconds = name.endswith("(ns)")
         figures[name.removesuffix("(ns)").strip()] = float(value) / (1e9 if nanoseconds else 1)
-    return Verdict(
-        re.search(r"^Result is : VALID", summary, re.MULTILINE) is not None, figures, summary
-    )
+    valid = re.search(r"^Result is : VALID", summary, re.MULTILINE) is not None
+    return Verdict(valid, figures, summary, [] if valid else _reasons(summary))
+
+
+def _reasons(summary: str) -> list[str]:
+    """What it says is not satisfied; what it recommends, and says of early stopping."""
+    found = re.findall(r"^\s*(\S.*? satisfied)\s*: NO\s*$", summary, re.MULTILINE)
+    told = [f"{each}: no" for each in found]
+    told += re.findall(r"^ \* (.+(?:\n [^ *].+)*)$", summary, re.MULTILINE)
+    return [" ".join(each.split()) for each in told]

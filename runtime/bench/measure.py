@@ -5,25 +5,32 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from nuwa.spec.known import known_cells
-from nuwa.spec.sampling import Sampling
-from nuwa.spec.tasks import Task
-
-from ..bundle import open_bundle
-from . import card as cards
-from . import figures, machine, rates
+from . import energy, figures, machine, memory, sensors, server_metrics
 from .asking import Asker
+from .compare import outstanding
+from .describe import (
+    describe_card,
+    describe_model,
+    describe_scenario,
+    describe_workload,
+    given_frames,
+)
+from .hardware import Hardware, gpus_in_use
 from .observation import OK, Observation
 from .running import Settings, run, warmed
+from .sampler import Sampler
 from .schema import SCHEMA
 from .targets import Target
-from .workload import GIVEN_FRAMES, Workload
+from .workload import Workload
 
-BUSY = 0.3  # load average for each core from which a note says so
+OTHERS = 0.03  # of the cores' time that others took, from which a note says so
+SLOWER = 0.03  # of the last rounds, likewise
+COOLED = 2.0  # degrees above those before the rates were measured, that are cool enough
+COOL_DOWN_SECONDS = 30.0
 
 
 def measure(
@@ -32,193 +39,184 @@ def measure(
     settings: Settings,
     *,
     command: str = "",
+    frugal: bool = False,
+    metrics_at: str | None = None,
+    devices_before: Mapping[int, int] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """The result; what is wrong with the request is raised as it is, before anything is measured.
 
-    say: hears what is being done.
+    frugal: for a small machine: rates are measured in little memory, and it may cool down then;
+    metrics_at: HOST:PORT of the server's own metrics, which are read before and after;
+    devices_before: memory.used_on_devices() before the model was loaded; say: hears what is done.
     """
-    began, described = datetime.now(UTC), machine.describe()
-    settings = replace(settings, outstanding=settings.outstanding or 2 * (target.slots or 4))
+    began, described, hardware = datetime.now(UTC), machine.describe(), Hardware()
+    settings = replace(settings, outstanding=settings.outstanding or outstanding(target.slots))
     asker = Asker(target.client, workload, target.info, target.model)
+    gpus = gpus_in_use(hardware.gpus, target.info.backend) if target.local else []
+    idle = energy.idle_watts(energy.sources(hardware, gpus)) if target.local else {}
+    if metrics_at is not None:
+        server_metrics.read(metrics_at)  # or it is told now that it cannot be had
     cold = time.perf_counter()
-    asker.check()
+    pictures = asker.check()
     cold = time.perf_counter() - cold
-    say("the machine's rates")
-    card = describe_card(target, workload, settings)
+    if settings.rates and target.bundle is not None:
+        say("the machine's rates")
+    heat = sensors.hottest(hardware)
+    card = describe_card(target, workload, settings, frugal)
+    if frugal and "rates" in card:
+        cool_down(hardware, heat)
     say("warm-up")
     warm_up = {"first_seconds": cold} | warmed(asker, settings.warm_up, settings.at_once)
     target.steps.clear()
-    machine.forget_peak()
+    prepared = memory.process_peak(hardware)
+    memory.forget_peak()
+    before = "" if metrics_at is None else server_metrics.read(metrics_at)
     say(settings.scenario)
-    sampler = machine.Sampler()
+    sampler = Sampler(hardware, gpus=gpus)
     sampler.start()
     try:
         seen = run(asker, target, settings, warm_up["requests"])
     finally:
         power = sampler.stop()
-    observed = seen.all
+    observed, span = seen.all, figures.counted(seen, settings)
+    frames = workload.frame_count(target.info)
+    given = given_frames(workload, frames)
+    if span is not None:
+        power["energy"] = sampler.energy(*span[:2])
+    power |= {"counted_seconds": span[1] - span[0] if span else 0.0, "idle_watts": idle}
+    conditions = {
+        "celsius": _temperatures(power["seen"]),
+        "drift": figures.drift(seen, settings),
+        **(sampler.contention(*span[:2]) if span else {}),
+    }
+    device, device_note = memory.device_peak(power["seen"], gpus, devices_before)
+    around = figures.Surroundings(
+        card, frames, given, _charged(power), power["own_seconds"] / power["seconds"]
+    )
+    phases = figures.phases(observed)
+    if target.local and "encoding" not in phases:
+        phases |= figures.encoding(workload.output_format, pictures)
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "when": began.isoformat(timespec="seconds"),
         "command": command,
-        "notes": [*seen.notes, *notes(target, described, warm_up, power, observed)],
+        "notes": [
+            *seen.notes,
+            *notes(target, warm_up, power, conditions, seen.asked),
+            *([device_note] if device_note else []),
+        ],
         "machine": described,
         "model": describe_model(target, settings),
         "workload": describe_workload(target, workload),
         "scenario": describe_scenario(settings),
         "card": card,
         "warm_up": warm_up,
-        "outcomes": dict(Counter(each.status for each in observed)),
-        "metrics": figures.metrics(seen, workload, settings, card.get("floor_seconds")),
-        "phases": figures.phases(observed) | figures.encoding(asker),
-        "steps": figures.steps(target.steps, card),
+        "outcomes": dict(Counter(each.status for each in seen.asked)),
+        "metrics": figures.metrics(seen, workload, settings, around),
+        "phases": phases,
+        "steps": figures.steps(target.steps, card, settings.scenario == "single-stream"),
         "load": seen.load,
         "timeline": {"requests": figures.timeline(observed)},
-        "memory": memory(target, power),
+        "latencies": figures.latencies(observed),
+        "memory": {
+            "process_peak_bytes": memory.process_peak(hardware) if target.local else None,
+            "preparing_peak_bytes": prepared if target.local else None,
+            "device_peak_bytes": device,
+        },
         "power": power if target.local else None,
-        "rounds": figures.in_rounds(seen, workload, settings),
+        "conditions": conditions,
+        "rounds": figures.in_rounds(seen, workload, settings, given),
     }
+    if figures.beaten(result):
+        result["notes"].append(
+            "Some of it was faster than its floor: the machine was slower when its rates were "
+            "measured, and the floor is no floor."
+        )
+    if metrics_at is not None:
+        after = server_metrics.read(metrics_at)
+        told = server_metrics.difference(before, after, target.info.name, str(workload.task))
+        result["server"] = {"metrics_at": metrics_at} | told
+        if told["requests"] != len(observed):
+            result["notes"].append(
+                f"The server counted {told['requests']} requests meanwhile, {len(observed)} of "
+                f"which are in the figures: its phases are of all that it was asked."
+            )
+    if seen.search is not None:
+        result["search"] = seen.search
+    if seen.interrupted:
+        result["interrupted"] = True
     if seen.loadgen is not None:
         result["loadgen"] = seen.loadgen
     return result
 
 
-def describe_card(target: Target, workload: Workload, settings: Settings) -> dict[str, Any]:
-    """What a generation must move and compute, and how long that takes at this machine's rates.
-
-    Empty where the bundle's folder is not known; without rates and floor where these were not
-    asked for, or for what is not computed by this machine's processor.
-    """
-    if target.bundle is None:
-        return {}
-    manifest, task = open_bundle(target.bundle, verify=False).manifest, workload.task
-    sampling = target.info.sampling.get(task, Sampling())
-    frames = workload.frame_count(target.info)
-    query = workload.query(0, target.info)
-    grid, known = manifest.config.decoder.grid, None
-    if task.needs_mask:
-        known = known_cells(query.options["mask"], grid.height, grid.width)
-    made = cards.card(
-        manifest,
-        task,
-        frames=frames,
-        samples=workload.samples,
-        guidance=workload.sampling.get("guidance_scale", sampling.guidance_scale),
-        schedule=workload.schedule,
-        given_frames=min(GIVEN_FRAMES, frames - 1) if task is Task.V2V else 0,
-        known=known,
-    )
-    found = made.to_json()
-    if not settings.rates or not target.local or not target.info.backend.endswith("cpu"):
-        return found
-    quota = machine.cpu_quota(machine.Hardware())
-    threads = target.threads or machine.usable_cores() or 1
-    if quota is not None:
-        threads = max(1, min(threads, int(quota)))
-    measured = rates.measure(
-        cards.products(manifest.config),
-        made.row_counts,
-        threads=threads,
-        working_set=made.weights_bytes,
-    )
-    return found | cards.floor(made, measured).to_json() | {"rates": measured.to_json()}
+def cool_down(
+    hardware: Hardware, degrees: float | None, seconds: float = COOL_DOWN_SECONDS
+) -> None:
+    """Waits until the machine is about as cool as it was, but no longer than so long."""
+    until = time.perf_counter() + seconds
+    while degrees is not None and time.perf_counter() < until:
+        now = sensors.hottest(hardware)
+        if now is None or now <= degrees + COOLED:
+            return
+        time.sleep(min(1.0, seconds))
 
 
-def describe_model(target: Target, settings: Settings) -> dict[str, Any]:
-    info = target.info
-    evaluation, reason = None, "the bundle's folder is not known"
-    if target.bundle is not None:
-        by_task, told = cards.evaluation_of(target.bundle, settings.evaluation)
-        reason = told or ""
-        if by_task is not None:
-            evaluation = {
-                f"{task} {name}": score["model"]
-                for task, result in by_task.items()
-                for name, score in result["scores"].items()
-            }
+def _temperatures(seen: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     return {
-        "name": info.name,
-        "bundle_hash": info.bundle_hash,
-        "precision": info.precision,
-        "backend": info.backend,
-        "parameters": info.parameter_count,
-        "evaluation": evaluation,
-        "evaluation_note": reason,
+        name.removesuffix("_celsius"): {
+            "before": each["first"],
+            "after": each["last"],
+            "most": each["most"],
+        }
+        for name, each in seen.items()
+        if name.endswith("_celsius")
     }
 
 
-def describe_workload(target: Target, workload: Workload) -> dict[str, Any]:
-    return {
-        "task": str(workload.task),
-        "frames": workload.frame_count(target.info),
-        "samples": workload.samples,
-        "schedule": workload.schedule,
-        "sampling": asdict(target.info.sampling.get(workload.task, Sampling()))
-        | dict(workload.sampling),
-        "output_format": workload.output_format,
-        "prompts": [workload.prompt(number) for number in range(len(workload.prompts) or 6)],
-        "seed": workload.seed,
-        "target": target.title,
-        "slots": target.slots,
-        "threads": target.threads,
-    }
-
-
-def describe_scenario(settings: Settings) -> dict[str, Any]:
-    """Its name and what of the settings it heeds."""
-    of_scenario: dict[str, dict[str, Any]] = {
-        "multi-stream": {"streams": settings.streams},
-        "offline": {"outstanding": settings.outstanding},
-        "server": {
-            "rate": settings.rate,
-            "slo_seconds": settings.bound,
-            "slo_quantile": f"{settings.share:g}",
-        },
-    }
-    extent = settings.extent
-    return {
-        "name": settings.scenario,
-        "driven_by": "LoadGen" if settings.loadgen is not None else "nuwa bench",
-        "seconds": extent.seconds,
-        "rounds": extent.rounds,
-        "least": extent.least,
-        "most": extent.most,
-        **of_scenario.get(settings.scenario, {}),
-    }
-
-
-def memory(target: Target, power: Mapping[str, Any]) -> dict[str, Any]:
-    """Of this process, with the engine if it is in it, while it was measured."""
-    seen = power.get("seen") or {}
-    devices = [
-        each["most"] for name, each in seen.items() if name.endswith("_process_bytes") and each
-    ]
-    peak = machine.peak_memory()["peak_process_bytes"]
-    return {
-        "process_peak_bytes": peak if target.local else None,
-        "device_peak_bytes": max(devices, default=None) if target.local else None,
-    }
+def _charged(power: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What answers are charged with, and what its source took while nothing was done."""
+    found = energy.counted(power["energy"])
+    if found is None:
+        return None
+    idle = [power["idle_watts"].get(name) for name in found["of"].split(" + ")]
+    known = [watts for watts in idle if watts is not None]
+    return found | ({"idle_watts": sum(known)} if len(known) == len(idle) else {})
 
 
 def notes(
     target: Target,
-    described: Mapping[str, Any],
     warm_up: Mapping[str, Any],
     power: Mapping[str, Any],
+    conditions: Mapping[str, Any],
     observed: list[Observation],
 ) -> list[str]:
     """What a reader has to know to believe the rest."""
     found = []
     if not target.local:
         found.append("The machine described here is the client's.")
-    load, cores = described.get("load_average"), described.get("cores") or 1
-    if load and load[0] > BUSY * cores:
-        found.append(f"The machine was busy before: load average {load[0]:.2f} on {cores} cores.")
+    taken = conditions.get("others_share") or 0.0
+    if target.local and taken > OTHERS:
+        found.append(
+            f"Others took {100 * taken:.0f} % of the cores' time meanwhile "
+            f"({conditions['others_cores'] + conditions['stolen_cores']:.2f} cores)."
+        )
     if not warm_up["steady"]:
         found.append(f"After {warm_up['requests']} requests latencies were not steady yet.")
     if power.get("throttled"):
         found.append(f"Kept down meanwhile: {', '.join(power['throttled'])}.")
+    drift = conditions.get("drift") or {}
+    if drift.get("clear") and drift["slower"] > SLOWER:
+        hotter = [
+            f"{name} went from {each['before']:.0f} to {each['after']:.0f} degrees"
+            for name, each in (conditions.get("celsius") or {}).items()
+            if each["after"] > each["before"] + COOLED
+        ]
+        found.append(
+            f"The last rounds were {100 * drift['slower']:.0f} % slower than the first"
+            f"{': ' + ', '.join(hotter) if hotter else ''}."
+        )
     failed = Counter(each.status for each in observed if each.status != OK)
     if failed:
         told = ", ".join(f"{count} {status}" for status, count in failed.most_common())

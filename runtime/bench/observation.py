@@ -33,16 +33,15 @@ class Observation:
         """From when it was due: who comes late to send it waits, too."""
         return self.ended - self.scheduled
 
-    @property
-    def time_to_first_frame(self) -> float | None:
-        return self.frames[0] - self.scheduled if self.frames else None
+    def time_to_first_frame(self, given: int = 0) -> float | None:
+        """Until the first that was made: the first `given` are those that were sent."""
+        made = self.frames[given:]
+        return made[0] - self.scheduled if made else None
 
-    @property
-    def time_per_frame(self) -> float | None:
-        """From one frame to the next, on average; None for fewer than two."""
-        if len(self.frames) < 2:
-            return None
-        return (self.frames[-1] - self.frames[0]) / (len(self.frames) - 1)
+    def time_per_frame(self, given: int = 0) -> float | None:
+        """From one that was made to the next, on average; None for fewer than two."""
+        made = self.frames[given:]
+        return (made[-1] - made[0]) / (len(made) - 1) if len(made) > 1 else None
 
     @property
     def client(self) -> float:

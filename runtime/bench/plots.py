@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .cells import between, interval, quantiles, words
 from .drawing import (
     LEFT,
     RIGHT,
@@ -30,8 +31,9 @@ from .drawing import (
     draw_text,
     text_width,
 )
+from .load_tables import asked
 from .schema import percentile, quantity, several, share
-from .table import INSIDE, OVERLAP, between, interval, quantiles, words
+from .table import INSIDE, OVERLAP
 
 WIDE = 8  # largest over least value from which an axis is logarithmic
 BINS = (6, 60)
@@ -65,23 +67,24 @@ def phases(result: Part) -> Figure | None:
     for (name, mean), end in zip(means.items(), itertools.accumulate(means.values()), strict=True):
         tip = f"{told[name]}, {share(mean / total)} of all phases"
         bars += draw_bar(x, end - mean, end, 40, 48, colours[name], tip)
+    key = [(colours[name], text) for name, text in told.items()]
     if whole > total:
         rest = f"in no phase {quantity(whole - total, 's')}"
+        key.append(("area rest", rest))
         bars += draw_bar(x, total, whole, 40, 48, "area rest", rest)
     mean = [(x.at(whole), f"mean latency {quantity(whole, 's')}", "mark")] if whole else []
     return draw_figure(
         "Where a request's time goes",
         132,
         (draw_below(x, 34, 88, f"time, {x.seconds}"), bars, _flags(mean, 20, 34, 88)),
-        [(colours[name], text) for name, text in told.items()],
+        key,
         OVERLAP if total > 1.01 * whole > 0 else "Means of the phases, one after the other.",
     )
 
 
 def distribution(result: Part, name: str = "latency") -> Figure | None:
     """How many requests took how long, and which share took at most so long, of a metric in s."""
-    rounds = (result.get("rounds") or {}).get(name) or []
-    seconds = [value for each in rounds for value in each or () if value is not None]
+    seconds, number = _values(result, name)
     if not seconds:
         return None
     metric = _metric(result, name)
@@ -102,13 +105,25 @@ def distribution(result: Part, name: str = "latency") -> Figure | None:
         362,
         (frame, marks, names),
         [("area bar", "requests"), ("line curve", "% of requests")],
-        "; ".join(_remarks(len(seconds), metric)) + ".",
+        "; ".join(_remarks(len(seconds), number, metric)) + ".",
     )
 
 
-def _remarks(number: int, metric: Part) -> list[str]:
+def _values(result: Part, name: str) -> tuple[list[float], int]:
+    """(values of a metric, of how many they are): those kept for the picture, or the rounds'."""
+    kept = result.get("latencies") or {}
+    if name == "latency" and kept.get("values"):
+        values = [value for value in kept["values"] if value is not None]
+        return values, max(kept.get("count") or 0, len(values))
+    rounds = (result.get("rounds") or {}).get(name) or []
+    values = [value for each in rounds for value in each or () if value is not None]
+    return values, len(values)
+
+
+def _remarks(drawn: int, number: int, metric: Part) -> list[str]:
+    few = "" if drawn == number else f", {drawn} of which are drawn, evenly apart by rank"
     refused = [(key, entry["needs"]) for key, entry in quantiles(metric) if entry.get("needs")]
-    return [several(number, "request"), "lines through points: 95 % intervals"] + [
+    return [several(number, "request") + few, "lines through points: 95 % intervals"] + [
         f"{percentile(key)} needs {several(needs, 'sample')}" for key, needs in refused
     ]
 
@@ -160,7 +175,10 @@ def load(result: Part) -> Figure | None:
     points = [each for each in result.get("load") or () if each.get("rate") is not None]
     points.sort(key=lambda each: each["rate"])
     bound = (result.get("scenario") or {}).get("slo_seconds")
-    heights = [each[name] for each in points for name in ("p50", "p99") if each.get(name)]
+    # Beside the median the quantile that was to keep the bound.
+    other = asked(result)
+    fields = {"p50": "p50"} | ({other: "quantile"} if other and other != "p50" else {"p99": "p99"})
+    heights = [each[name] for each in points for name in fields.values() if each.get(name)]
     if not heights:
         return None
     heights += [bound] if bound else []
@@ -168,27 +186,30 @@ def load(result: Part) -> Figure | None:
     y = axis(heights, 300, 48, log=_wide(heights), seconds=True)
     kept = [each["rate"] for each in points if each.get("met")][-1:]
     flags = [(x.at(rate), f"{quantity(rate, '1/s')} kept", "mark") for rate in kept]
-    key = [("line p50", "p50"), ("line p99", "p99")]
+    kinds = dict(zip(fields, ("p50", "p99"), strict=False))
+    key = [(f"line {kinds[name]}", name) for name in fields]
     if any(each.get("met") is False for each in points):
         key.append(("dot missed", "bound not kept"))
     frame = draw_beside(y) + draw_below(x, 48, 300, "requests offered, 1/s")
-    marks = _flags(flags, 34, 48, 300) + _series(points, "p50", x, y) + _series(points, "p99", x, y)
+    marks = _flags(flags, 34, 48, 300)
+    for name, field in fields.items():
+        marks += _series(points, name, field, kinds[name], x, y)
     names = draw_text(LEFT, 14, f"latency, {y.seconds}", "start", "name")
     above = _bound(result["scenario"], y) if bound else ""
     return draw_figure("Latency against load", 344, (frame, marks, above, names), key)
 
 
-def _series(points: Sequence[Part], name: str, x: Axis, y: Axis) -> str:
-    known = [each for each in points if each.get(name)]
-    places = [(x.at(each["rate"]), y.at(each[name])) for each in known]
+def _series(points: Sequence[Part], name: str, field: str, kind: str, x: Axis, y: Axis) -> str:
+    known = [each for each in points if each.get(field)]
+    places = [(x.at(each["rate"]), y.at(each[field])) for each in known]
     dots = ""
     for each, place in zip(known, places, strict=True):
         offered, achieved = (quantity(each.get(rate), "1/s") for rate in ("rate", "achieved"))
-        tip = f"{offered} offered, {achieved} achieved: {name} {quantity(each[name], 's')}"
+        tip = f"{offered} offered, {achieved} achieved: {name} {quantity(each[field], 's')}"
         dots += draw_dot(
-            *place, 4, f"dot {name}{' missed' if each.get('met') is False else ''}", tip
+            *place, 4, f"dot {kind}{' missed' if each.get('met') is False else ''}", tip
         )
-    return draw_path(places, f"line {name}") + dots
+    return draw_path(places, f"line {kind}") + dots
 
 
 def _bound(scenario: Part, y: Axis) -> str:
@@ -211,9 +232,12 @@ def roofline(result: Part) -> Figure | None:
         return None
     flops, most = card.get("flops_per_row"), 2 * max(each["rows"] for each in steps)
     gemm = (card.get("rates") or {}).get("gemm") or () if flops else ()
-    floors = _rates(card.get("floor_by_rows") or (), "seconds", flops or 1.0)
+    # Steps of several generations have rows that one alone never has.
+    floors = _rates(steps, "floor", flops or 1.0)
+    if len(floors) < len(steps) or len(floors) < 2:
+        floors = _rates(card.get("floor_by_rows") or (), "seconds", flops or 1.0) or floors
     lines = {
-        "line roof": floors or _rates(steps, "floor", flops or 1.0),
+        "line roof": floors,
         "line gemm": [
             (each["rows"], each["flops_per_second"])
             for each in sorted(gemm, key=lambda each: each["rows"])

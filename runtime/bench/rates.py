@@ -24,13 +24,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .machine import Hardware, last_level_cache, memory_bytes
+from .hardware import Hardware
+from .machine import available_bytes, last_level_cache, memory_bytes
 
 REPEATS = 15
 SHORTEST = 0.005  # seconds of a repeat; what takes less is done several times
 MOST_SIZES = 8  # numbers of rows whose products are timed
 MANY_ROWS = 256  # of one that always is: products of many rows are the fastest
 LEAST_COPIED = 1 << 28  # bytes
+LEAST_FRUGAL = 1 << 23  # likewise where memory is short
+FRUGAL_SHARE = 16  # of the memory that is free: what a frugal measurement takes, at most
 BLAS_SETTERS = (
     "scipy_openblas_set_num_threads64_",
     "scipy_openblas_set_num_threads",
@@ -64,10 +67,10 @@ class Measurement:
 class Rates:
     """copy: bytes a second, read and written, of more than the caches hold; read: bytes a second,
     read again and again, of as much as a step reads of weights; products: floating-point operations
-    a second by number of rows, one at least; precision: of the products; about: how all this was
-    measured.
+    a second by number of rows, none where these could not be measured; precision: of the products;
+    about: how all this was measured.
 
-    Those of a GPU are made by whoever measures one; then copy and products are its own.
+    Those of a GPU are made by device_rates.py.
     """
 
     copy: Measurement
@@ -125,14 +128,20 @@ def measure(
     threads: int,
     working_set: int,
     repeats: int = REPEATS,
+    frugal: bool = False,
     hardware: Hardware | None = None,
 ) -> Rates:
     """All rates of this machine's processor; takes seconds.
 
     shapes: (inputs, outputs) of a step's products; rows: numbers of rows of its steps, of which
-    MOST_SIZES are timed, and MANY_ROWS; working_set: bytes of weights that a step reads.
+    MOST_SIZES are timed, and MANY_ROWS; working_set: bytes of weights that a step reads; frugal:
+    little memory is taken, and no more than a part of what is free.
     """
-    copied = copied_bytes(hardware or Hardware())
+    hardware = hardware or Hardware()
+    copied = frugal_bytes(hardware) if frugal else copied_bytes(hardware)
+    free = available_bytes(hardware) if frugal else None
+    if free is not None:
+        working_set = max(1, min(working_set, free // FRUGAL_SHARE))
     copy = copy_bandwidth(copied, threads, repeats)
     read = read_bandwidth(working_set, threads, repeats)
     with blas_threads(1) as single:  # or else BLAS shares the products out by itself
@@ -154,6 +163,15 @@ def copied_bytes(hardware: Hardware) -> int:
     wanted = max(LEAST_COPIED, 4 * (last_level_cache(hardware) or 0))
     memory = memory_bytes(hardware)
     return wanted if memory is None else min(wanted, memory // 8)
+
+
+def frugal_bytes(hardware: Hardware) -> int:
+    """How much is copied where memory is short: source and target together are four times the last
+    caches, and no more than a part of what is free.
+    """
+    wanted = max(LEAST_FRUGAL, 2 * (last_level_cache(hardware) or 0))
+    free = available_bytes(hardware)
+    return wanted if free is None else max(1 << 20, min(wanted, free // (2 * FRUGAL_SHARE)))
 
 
 def copy_bandwidth(size: int, threads: int, repeats: int = REPEATS) -> Measurement:

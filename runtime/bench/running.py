@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import loadgen, scenarios, search, statistics
+from . import scenarios, statistics
 from .asking import Asker
 from .observation import Observation
-from .scenarios import Extent, Rounds
+from .scenarios import Extent, Interrupted, Rounds
 from .targets import Target
 
 SCENARIOS = ("single-stream", "multi-stream", "server", "offline")
 WARM_UP_SECONDS = 60.0
 WARM_UP_WINDOW = 4  # requests
 WARM_UP_TOLERANCE = 0.1
-GUESS_SECONDS = 10.0  # of the offline run that a search for the highest rate begins with
+REFUSALS = 0.01  # share of requests from which throughput is not that of a server at work
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ class Settings:
 @dataclass(frozen=True)
 class Seen:
     """What a scenario gave. rate, rates: answers a second, in all and by round, where the scenario
-    is about that; load: of the rates that were tried.
+    is about that; beside: what ended when that did not count; load: of the rates that were tried;
+    search: what a search for the highest rate found (search.Found); interrupted: by Ctrl-C, and the
+    rest is what there was by then.
     """
 
     rounds: Rounds
@@ -71,10 +73,19 @@ class Seen:
     load: list[dict[str, Any]] = field(default_factory=list)
     loadgen: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    beside: list[Observation] = field(default_factory=list)
+    search: dict[str, Any] | None = None
+    interrupted: bool = False
 
     @property
     def all(self) -> list[Observation]:
+        """What the figures are of."""
         return [each for one in self.rounds for each in one]
+
+    @property
+    def asked(self) -> list[Observation]:
+        """What the outcomes are of: also those whose time does not count."""
+        return self.all + self.beside
 
 
 def warmed(asker: Asker, most: int, at_once: int = 1) -> dict[str, Any]:
@@ -104,99 +115,77 @@ def warmed(asker: Asker, most: int, at_once: int = 1) -> dict[str, Any]:
 
 
 def run(asker: Asker, target: Target, settings: Settings, first: int) -> Seen:
-    """The scenario; queries are numbered from `first` on."""
-    extent, outstanding = settings.extent, settings.outstanding
+    """The scenario; queries are numbered from `first` on.
+
+    Ctrl-C gives what there is by then, marked so; if that is nothing, it is raised.
+    """
+    from . import driven, serving
+
+    outstanding = settings.outstanding
     assert outstanding is not None, "measure has set it"
-    began = time.perf_counter()
     if settings.loadgen is not None:
-        return _by_loadgen(asker, settings, settings.loadgen, outstanding)
-    if settings.scenario == "single-stream":
-        rounds = scenarios.single_stream(asker, extent, first)
-    elif settings.scenario == "multi-stream":
-        rounds = scenarios.multi_stream(asker, extent, settings.streams, first)
+        seen = driven.by_loadgen(asker, settings, settings.loadgen, outstanding)
+    elif settings.scenario == "server":
+        seen = serving.serve(asker, target, settings, outstanding, first)
     elif settings.scenario == "offline":
-        found = scenarios.offline(asker, extent, outstanding, first)
-        seconds = time.perf_counter() - began
-        noted = [] if found.rates else ["Too few answers for the time: throughput is of all of it."]
-        return Seen(found.rounds, seconds, found.rate, found.rates, notes=noted)
+        seen = _offline(asker, settings, outstanding, first)
     else:
-        return _server(asker, target, settings, outstanding, first)
-    return Seen(rounds, time.perf_counter() - began)
+        seen = _streams(asker, settings, first)
+    if seen.interrupted and not seen.asked:
+        raise KeyboardInterrupt
+    if seen.interrupted:
+        seen.notes.append("Interrupted: this is what there was by then.")
+    return seen
 
 
-def _server(asker: Asker, target: Target, settings: Settings, outstanding: int, first: int) -> Seen:
-    """At the given rate, or at the highest that keeps the bound."""
-    runs: dict[float, tuple[Rounds, float, list[tuple[int, float]]]] = {}
-    least = max(settings.extent.least, statistics.least_under(0, settings.share))
-
-    def at(rate: float) -> search.Point:
-        searching = settings.rate is None
-        extent = replace(settings.extent, least=least) if searching else settings.extent
-        began = time.perf_counter()
-        target.steps.clear()
-        rounds = scenarios.server(asker, extent, rate, seed=len(runs), first=first)
-        runs[rate] = rounds, time.perf_counter() - began, list(target.steps)
-        return point(rate, [each for one in rounds for each in one], settings)
-
-    noted = []
-    if settings.rate is not None:
-        points: list[search.Point] = [at(settings.rate)]
-        best: float | None = settings.rate
-    else:
-        extent = replace(settings.extent, seconds=GUESS_SECONDS, rounds=1, most=None)
-        guess = scenarios.offline(asker, extent, outstanding, first).rate
-        if not guess:
-            raise ValueError("no request was answered, so there is no rate to search for")
-        best, points = search.highest_rate(at, guess)
-        if best is None:
-            noted.append(f"No rate kept the bound; what follows is of {min(runs):.3g} a second.")
-        elif all(each.met for each in points):
-            noted.append("Every rate that was tried kept the bound; the highest may be higher.")
-    shown = best if best is not None else min(runs)
-    rounds, seconds, steps = runs[shown]
-    target.steps[:] = steps
-    load = [asdict(each) | {"best": each.rate == best} for each in points]
-    return Seen(rounds, seconds, load=load, notes=noted)
+def _streams(asker: Asker, settings: Settings, first: int) -> Seen:
+    extent, began, interrupted = settings.extent, time.perf_counter(), False
+    try:
+        if settings.scenario == "multi-stream":
+            rounds = scenarios.multi_stream(asker, extent, settings.streams, first)
+        else:
+            rounds = scenarios.single_stream(asker, extent, first)
+    except Interrupted as ended:
+        rounds, interrupted = ended.rounds, True
+    return Seen(rounds, time.perf_counter() - began, interrupted=interrupted)
 
 
-def point(rate: float, observed: list[Observation], settings: Settings) -> search.Point:
-    """What requests at a rate say of the bound; one that failed did not keep it."""
-    assert settings.bound is not None, "checked when settings were made"
-    latencies = [each.latency for each in observed if each.ok]
-    under = sum(latency <= settings.bound for latency in latencies)
-    verdict = statistics.latency_bound(under, len(observed) - under, settings.share)
-    seconds = max(each.ended for each in observed) - observed[0].scheduled
-    found = statistics.summary(latencies).quantiles if latencies else {}
-    p50, p99 = (found[share].value if found else None for share in (0.5, 0.99))
-    return search.Point(rate, len(latencies) / seconds, p50, p99, verdict.met, verdict.more)
-
-
-def _by_loadgen(asker: Asker, settings: Settings, folder: Path, outstanding: int) -> Seen:
-    extent, rate = settings.extent, settings.rate or 1.0
-    if settings.scenario == "offline":  # LoadGen has to be told how many are enough
-        rate = scenarios.offline(asker, Extent(GUESS_SECONDS, 1), outstanding).rate or rate
-    began = time.perf_counter()
-    observed, verdict = loadgen.drive(
-        asker,
-        settings.scenario,
-        folder,
-        seconds=extent.seconds,
-        least=extent.least,
-        most=extent.most,
-        rate=rate,
-        bound=settings.bound or 1.0,
-        share=settings.share,
-        streams=settings.streams,
-        outstanding=outstanding,
-    )
+def _offline(asker: Asker, settings: Settings, outstanding: int, first: int) -> Seen:
+    began, interrupted = time.perf_counter(), False
+    try:
+        found = scenarios.offline(asker, settings.extent, outstanding, first)
+    except Interrupted as ended:
+        assert ended.throughput is not None, "offline says it"
+        found, interrupted = ended.throughput, True
     seconds = time.perf_counter() - began
-    size = -(-len(observed) // extent.rounds) or 1
-    rounds = [observed[at : at + size] for at in range(0, len(observed), size)]
-    told = {
-        "valid": verdict.valid,
-        "problem": verdict.problem,
-        "figures": verdict.figures,
-        "logs": str(folder),
-    }
-    noted = [f"LoadGen says that this run is not valid. {verdict.problem}".strip()]
-    return Seen(rounds, seconds, loadgen=told, notes=[] if verdict.valid else noted)
+    noted = []
+    if not found.rates:
+        noted.append("Too few answers for the time: throughput is of all of it.")
+    noted += refusals(found, outstanding)
+    return Seen(
+        found.rounds,
+        seconds,
+        found.rate,
+        found.rates,
+        notes=noted,
+        beside=found.beside,
+        interrupted=interrupted,
+    )
+
+
+def refusals(found: scenarios.Throughput, outstanding: int) -> list[str]:
+    """Notes on an offline run that had more requests under way than the server takes."""
+    noted = []
+    if found.outstanding is not None and found.outstanding < outstanding:
+        noted.append(
+            f"The server refused some of {outstanding} requests at a time: there were "
+            f"{found.outstanding} in the end."
+        )
+    counted = [each for one in found.rounds for each in one]
+    refused = sum(each.status in scenarios.REFUSED for each in counted)
+    if refused > REFUSALS * len(counted):
+        noted.append(
+            f"{refused} of {len(counted)} requests were refused in the time that counts: this "
+            "throughput is not what the server can do."
+        )
+    return noted

@@ -2,16 +2,18 @@
 
 Source: MLCommons' inference rules (github.com/mlcommons/inference_policies). Each runs in rounds,
 of which results tell apart what differs within a machine's minute from what differs between them.
+Ctrl-C ends each with Interrupted, which has what was observed until then.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 from .asking import Ask
@@ -19,9 +21,20 @@ from .observation import Observation, together
 
 MOST_IN_FLIGHT = 512  # of the server scenario, before requests wait for a thread of ours
 BACK_OFF = 0.05  # seconds after a request that failed
-RAMP = 0.1  # of the offline scenario's time, before answers count
+RAMP = 0.1  # of the time, before answers count for throughput
+REFUSED = ("QUEUE_FULL", "RESOURCE_EXHAUSTED")  # of a server that has too much to do
 
 Rounds = list[list[Observation]]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in the middle of a scenario. rounds: what was observed until then; throughput: of it,
+    where the scenario is about that.
+    """
+
+    def __init__(self, rounds: Rounds, throughput: Throughput | None = None) -> None:
+        super().__init__()
+        self.rounds, self.throughput = rounds, throughput
 
 
 @dataclass(frozen=True)
@@ -72,15 +85,24 @@ def multi_stream(ask: Ask, extent: Extent, streams: int, first: int = 0) -> Roun
 
 
 def _in_rounds(extent: Extent, query: Callable[[], Observation]) -> Rounds:
-    rounds = []
-    for each in extent.each():
-        seen: list[Observation] = []
-        began = time.perf_counter()
-        while each.lasts(began, len(seen)):
-            seen.append(query())
-            _back_off(seen[-1])
-        rounds.append(seen)
+    rounds: Rounds = []
+    try:
+        for each in extent.each():
+            seen: list[Observation] = []
+            rounds.append(seen)
+            began = time.perf_counter()
+            while each.lasts(began, len(seen)):
+                seen.append(query())
+                _back_off(seen[-1])
+    except KeyboardInterrupt:
+        raise Interrupted(rounds) from None
     return rounds
+
+
+def in_parts(seen: Sequence[Observation], rounds: int) -> Rounds:
+    """Rounds of equally many, but for the last."""
+    size = -(-len(seen) // rounds) or 1
+    return [list(seen[at : at + size]) for at in range(0, len(seen), size)]
 
 
 def _back_off(seen: Observation) -> None:
@@ -91,36 +113,60 @@ def _back_off(seen: Observation) -> None:
 
 @dataclass(frozen=True)
 class Throughput:
-    """rate: answers a second; rates: the same of each round with an answer; rounds: all that was
-    observed after the ramp.
+    """rate: answers a second; rates: the same of each round with an answer; rounds: what ended in
+    the time that counts; beside: what ended before or after; outstanding: requests under way in the
+    end, fewer than there were where some were refused.
     """
 
     rate: float
     rates: list[float]
     rounds: Rounds
+    beside: list[Observation] = field(default_factory=list)
+    outstanding: int | None = None
 
 
 def offline(ask: Ask, extent: Extent, outstanding: int, first: int = 0) -> Throughput:
-    """As many answers as there can be, with always `outstanding` requests under way.
+    """As many answers as there can be, with `outstanding` requests under way.
 
-    `least` of the extent does not count here.
+    MLPerf's Offline sends all samples at once, and the system has them all to choose from. A server
+    with a queue of some length would refuse most of them; here the next request is sent when one is
+    answered, a closed loop, which gives the same throughput if `outstanding` keeps the server busy.
+    A server that refuses requests all the same has too many: who is refused asks no more, until
+    none is, or one is left.
+
+    It lasts for the extent's seconds after a ramp, longer if fewer than `least` ended in these.
     """
     numbers, over = count(first), threading.Event()
     seen: list[Observation] = []
-    lock = threading.Lock()
+    lock, workers = threading.Lock(), outstanding
     began = time.perf_counter()
     start = began + RAMP * extent.seconds
     end = start + extent.seconds
     last = None if extent.most is None else first + extent.most
+    counted = 0
 
     def work() -> None:
-        while time.perf_counter() < end and not over.is_set():
+        nonlocal counted, end, workers
+        while not over.is_set() and (time.perf_counter() < end or counted < extent.least):
             with lock:
                 number = next(numbers)
             if last is not None and number >= last:
                 return
-            seen.append(ask(number, time.perf_counter()))  # of lists, safe among threads
-            _back_off(seen[-1])
+            one = ask(number, time.perf_counter())
+            with lock:
+                seen.append(one)
+                counted += one.ended >= start
+                if counted <= extent.least:
+                    end = max(end, math.nextafter(one.ended, math.inf))
+                if one.status in REFUSED and workers > 1:
+                    workers -= 1
+                    return
+            _back_off(one)
+
+    def found() -> Throughput:
+        with lock:
+            at, until = list(seen), end
+        return replace(sliced(at, began, start, until, extent.rounds), outstanding=workers)
 
     threads = [
         threading.Thread(target=work, name="nuwa-bench", daemon=True) for _ in range(outstanding)
@@ -130,67 +176,117 @@ def offline(ask: Ask, extent: Extent, outstanding: int, first: int = 0) -> Throu
     try:
         for thread in threads:
             thread.join()
+    except KeyboardInterrupt:
+        end = min(end, time.perf_counter())
+        throughput = found()
+        raise Interrupted(throughput.rounds, throughput) from None
     finally:
         over.set()
-    return sliced(seen, began, start, end, extent.rounds)
+    return found()
 
 
 def sliced(
-    seen: list[Observation], began: float, start: float, end: float, rounds: int
+    seen: Sequence[Observation], began: float, start: float, end: float, rounds: int
 ) -> Throughput:
     """By when they ended. A rate is from the last answer before a round to the last one of it, so
     that it does not depend on where the round's edge falls between two answers.
 
     Where fewer than two answers came after the ramp, that is all there were over all the time.
     """
-    answers = sorted(each.ended for each in seen if each.ok)
+    inorder = sorted(seen, key=lambda each: each.ended)
+    answers = [each.ended for each in inorder if each.ok]
     before = [moment for moment in answers if moment < start]
     inside = [moment for moment in answers if start <= moment < end]
     base = before[-1] if before else inside[0] if inside else start
     if len(inside) < 2 or inside[-1] <= base:
-        rate = len(answers) / (answers[-1] - began) if answers else 0.0
-        return Throughput(rate, [], [sorted(seen, key=lambda each: each.ended)])
+        taken = answers[-1] - began if answers else 0.0
+        rate = len(answers) / taken if taken else 0.0
+        return Throughput(rate, [], [inorder])
     length = (end - start) / rounds
     slices: Rounds = [[] for _ in range(rounds)]
-    for each in sorted(seen, key=lambda one: one.ended):
+    beside = []
+    for each in inorder:
         index = int((each.ended - start) // length)
-        if 0 <= index < rounds:
-            slices[index].append(each)
+        if start <= each.ended < end:
+            slices[min(index, rounds - 1)].append(each)
+        else:
+            beside.append(each)
     rates, earlier = [], base
     for part in slices:
         ended = [each.ended for each in part if each.ok and each.ended > base]
-        if ended:
+        if ended and ended[-1] > earlier:
             rates.append(len(ended) / (ended[-1] - earlier))
             earlier = ended[-1]
     counted = sum(moment > base for moment in inside)
-    return Throughput(counted / (inside[-1] - base), rates, slices)
+    return Throughput(counted / (inside[-1] - base), rates, slices, beside)
 
 
-def server(ask: Ask, extent: Extent, rate: float, seed: int, first: int = 0) -> Rounds:
-    """Poisson arrivals, `rate` a second, sent when they are due, however many are under way."""
-    due = list(arrivals(rate, extent, seed))
+def achieved(seen: Sequence[Observation], rounds: int) -> Throughput:
+    """Answers a second of requests that came at a rate of their own: until the last was due, as
+    later there are no new ones, and after a ramp, in which there are no old ones.
+    """
+    began = min(each.scheduled for each in seen)
+    until = max(each.scheduled for each in seen)
+    return sliced(seen, began, began + RAMP * (until - began), until, rounds)
+
+
+More = Callable[[list[Observation], float], float]
+
+
+def server(
+    ask: Ask, extent: Extent, rate: float, seed: int, first: int = 0, more: More | None = None
+) -> Rounds:
+    """Poisson arrivals, `rate` a second, sent when they are due, however many are under way.
+
+    more: called when the last was due, with all until then and the time; says for how many seconds
+    to go on, 0 for no more. Who is still under way then is told as if it ended at that moment.
+    """
+    draw = random.Random(seed)
     pool = ThreadPoolExecutor(MOST_IN_FLIGHT, "nuwa-bench")
+    calls: list[tuple[float, Future[Observation]]] = []
+    began = time.perf_counter()
     try:
-        calls, began = [], time.perf_counter()
-        for number, moment in enumerate(due, first):
-            scheduled = began + moment
-            time.sleep(max(0.0, scheduled - time.perf_counter()))
-            calls.append(pool.submit(ask, number, scheduled))
-        seen = [call.result() for call in calls]
+        due = list(arrivals(rate, extent, draw))
+        while due:
+            for moment in due:
+                scheduled = began + moment
+                time.sleep(max(0.0, scheduled - time.perf_counter()))
+                calls.append((scheduled, pool.submit(ask, first + len(calls), scheduled)))
+            began += len(due) / rate
+            left = None if extent.most is None else extent.most - len(calls)
+            seconds = 0.0 if more is None or left == 0 else more(*_until_now(calls))
+            part = Extent(seconds, 1, 0, left)
+            due = list(arrivals(rate, part, draw)) if seconds else []
+        seen = [call.result() for _, call in calls]
+    except KeyboardInterrupt:
+        pool.shutdown(cancel_futures=True)
+        done = [call.result() for _, call in calls if not call.cancelled()]
+        raise Interrupted(in_parts(done, extent.rounds)) from None
     finally:
         pool.shutdown(cancel_futures=True)
-    size = -(-len(seen) // extent.rounds) or 1
-    return [seen[at : at + size] for at in range(0, len(seen), size)]
+    return in_parts(seen, extent.rounds)
 
 
-def arrivals(rate: float, extent: Extent, seed: int) -> Iterator[float]:
-    """Seconds from the start; the same for the same seed."""
-    draw, moment, done = random.Random(seed), 0.0, 0
-    while True:
-        moment += draw.expovariate(rate)
-        if (extent.most is not None and done >= extent.most) or (
-            moment > extent.seconds and done >= extent.least
-        ):
-            return
+def _until_now(calls: list[tuple[float, Future[Observation]]]) -> tuple[list[Observation], float]:
+    now = time.perf_counter()
+    return [
+        call.result() if call.done() else Observation(scheduled, scheduled, now)
+        for scheduled, call in calls
+    ], now
+
+
+def arrivals(rate: float, extent: Extent, seed: int | random.Random) -> Iterator[float]:
+    """Seconds from the start; the same for the same seed.
+
+    As many as `rate` says for the time, and those at random: what a Poisson process is if it has so
+    many. Left to chance their number would scatter, by 3 % of 1000, and with it the rate.
+    """
+    draw = seed if isinstance(seed, random.Random) else random.Random(seed)
+    number = max(round(rate * extent.seconds), extent.least)
+    if extent.most is not None:
+        number = min(number, extent.most)
+    gaps = [draw.expovariate(1.0) for _ in range(number + 1)]
+    scale, moment = number / rate / sum(gaps), 0.0
+    for gap in gaps[:-1]:
+        moment += gap * scale
         yield moment
-        done += 1

@@ -13,11 +13,12 @@ from typing import Any, NoReturn
 
 SCHEMA = "nuwa-bench/1"
 REQUIRED = ("when", "command", "model", "workload", "scenario", "metrics")
-BULKY = ("timeline", "rounds")
+BULKY = ("timeline", "latencies", "rounds")
 KINDS: dict[str, type] = {
     "when": str,
     "command": str,
     "notes": list,
+    "interrupted": bool,
     "machine": dict,
     "model": dict,
     "workload": dict,
@@ -30,12 +31,21 @@ KINDS: dict[str, type] = {
     "steps": list,
     "load": list,
     "timeline": dict,
+    "latencies": dict,
+    "search": dict,
+    "server": dict,
+    "conditions": dict,
     "loadgen": dict,
     "memory": dict,
     "power": dict,
     "rounds": dict,
 }
-NAMES: dict[type, str] = {str: "a string", list: "a list", dict: "an object"}
+NAMES: dict[type, str] = {
+    str: "a string",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
 SCALED = {"B", "B/s", "FLOP", "FLOP/s", "FLOP/B"}  # written with k, M, G: powers of 1000
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 

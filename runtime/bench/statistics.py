@@ -101,6 +101,11 @@ def summary(
     )
 
 
+def shares_with(share: float) -> tuple[float, ...]:
+    """Those of SHARES, and the one that was asked for."""
+    return tuple(sorted({*SHARES, share}))
+
+
 def quantile(values: npt.ArrayLike, share: float) -> float:
     """Nearest rank: the smallest value with at least `share` of all at or below it."""
     _check_share(share)
@@ -180,6 +185,46 @@ def latency_bound(under: int, over: int, share: float = 0.99, confidence: float 
     if over and beta_cdf(1 - share, over, under + 1) <= 1 - confidence:
         return Bound(False)
     return Bound(None, more)
+
+
+def design_effect(marks: npt.ArrayLike, batches: int = 20) -> float:
+    """How many values in order tell as much as one of independent draws would; 1 at least.
+
+    marks: 0 or 1 each. By batch means: the variance of the number of ones in a batch, beside that
+    of a binomial one. 1 with fewer values than batches. Source: Kish, Survey Sampling, 1965.
+    """
+    series = _checked(marks)
+    size = len(series) // batches
+    if not size:
+        return 1.0
+    counts = series[: size * batches].reshape(batches, size).sum(axis=1)
+    share = float(counts.mean()) / size
+    if not 0 < share < 1:
+        return 1.0
+    return max(1.0, float(counts.var(ddof=1)) / (size * share * (1 - share)))
+
+
+def slope(
+    x: npt.ArrayLike, y: npt.ArrayLike, batches: int = 10, confidence: float = 0.95
+) -> tuple[float, float, float] | None:
+    """(slope, low, high) of y against x, which are in order: a line through the means of batches,
+    as neighbours are not independent. None with fewer than two values a batch.
+    """
+    of_x, of_y = _checked(x), _checked(y)
+    size = len(of_x) // batches
+    if size < 2:
+        return None
+    first = len(of_x) - size * batches
+    left, right = (each[first:].reshape(batches, size).mean(axis=1) for each in (of_x, of_y))
+    left, right = left - left.mean(), right - right.mean()
+    spread = float(left @ left)
+    if not spread:
+        return None
+    found = float(left @ right) / spread
+    rest = right - found * left
+    error = math.sqrt(float(rest @ rest) / (batches - 2) / spread)
+    half = student_t(confidence, batches - 2) * error
+    return found, found - half, found + half
 
 
 def least_under(over: int, share: float, confidence: float = 0.99) -> int:

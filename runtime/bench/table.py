@@ -7,7 +7,6 @@ may be missing.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -15,28 +14,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .cells import Section, between, estimate, interval, quantiles, words
+from .load_tables import load, server, server_steps
 from .schema import count, percentile, quantity, several, share
 
 STEPS = 10  # sizes of a step that are shown, of those that took most of the time
 UNITS = {"_bytes": "B", "_seconds": "s", "_watts": "W", "_joules": "J"}  # by a field's last word
-PARTS = ("warm_up", "loadgen", "memory", "power", "model", "workload", "scenario", "machine")
-NOTHING = "–"
+SHARES = ("_share", "slower")  # how names of shares of 1 end
+PARTS = (
+    *("warm_up", "conditions", "loadgen", "memory", "power"),
+    *("model", "workload", "scenario", "machine"),
+)
+LABELS = {"measuring": "measuring takes"}  # of metrics, where their names say too little
 INSIDE = ("media_encoding",)  # phases that are measured by themselves, and are part of another
 OVERLAP = "Phases overlap: together they are longer than a request."
 INDENT = "\u00a0\u00a0"  # of a name that belongs to the one above
-
-
-@dataclass(frozen=True)
-class Section:
-    """A table: its heads (none where a row is a name and a value), its cells, remarks below it.
-
-    The first column is words, the others are numbers.
-    """
-
-    title: str
-    heads: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...] = ()
 
 
 def print(result: dict[str, Any], console: Console) -> None:
@@ -82,40 +74,8 @@ def subtitle(result: dict[str, Any]) -> list[str]:
 
 def sections(result: dict[str, Any]) -> list[Section]:
     """Every table that has rows, the card first."""
-    made = (_card, _results, _phases, _steps, _load, _outcomes, _conditions)
+    made = (_card, _results, _phases, _steps, server, server_steps, load, _outcomes, _conditions)
     return [section for section in (make(result) for make in made) if section.rows]
-
-
-def estimate(entry: dict[str, Any] | None, unit: str) -> str:
-    """A quantile as it is shown: its value, or how many samples it needs."""
-    if entry and entry.get("needs"):
-        return f"needs {several(entry['needs'], 'sample')}"
-    return quantity((entry or {}).get("value"), unit)
-
-
-def interval(entry: dict[str, Any], unit: str) -> str:
-    """Its 95 % interval, or nothing."""
-    return between(entry.get("low"), entry.get("high"), unit)
-
-
-def between(low: float | None, high: float | None, unit: str) -> str:
-    """42.4 .. 43.7 ms; nothing where an end is missing."""
-    if low is None or high is None:
-        return ""
-    first, last = quantity(low, unit), quantity(high, unit)
-    number, _, named = first.rpartition(" ")
-    return f"{number if unit and last.endswith(f' {named}') else first} .. {last}"
-
-
-def quantiles(metric: dict[str, Any] | None) -> list[tuple[str, dict[str, Any]]]:
-    """The metric's quantiles by key, lowest first."""
-    found = ((metric or {}).get("quantiles") or {}).items()
-    return sorted(((key, entry or {}) for key, entry in found), key=lambda each: float(each[0]))
-
-
-def words(name: str) -> str:
-    """A field's name for people."""
-    return name.replace("_", " ")
 
 
 def _card(result: dict[str, Any]) -> Section:
@@ -133,8 +93,25 @@ def _card(result: dict[str, Any]) -> Section:
         ("multiplying, measured", _by_rows(rates.get("gemm"), "flops_per_second", "FLOP/s")),
         ("floor of a step", _by_rows(card.get("floor_by_rows"), "seconds", "s")),
         ("floor of a generation", _floor(card)),
+        ("floor of one among several", _among(card.get("floor_together"))),
+        ("floor until the first frame", _first_frame(card)),
     ]
-    return Section("What it takes", (), tuple((name, value) for name, value in rows if value))
+    notes = (str(card["floor_note"]),) if card.get("floor_note") else ()
+    known = tuple((name, value) for name, value in rows if value)
+    return Section("What it takes", (), known, notes)
+
+
+def _among(together: dict[str, Any] | None) -> str | None:
+    """Only where they are several: else it is that of a generation, or less."""
+    if not together or together.get("seconds") is None or together["generations"] <= 1:
+        return None
+    return f"{quantity(together['seconds'], 's')} ({together['generations']:.3g} at a time)"
+
+
+def _first_frame(card: dict[str, Any]) -> str | None:
+    if (card.get("frames") or 1) < 2:
+        return None
+    return _given(card, "floor_first_frame_seconds", "s")
 
 
 def _steps_of(card: dict[str, Any]) -> str | None:
@@ -183,8 +160,12 @@ def _floor(card: dict[str, Any]) -> str | None:
 
 def _results(result: dict[str, Any]) -> Section:
     metrics = (result.get("metrics") or {}).items()
-    rows = tuple(row for name, metric in metrics for row in _metric(words(name), metric or {}))
-    return Section("Results", ("metric", "value", "95 % interval", "floor", "of floor"), rows)
+    rows = tuple(
+        row
+        for name, metric in metrics
+        for row in _metric(LABELS.get(name, words(name)), metric or {})
+    )
+    return Section("Results", ("metric", "value", "95 % interval", "at best", "of that"), rows)
 
 
 def _metric(name: str, metric: dict[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -202,12 +183,17 @@ def _metric(name: str, metric: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     least = "p50" if median is not None else "mean" if metric.get("mean") is not None else ""
     first = ("", "") if least else beside
     if value is not None or metric.get("needs"):
-        yield name, estimate(metric, unit), interval(metric, unit), *first
+        shown = share(value) if value is not None and not unit else estimate(metric, unit)
+        yield name, shown, interval(metric, unit), *first
     elif statistics:
         samples = metric.get("count")
         yield name, "" if samples is None else several(samples, "sample"), "", *first
     for statistic, *cells in statistics:
         yield INDENT + statistic, *cells, *(beside if statistic == least else ("", ""))
+    if metric.get("of"):
+        yield INDENT + str(metric["of"]), quantity(metric.get("watts"), "W"), "", "", ""
+    if metric.get("idle_watts") is not None:
+        yield INDENT + "idle", quantity(metric["idle_watts"], "W"), "", "", ""
 
 
 def _statistics(metric: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -274,29 +260,6 @@ def _step(step: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _load(result: dict[str, Any]) -> Section:
-    points = [point for point in result.get("load") or () if point.get("rate") is not None]
-    rows = [
-        (
-            quantity(point["rate"], "1/s"),
-            quantity(point.get("achieved"), "1/s"),
-            quantity(point.get("p50"), "s"),
-            quantity(point.get("p99"), "s"),
-            _verdict(point),
-        )
-        for point in sorted(points, key=lambda point: point["rate"])
-    ]
-    return Section(
-        "Load", ("requests offered", "achieved", "p50", "p99", "target met"), tuple(rows)
-    )
-
-
-def _verdict(point: dict[str, Any]) -> str:
-    if point.get("met") is not None:
-        return "yes" if point["met"] else "no"
-    return f"needs {count(point['needed'])} more" if point.get("needed") else NOTHING
-
-
 def _outcomes(result: dict[str, Any]) -> Section:
     outcomes = result.get("outcomes") or {}
     total = sum(outcomes.values())
@@ -346,6 +309,8 @@ def _plain(value: Any, name: str = "") -> str:
             return quantity(value, unit)
         if name == "parameters":
             return count(value)
+        if name.endswith(SHARES):
+            return share(value)
         return f"{value:.4g}" if isinstance(value, float) and abs(value) < 10_000 else str(value)
     if isinstance(value, dict):
         known = ((key, inner) for key, inner in value.items() if inner is not None)

@@ -67,4 +67,5 @@ def over_grpc(
                 f"{manifest_hash(bundle)[:12]}, the server's with {info.bundle_hash[:12]}"
             )
         version = f"{info.name}{SEPARATOR}{info.version}"  # whatever is loaded meanwhile
-        yield Target(client, info, f"gRPC {address}", bundle, None, None, version)
+        slots = client.slot_count(version) or None
+        yield Target(client, info, f"gRPC {address}", bundle, slots, None, version)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
-import json
+import dataclasses
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from nuwa.spec.tasks import parse_task
 
-from ..backends.base import AUTO, BACKENDS
 from . import arguments
 
 if TYPE_CHECKING:
@@ -22,8 +20,8 @@ if TYPE_CHECKING:
     from ..bench.targets import Target
     from ..bench.workload import Workload
 
-RANDOM = "nuwa.random_bundles"  # entry points: (preset, folder, precision) -> a bundle there
 SWEEP = "sweep"
+INTERRUPTED = 130  # exit status
 PROFILES: dict[str, dict[str, Any]] = {
     "edge": {"seconds": 30.0, "rounds": 6, "slots": 1, "queue_size": 4, "queries": 2000},
     "server": {"seconds": 120.0, "rounds": 10, "slots": 8, "queue_size": 256, "queries": None},
@@ -45,7 +43,15 @@ Scenarios are those of MLPerf Inference: single-stream (one request after anothe
 
 First comes a card: what a generation must move and compute, and the floor that this machine's
 measured rates set to it. Quantiles that the number of requests cannot support are refused. With
---out the result is written as result.json (docs/bench-result.md) and as a page, report.html."""
+--out the result is written as result.json (docs/bench-result.md) and as a page, report.html. The
+last line of the standard output is JSON, of --compare and `sweep` too. Ctrl-C ends measuring; what
+was measured until then is told.
+
+`sweep` measures each combination of bundles, backends, threads, slots and T buckets for --seconds,
+and writes sweep.json, sweep.html, and server.toml with the best settings for `nuwa serve --config`.
+Precision is of a bundle: name several, or a --checkpoint to be exported in each. T buckets are of
+backends whose engines are built for ranges of rows (TensorRT); the others, among them all that run
+on a processor, take steps of any size and have nothing to choose."""
 
 EXAMPLES = """\
 examples:
@@ -57,30 +63,41 @@ examples:
   nuwa bench demo/bundle --baseline bench/result.json           exit status 1 if it is slower
   nuwa bench --compare a/result.json b/result.json
   nuwa bench sweep demo/bundle --threads-of 1,2 --slots-of 1,4,8 --out sweep
+  nuwa bench sweep --checkpoint checkpoints/sprites --precision fp32,int8 --out sweep
+  nuwa bench sweep demo/bundle --backends tensorrt --buckets-of 64,256/16,64,256 --out sweep
 """
 
 
 def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
     from ..bench.running import SCENARIOS
-    from ..bench.sweep import PREFERENCES
+    from . import bench_sweep
 
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.add_argument(
         "bundle",
         nargs="*",
         metavar="BUNDLE",
-        help=f"folder made by `nuwa export`; `{SWEEP} BUNDLE...` tries many settings",
+        help="folder made by `nuwa export`; beside --server that of the server's bundle, for the "
+        f"card; `{SWEEP} BUNDLE...` tries many settings",
     )
     parser.add_argument("--server", metavar="HOST:PORT", help="measure a server that runs")
     parser.add_argument("--model", default="", help="of a server that has several")
     parser.add_argument(
+        "--metrics", metavar="HOST:PORT", help="the server's own (--metrics-port), for its phases"
+    )
+    parser.add_argument(
         "--preset", metavar="NAME", help="measure a model of this size with random weights"
     )
     parser.add_argument(
-        "--precision", default="fp32", help="of the preset's weights (default: %(default)s)"
+        "--precision", help=f"of the preset, or several of `{SWEEP}`: P,P (default: fp32)"
     )
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two results")
-    parser.add_argument("--baseline", type=Path, metavar="FILE", help="an earlier result")
+    parser.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="FILE",
+        help="an earlier result: exit status 1 if this one is slower, or if that cannot be told",
+    )
     parser.add_argument(
         "--threshold",
         type=float,
@@ -90,7 +107,11 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for results and report")
     parser.add_argument(
-        "--scores", type=Path, metavar="FILE", help="report of `nuwa evaluate` on this bundle"
+        "--scores",
+        type=Path,
+        metavar="FILE",
+        help="report of `nuwa evaluate` on this bundle or one of the same files, or a folder of "
+        "them (default: those in the bundle's folder)",
     )
     what = parser.add_argument_group("what is asked for")
     what.add_argument("--task", default="t2v", help="(default: %(default)s)")
@@ -125,13 +146,7 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
     )
     how.add_argument("--loadgen", type=Path, metavar="DIR", help="LoadGen drives, and logs there")
     how.add_argument("--no-rates", action="store_true", help="no floor: measure only the model")
-    tried = parser.add_argument_group(f"what `{SWEEP}` tries")
-    tried.add_argument("--backends", default=AUTO, metavar="A,B", help=f"of {', '.join(BACKENDS)}")
-    tried.add_argument("--threads-of", metavar="N,N", help="(default: one a core)")
-    tried.add_argument(
-        "--slots-of", default="1,2,4,8", metavar="N,N", help="(default: %(default)s)"
-    )
-    tried.add_argument("--prefer", choices=PREFERENCES, default="balance")
+    bench_sweep.add_arguments(parser.add_argument_group(f"what `{SWEEP}` tries"))
     arguments.add_sampling(parser)
     arguments.add_engine(parser, slots=True)
     parser.add_argument("--queue-size", type=arguments.positive, metavar="N")
@@ -141,6 +156,8 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
 
 
 def run(args: argparse.Namespace) -> int:
+    if not args.threshold >= 0:
+        raise ValueError(f"--threshold {args.threshold} is not at least 0")
     if args.compare:
         first, second = args.compare
         return _compare(first, second, args.threshold)
@@ -149,80 +166,119 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.bundle[:1] == [SWEEP]:
-        return _sweep(args)
+        from . import bench_sweep
+
+        args.bundle = args.bundle[1:]
+        return bench_sweep.run(args, _settings(args), _workload(args))
     return _measure(args)
 
 
 def _measure(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from ..bench import compare, html, schema, table
+    from ..bench import compare, memory, schema
     from ..bench.measure import measure
 
+    if args.metrics is not None and not args.server:
+        raise ValueError("--metrics is of --server")
     before = None if args.baseline is None else schema.read(args.baseline)
     settings, workload = _settings(args), _workload(args)
+    for folder in (args.out, args.loadgen):
+        if folder is not None:
+            arguments.make_writable(folder)
+    on_devices = memory.used_on_devices()
     with _target(args) as target:
-        result = measure(target, workload, settings, command=_command_line(), say=_say)
+        _check_scores(target, args.scores)
+        if before is not None:
+            compare.check_comparable(before, _conditions(target, workload, settings))
+        result = measure(
+            target,
+            workload,
+            settings,
+            command=command_line(),
+            frugal=args.profile == "edge",
+            metrics_at=args.metrics,
+            devices_before=on_devices,
+            say=say,
+        )
     if args.preset:
         result["notes"].append(
             "Random weights, without guidance (which doubles the rows) unless it was asked for."
         )
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        schema.write(args.out / "result.json", result)
-        html.write(args.out / "report.html", result)
-        _say(f"written: {args.out / 'result.json'} and {args.out / 'report.html'}")
+    told = dict(result)  # and what is only in the last line
+    try:
+        _report(result, args.out)
+        if before is not None and not result.get("interrupted"):
+            told["comparison"] = _compared(before, result, args.threshold)
+    finally:  # whatever cannot be written or shown, it was measured
+        print(schema.last_line(told), flush=True)
+    if result.get("interrupted"):
+        return INTERRUPTED
+    slower = "comparison" in told and told["comparison"]["status"]
+    return 1 if slower or not result["outcomes"].get("ok") else 0
+
+
+def _conditions(target: Target, workload: Workload, settings: Settings) -> dict[str, Any]:
+    """The parts of the result that are known before it is measured."""
+    from ..bench.compare import outstanding
+    from ..bench.describe import describe_scenario, describe_workload
+
+    settings = dataclasses.replace(
+        settings, outstanding=settings.outstanding or outstanding(target.slots)
+    )
+    return {
+        "workload": describe_workload(target, workload),
+        "scenario": describe_scenario(settings),
+    }
+
+
+def _check_scores(target: Target, scores: Path | None) -> None:
+    """ValueError if scores that were named are not of this bundle."""
+    from ..bench.card import evaluation_of
+
+    if scores is None:
+        return
+    if target.bundle is None:
+        raise ValueError("--scores: name the server's bundle, too")
+    found, reason = evaluation_of(target.bundle, scores)
+    if found is None:
+        raise ValueError(f"--scores: {reason}")
+
+
+def _report(result: dict[str, Any], out: Path | None) -> None:
+    from rich.console import Console
+
+    from ..bench import html, schema, table
+
+    if out is not None:
+        schema.write(out / "result.json", result)
+        html.write(out / "report.html", result)
+        say(f"written: {out / 'result.json'} and {out / 'report.html'}")
     table.print(result, Console())
-    status = 0 if result["outcomes"].get("ok") else 1
-    if before is not None:
-        differences = compare.compare_results(before, result, args.threshold)
-        compare.print_differences(differences, compare.differs(before, result))
-        status = max(status, compare.baseline_exit(differences))
-    print(schema.last_line(result))
-    return status
+
+
+def _compared(before: dict[str, Any], result: dict[str, Any], threshold: float) -> dict[str, Any]:
+    """Prints and returns what differs, with the exit status that follows."""
+    from ..bench import compare
+
+    differing = compare.differs(before, result)
+    try:
+        differences = compare.compare_results(before, result, threshold)
+    except ValueError as error:  # such as a metric that only one of them has
+        say(f"not compared with the baseline: {error}")
+        return compare.to_json([], [*differing, str(error)], threshold) | {"status": 1}
+    compare.print_differences(differences, differing)
+    status = compare.baseline_exit(differences)
+    return compare.to_json(differences, differing, threshold) | {"status": status}
 
 
 def _compare(a: Path, b: Path, threshold: float) -> int:
     from ..bench import compare, schema
 
     first, second = schema.read(a), schema.read(b)
-    compare.print_differences(
-        compare.compare_results(first, second, threshold), compare.differs(first, second)
-    )
-    return 0
-
-
-def _sweep(args: argparse.Namespace) -> int:
-    from ..bench import schema, sweep
-    from ..bench.sweep_report import page, print_outcomes
-
-    bundles = args.bundle[1:]
-    if not bundles:
-        raise ValueError("which bundles? name their folders after `sweep`")
-    unknown = [name for name in args.backends.split(",") if name not in BACKENDS]
-    if unknown:
-        raise ValueError(f"backend {unknown[0]!r} is not one of {', '.join(BACKENDS)}")
-    threads = _numbers(args.threads_of, "--threads-of") if args.threads_of else [None]
-    wanted = list(
-        sweep.choices(
-            bundles, args.backends.split(","), threads, _numbers(args.slots_of, "--slots-of")
-        )
-    )
-    workload = _workload(args)
-    outcomes = sweep.sweep(wanted, workload, args.seconds, _say)
-    print_outcomes(outcomes)
-    chosen = sweep.best(outcomes, args.prefer)
-    config = sweep.to_toml(chosen)
-    result = {"outcomes": sweep.to_json(outcomes), "best": sweep.to_json([chosen])[0]}
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        schema.replace(args.out / "sweep.json", json.dumps(result, indent=2) + "\n")
-        schema.replace(args.out / "server.toml", config)
-        schema.replace(args.out / "sweep.html", page(outcomes, chosen, _command_line()))
-        _say(f"written: sweep.json, sweep.html and server.toml in {args.out}")
-    else:
-        print(config, end="")
-    print(json.dumps(result))
+    differences = compare.compare_results(first, second, threshold)
+    differing = compare.differs(first, second)
+    compare.print_differences(differences, differing)
+    files = {"a": str(a), "b": str(b)}
+    print(schema.last_line(compare.to_json(differences, differing, threshold) | files))
     return 0
 
 
@@ -278,6 +334,12 @@ def _target(args: argparse.Namespace) -> Iterator[Target]:
     named = [bool(args.bundle) and not args.server, bool(args.server), bool(args.preset)]
     if sum(named) != 1 or len(args.bundle) > 1:
         raise ValueError("name one thing to measure: a bundle, --server or --preset")
+    if args.checkpoint is not None:
+        raise ValueError(f"--checkpoint is of `{SWEEP}`; `nuwa export` makes its bundle")
+    if args.precision is not None and not args.preset:
+        raise ValueError(f"--precision is of --preset and `{SWEEP}`: a bundle has its own")
+    if args.scores is not None and args.preset:
+        raise ValueError("--scores: random weights have none")
     bundle = Path(args.bundle[0]) if args.bundle else None
     if args.server:
         access = arguments.access(args)
@@ -286,7 +348,7 @@ def _target(args: argparse.Namespace) -> Iterator[Target]:
         return
     with contextlib.ExitStack() as stack:
         if bundle is None:
-            bundle = stack.enter_context(_random_bundle(args.preset, args.precision))
+            bundle = stack.enter_context(_random_bundle(args.preset, args.precision or "fp32"))
         crowd = args.streams if args.scenario == "multi-stream" else args.outstanding or 0
         room = max(
             args.queue_size, crowd, 2 * args.slots
@@ -298,32 +360,19 @@ def _target(args: argparse.Namespace) -> Iterator[Target]:
 
 @contextlib.contextmanager
 def _random_bundle(preset: str, precision: str) -> Iterator[Path]:
-    """Made by the part that exports, in a temporary folder."""
+    """In a temporary folder."""
     import tempfile
 
-    found = list(importlib.metadata.entry_points(group=RANDOM))
-    if not found:
-        raise ValueError("--preset needs `pip install 'nuwa-runtime[export]'`")
+    from ..bench import making
+
     with tempfile.TemporaryDirectory(prefix="nuwa-bench-") as folder:
-        _say(f"making {preset} with random weights")
-        path = Path(folder) / "bundle"
-        found[0].load()(preset, path, precision)
-        yield path
+        say(f"making {preset} with random weights")
+        yield making.random_bundle(preset, Path(folder) / "bundle", precision)
 
 
-def _numbers(text: str, flag: str) -> list[int]:
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{flag} {text!r} is not N,N,...") from None
-    if min(found) < 1:
-        raise ValueError(f"{flag} {text!r}: at least 1 each")
-    return found
-
-
-def _command_line() -> str:
+def command_line() -> str:
     return shlex.join(["nuwa", *sys.argv[1:]])
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import signal
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -13,13 +16,9 @@ import pytest
 from nuwa.runtime.bench import (
     asking,
     figures,
-    loadgen,
     measure,
     running,
     scenarios,
-    schema,
-    search,
-    sweep,
 )
 from nuwa.runtime.bench.asking import Asker
 from nuwa.runtime.bench.observation import Observation, together
@@ -27,10 +26,8 @@ from nuwa.runtime.bench.running import Settings
 from nuwa.runtime.bench.scenarios import Extent
 from nuwa.runtime.bench.targets import IN_PROCESS, Target, over_grpc
 from nuwa.runtime.bench.workload import Workload
-from nuwa.runtime.cli import main
 from nuwa.runtime.client import LocalClient
 from nuwa.runtime.core import QueueFullError, Timings
-from nuwa.runtime.errors import UnavailableError
 from nuwa.runtime.server import Server
 from nuwa.spec.tasks import Task
 
@@ -178,40 +175,29 @@ def test_who_is_sent_late_waited_all_the_same(monkeypatch):
     assert latencies == sorted(latencies) and latencies[-1] > 9 * 0.05
 
 
-@pytest.mark.parametrize("capacity", [0.4, 3.0, 77.0])
-@pytest.mark.parametrize("guess", [0.3, 1.0, 1.7])
-def test_the_highest_rate_is_found(capacity, guess):
-    def at(rate: float) -> search.Point:
-        return search.Point(rate, min(rate, capacity), 0.1, 0.2, rate <= capacity)
-
-    best, points = search.highest_rate(at, guess * capacity)
-    assert 0.94 * capacity <= best <= capacity
-    assert [each.rate for each in points] == sorted(each.rate for each in points)
-    assert len(points) < 15
-
-
-def test_no_rate_may_keep_the_bound():
-    best, points = search.highest_rate(
-        lambda rate: search.Point(rate, rate, 1.0, 1.0, None, 100), 8.0
+@patiently
+def test_requests_that_wait_for_each_other():
+    """Two are due at once, again and again: of each pair the second gets its slot 4 steps later."""
+    apart = 2 * (ENCODE + 4 * STEP + PIXELS)
+    due = [apart * (index // 2) for index in range(12)]
+    settings = Settings(
+        "server", Extent(1.0, rounds=2), rate=2 / apart, bound=1.0, share=0.8, warm_up=1
     )
-    assert best is None and len(points) == search.DOUBLINGS
-
-
-def test_a_rate_keeps_its_bound_only_if_enough_were_asked():
-    settings = Settings("server", bound=0.1)
-
-    def points(good: int, bad: int, failed: int = 0) -> search.Point:
-        seen = [Observation(i, i, i + 0.05) for i in range(good)]
-        seen += [Observation(i, i, i + 0.3) for i in range(bad)]
-        seen += [Observation(i, i, i + 0.01, "QUEUE_FULL") for i in range(failed)]
-        return running.point(5.0, seen, settings)
-
-    assert points(458, 0).met is None and points(458, 0).needed == 1
-    assert points(459, 0).met is True
-    assert points(459, 1).met is None
-    assert points(200, 0).p99 is None and points(200, 0).p50 == pytest.approx(0.05)
-    assert points(100, 60).met is False
-    assert points(100, 0, failed=60).met is False, "who is refused is not served in time"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenarios, "arrivals", lambda *_: due)
+        result = measured(Delayed(), Workload(Task.T2I), settings)
+    whole = ENCODE + 4 * STEP + PIXELS
+    latency = result["metrics"]["latency"]
+    assert latency["least"] == about(whole) and latency["most"] == about(whole + 4 * STEP)
+    assert latency["mean"] == about(whole + 2 * STEP)
+    queue = result["phases"]["queue"]
+    assert queue["most"] == about(4 * STEP) and queue["mean"] == about(2 * STEP)
+    for name, seconds in (("encode", ENCODE), ("decode", 4 * STEP), ("pixels", PIXELS)):
+        assert median(result["phases"][name]) == about(seconds), name
+    (point,) = result["load"]
+    assert point["rate"] == 2 / apart and point["quantile"] is None
+    assert set(latency["quantiles"]) == {"0.5", "0.8", "0.9", "0.95", "0.99"}
+    assert result["metrics"]["throughput"]["value"] == point["achieved"]
 
 
 @patiently
@@ -222,8 +208,10 @@ def test_over_a_connection_refusals_are_outcomes():
         assert alone.ok and alone.latency == about(ENCODE + 4 * STEP + PIXELS)
         assert alone.timings.decode == about(4 * STEP)
         seen = scenarios.offline(asker, Extent(1.5, rounds=1), outstanding=8)
-        statuses = {each.status for each in seen.rounds[0]}
-        assert statuses == {"ok", "QUEUE_FULL"}
+        assert target.slots == 1, "as the server says"
+        statuses = Counter(each.status for each in [*seen.rounds[0], *seen.beside])
+        assert statuses["ok"] >= 1 and statuses["QUEUE_FULL"] == 8 - seen.outstanding
+        assert seen.outstanding < 8 and {each.status for each in seen.rounds[0]} == {"ok"}
         settings = Settings(extent=Extent(0.1, rounds=1, least=1), warm_up=1)
         result = measure.measure(target, Workload(Task.T2I), settings)
         assert result["workload"]["target"] == f"gRPC {server.address}"
@@ -296,153 +284,6 @@ def test_the_timeline_is_of_phases_in_order():
     }
 
 
-def choice(name: str) -> sweep.Choice:
-    return sweep.Choice(name, "auto", None, 2)
-
-
-def test_settings_that_others_beat_are_not_worth_having():
-    outcomes = sweep.ranked(
-        [
-            sweep.Outcome(choice("slow"), "fp32", 3.0, 1.0),
-            sweep.Outcome(choice("quick"), "fp32", 1.0, 2.0),
-            sweep.Outcome(choice("wide"), "fp32", 2.5, 9.0),
-            sweep.Outcome(choice("middle"), "fp32", 1.1, 5.0),
-            sweep.Outcome(choice("same"), "fp32", 1.1, 5.0),
-            sweep.Outcome(choice("gone"), problem="no such processor"),
-        ]
-    )
-    names = [one.choice.bundle for one in outcomes]
-    assert names == ["quick", "middle", "same", "wide", "slow", "gone"]
-    assert [one.worth for one in outcomes] == [True, True, True, True, False, False]
-    assert sweep.best(outcomes, "latency").choice.bundle == "quick"
-    assert sweep.best(outcomes, "throughput").choice.bundle == "wide"
-    assert sweep.best(outcomes, "balance").choice.bundle == "middle"
-    with pytest.raises(ValueError, match="settings could be measured: gone.*no such processor"):
-        sweep.best(outcomes[-1:], "latency")
-    with pytest.raises(ValueError, match="'x' is not one of latency"):
-        sweep.best(outcomes, "x")
-
-
-def test_the_best_settings_are_what_a_server_reads(tmp_path):
-    from nuwa.runtime.settings import read
-
-    file = tmp_path / "server.toml"
-    found = sweep.Outcome(sweep.Choice("b", "auto", 2, 4), "fp32", 0.5, 3.0)
-    file.write_text(sweep.to_toml(found))
-    settings = read({}, file, {})
-    assert (str(settings.bundle), settings.threads, settings.slots) == ("b", 2, 4)
-
-
-def test_loadgen_agrees(tmp_path):
-    """Of the same requests: its 90th percentile beside ours."""
-    pytest.importorskip("mlperf_loadgen")
-    draw = np.random.default_rng(0)
-    sleeps = draw.uniform(0.02, 0.08, 4096)
-
-    def ask(number: int, scheduled: float) -> Observation:
-        sent = time.perf_counter()
-        time.sleep(sleeps[number])
-        return Observation(scheduled, sent, time.perf_counter())
-
-    seen, verdict = loadgen.drive(ask, "single-stream", tmp_path, seconds=5.0, least=64)
-    ours = np.quantile([each.latency for each in seen], 0.9, method="inverted_cdf")
-    assert verdict.figures["90.00 percentile latency"] == pytest.approx(ours, rel=0.03)
-    assert verdict.valid and len(seen) >= 64
-    assert "Result is : VALID" in verdict.log
-
-
-def test_without_loadgen_it_says_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "mlperf_loadgen", None)
-    with pytest.raises(UnavailableError, match=r"pip install 'nuwa-runtime\[bench\]'"):
-        loadgen.drive(lambda number, due: None, "single-stream", tmp_path, seconds=1)
-
-
-@pytest.mark.parametrize(
-    ("words", "problem"),
-    [
-        ("", "name one thing to measure"),
-        ("a b", "name one thing to measure"),
-        ("a --preset sprites", "name one thing to measure"),
-        ("a --seconds 0", "--seconds 0.0 is not above 0"),
-        ("a --percentile 100", "--percentile 100.0 is not between 0 and 100"),
-        ("a --scenario server", "needs a bound"),
-        ("a --rate -1", "--rate -1.0 is not above 0"),
-        ("a --task x", "'x'"),
-        ("a --samples 3", "--samples (above 1) and --rank-by go together"),
-        ("sweep", "which bundles?"),
-        ("sweep a --slots-of 1,x", "--slots-of '1,x' is not N,N,..."),
-        ("sweep a --backends gpu", "backend 'gpu' is not one of"),
-        ("/nowhere", "does not exist"),
-        ("--compare /nowhere /nowhere", "/nowhere"),
-    ],
-)
-def test_the_command_says_what_is_wrong(words, problem, capsys):
-    assert main(["bench", *words.split()]) == 2
-    assert problem in capsys.readouterr().err
-
-
-def test_the_command_measures_a_server(tmp_path, capsys):
-    with Server(FakeEngine(), queue_size=8) as server:
-        words = ["--server", server.address, "--task", "t2v", "--frames", "2", "--seconds", "1"]
-        words += ["--rounds", "3", "--out", str(tmp_path / "a")]
-        assert main(["bench", *words]) == 0
-        printed = capsys.readouterr()
-        last = json.loads(printed.out.splitlines()[-1])
-        assert last["schema"] == schema.SCHEMA and "rounds" not in last
-        result = schema.read(tmp_path / "a" / "result.json")
-        assert result["metrics"] == last["metrics"]
-        assert "<html" in (tmp_path / "a" / "report.html").read_text()
-        assert main(["bench", *words[:-1], str(tmp_path / "b")]) == 0
-        capsys.readouterr()
-    paths = [str(tmp_path / name / "result.json") for name in "ab"]
-    assert main(["bench", "--compare", *paths]) == 0
-    assert "latency" in capsys.readouterr().out
-
-
-def test_a_sweep_writes_what_it_found(tmp_path, capsys, monkeypatch):
-    from nuwa.runtime.commands import bench
-
-    made = [
-        sweep.Outcome(choice("quick"), "fp32", 0.1, 2.0),
-        sweep.Outcome(choice("wide"), "int8", 0.25, 9.0),
-        sweep.Outcome(choice("<gone>"), problem="no such processor"),
-    ]
-    monkeypatch.setattr(sweep, "sweep", lambda *arguments: sweep.ranked(made))
-    words = ["sweep", "b", "--slots-of", "2", "--out", str(tmp_path), "--prefer", "throughput"]
-    assert main(["bench", *words]) == 0
-    printed = capsys.readouterr().out
-    assert json.loads(printed.splitlines()[-1])["best"]["choice"]["bundle"] == "wide"
-    assert "no such processor" in printed and "250 ms" in printed
-    page = (tmp_path / "sweep.html").read_text()
-    assert page.count("<circle") >= 2 and "<gone>" not in page and "&lt;gone&gt;" in page
-    assert 'bundle = "wide"' in (tmp_path / "server.toml").read_text()
-    assert len(json.loads((tmp_path / "sweep.json").read_text())["outcomes"]) == 3
-    assert bench.SWEEP == "sweep"
-
-
-def test_a_sweep_measures_each(monkeypatch, tmp_path):
-    import contextlib
-
-    @contextlib.contextmanager
-    def opened(path, *, slots, threads, backend, queue_size):
-        if backend == "gpu":
-            raise UnavailableError("there is no GPU")
-        engine = FakeEngine(slots)
-        with LocalClient(engine, queue_size=queue_size) as client:
-            yield target_of(client, engine)
-
-    monkeypatch.setattr(sweep, "in_process", opened)
-    wanted = list(sweep.choices(["b"], ["cpu", "gpu"], [None], [1, 2]))
-    found = sweep.sweep(wanted, Workload(Task.T2I), 0.4)
-    assert len(found) == 4
-    assert sorted(one.problem for one in found) == [
-        "",
-        "",
-        *["UnavailableError: there is no GPU"] * 2,
-    ]
-    assert all(one.latency > 0 and one.throughput > 1 for one in found if not one.problem)
-
-
 def test_throughput_of_answers_that_take_longer_than_a_round():
     """One every two seconds, in rounds of one; and batches."""
     single = [Observation(i, i, i) for i in range(0, 22, 2)]
@@ -480,8 +321,77 @@ def test_who_is_refused_does_not_ask_again_at_once():
         asked.append(number)
         return Observation(scheduled, scheduled, scheduled, "QUEUE_FULL")
 
-    scenarios.offline(ask, Extent(0.4, rounds=1), outstanding=2)
-    assert len(asked) <= 2 * (0.5 / scenarios.BACK_OFF) + 2
+    found = scenarios.offline(ask, Extent(0.4, rounds=1), outstanding=3)
+    assert len(asked) <= 0.5 / scenarios.BACK_OFF + 4, "all but one asked no more"
+    assert found.outstanding == 1 and found.rate == 0
+    (note, other) = running.refusals(found, 3)
+    assert "refused some of 3" in note and "not what the server can do" in other
+
+
+def test_offline_backs_down_until_nothing_is_refused():
+    under, lock, most = [0], threading.Lock(), 3
+
+    def ask(number: int, scheduled: float) -> Observation:
+        with lock:
+            if under[0] == most:
+                return Observation(scheduled, scheduled, time.perf_counter(), "QUEUE_FULL")
+            under[0] += 1
+        time.sleep(0.01)
+        with lock:
+            under[0] -= 1
+        return Observation(scheduled, scheduled, time.perf_counter())
+
+    found = scenarios.offline(ask, Extent(1.0, rounds=2), outstanding=8)
+    assert found.outstanding == most
+    assert all(each.ok for one in found.rounds for each in one)
+    failed = [each for each in found.beside if not each.ok]
+    assert len(failed) == 8 - most, "they are told, although they do not count"
+    (note,) = running.refusals(found, 8)
+    assert "3 in the end" in note
+
+
+def test_offline_asks_for_as_many_as_it_was_told():
+    def ask(number: int, scheduled: float) -> Observation:
+        time.sleep(0.002)
+        return Observation(scheduled, scheduled, time.perf_counter())
+
+    found = scenarios.offline(ask, Extent(0.02, rounds=2, least=40), outstanding=2)
+    assert sum(map(len, found.rounds)) >= 40
+
+
+def test_ctrl_c_leaves_what_was_observed():
+    def until(last: int):
+        def ask(number: int, scheduled: float) -> Observation:
+            if number == last and threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt
+            return Observation(scheduled, scheduled, time.perf_counter())
+
+        return ask
+
+    extent = Extent(60.0, rounds=3, least=1, most=30)
+    target = Target(None, None, IN_PROCESS, None, 1, None)
+    seen = running.run(until(12), target, Settings(extent=extent, outstanding=1), 0)
+    assert seen.interrupted and len(seen.asked) == 12 and list(map(len, seen.rounds)) == [10, 2]
+    assert any("Interrupted" in note for note in seen.notes)
+    with pytest.raises(KeyboardInterrupt):
+        running.run(until(0), target, Settings(extent=extent, outstanding=1), 0)
+
+
+@pytest.mark.parametrize("scenario", ["multi-stream", "server", "offline"])
+def test_ctrl_c_while_threads_are_asking(scenario):
+    def ask(number: int, scheduled: float) -> Observation:
+        if number == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.02)
+        return Observation(scheduled, scheduled, time.perf_counter())
+
+    settings = Settings(
+        scenario, Extent(30.0, rounds=3), streams=2, outstanding=2, rate=50.0, bound=1.0
+    )
+    began = time.perf_counter()
+    seen = running.run(ask, Target(None, None, IN_PROCESS, None, 1, None), settings, 0)
+    assert seen.interrupted and len(seen.asked) >= 6
+    assert time.perf_counter() - began < 15
 
 
 def test_of_several_models_the_one_that_was_named_is_measured():
@@ -497,28 +407,18 @@ def test_of_several_models_the_one_that_was_named_is_measured():
     assert result["power"] is None and "client's" in result["notes"][0]
 
 
-def test_loadgen_does_not_know_that_requests_were_refused(tmp_path):
-    pytest.importorskip("mlperf_loadgen")
-
-    def ask(number: int, scheduled: float) -> Observation:
-        time.sleep(0.001)
-        return Observation(scheduled, scheduled, time.perf_counter(), "QUEUE_FULL")
-
-    seen, verdict = loadgen.drive(ask, "multi-stream", tmp_path, seconds=0.5, least=700, streams=4)
-    assert not verdict.valid and "QUEUE_FULL" in verdict.problem
-    assert "Result is : VALID" in verdict.log
-    assert len(seen) == verdict.figures["queries"] if "queries" in verdict.figures else len(seen)
-
-
 def test_a_search_leaves_its_latencies_out_of_comparisons():
     settings = Settings(
-        "server", Extent(0.2, rounds=2), bound=1.0, share=0.5, outstanding=2, warm_up=1
+        "server", Extent(0.2, rounds=2), bound=0.03, share=0.5, outstanding=2, warm_up=1
     )
     result = measured(FakeEngine(), Workload(Task.T2I), settings)
     assert result["rounds"] == {} and result["metrics"]["highest_rate"]["value"] > 0
     assert [each for each in result["load"] if each["best"]]
+    assert result["search"]["low"] == result["metrics"]["highest_rate"]["value"]
+    result["search"] |= {"high": 1.05 * result["search"]["low"], "decided": True}
     halved = json.loads(json.dumps(result))
     halved["metrics"]["highest_rate"]["value"] /= 2
+    halved["search"] |= {name: halved["search"][name] / 2 for name in ("low", "high")}
     from nuwa.runtime.bench import compare
 
     differences = compare.compare_results(result, halved)

@@ -15,17 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nuwa.runtime.bench import rates
-from nuwa.runtime.bench.card import (
-    Card,
-    Floor,
-    FloorOfRows,
-    Step,
-    card,
-    evaluation_of,
-    floor,
-    products,
-)
+from nuwa.runtime.backends.device_memory import HostMemory
+from nuwa.runtime.bench import device_rates, rates
+from nuwa.runtime.bench.card import Card, Step, card, evaluation_of, products
+from nuwa.runtime.bench.floor import Floor, FloorOfAny, FloorOfRows, floor, of_any_rows
 from nuwa.runtime.bench.rates import Measurement, Rates
 from nuwa.runtime.bundle import manifest_hash
 from nuwa.spec.conditions import visual_window
@@ -278,7 +271,11 @@ def test_floor_worked_out_by_hand():
 def test_floor_sums_the_slower_of_both_step_by_step():
     """The step of one row is bound by bytes, that of four by products."""
     made = dataclasses.replace(
-        card(SMALL, Task.T2I), steps=(Step(1, 1, 1000, 10.0), Step(4, 4, 1000, 400.0))
+        card(SMALL, Task.T2I),
+        weights_bytes=800,
+        head_bytes=100,
+        first_frame_steps=1,
+        steps=(Step(1, 1, 1000, 10.0), Step(4, 4, 1000, 400.0)),
     )
     least = floor(made, Rates(measured(100.0), {1: measured(0.5), 4: measured(20.0)}))
     by_rows = (FloorOfRows(1, 1, 10.0, 10.0 / 0.5), FloorOfRows(4, 1, 20.0, 20.0))
@@ -287,8 +284,18 @@ def test_floor_sums_the_slower_of_both_step_by_step():
         bytes_seconds=10.0 + 10.0,
         products_seconds=0.5 + 20.0,  # BLAS is slow at one row; another library need not be
         blas_seconds=20.0 + 20.0,
+        first_frame_seconds=10.0,
+        weights_seconds=8.0 + 8.0,
         by_rows=by_rows,
+        of_any=FloorOfAny(8.0, (1000 - 800) / 4 / 100, 10.0 / 20.0),
     )
+    assert least.of_any.seconds(1) == 8.5
+    assert least.of_any.seconds(40) == 28.0, "by bytes"
+    told = json.loads(json.dumps(least.to_json()))
+    assert of_any_rows(told["floor_of_any_rows"]) == least.of_any
+    assert least.together(1) == max(20.0, 20.5)
+    assert least.together(2) == 20.5, "products: weights are read once for two"
+    assert least.together(0.5) == 4.0 + 32.0
     assert least.to_json()["floor_by_rows"][1] == {
         "rows": 4,
         "steps": 1,
@@ -304,6 +311,44 @@ def test_floor_takes_products_only_at_their_own_precision():
     assert (made.products_seconds, made.blas_seconds) == (None, None)
     assert made.by_rows[0].blas_seconds is None
     assert made.to_json()["floor_products_seconds"] is None
+
+
+def test_a_floor_holds_for_generations_that_share_steps():
+    """Of two clips side by side: each of their steps has its rows, and weights are read once."""
+    one = card(SMALL, Task.T2V, frames=2)
+    steps = tuple(
+        Step(2 * each.rows, 2, 2 * each.bytes - one.weights_bytes, 2 * each.flops)
+        for each in one.steps
+    )
+    both = dataclasses.replace(one, steps=steps)
+    for products_of in ({1: measured(1e6)}, {1: measured(1e12)}):
+        rates_of = Rates(measured(1e5), products_of)
+        of_one, of_both = floor(one, rates_of), floor(both, rates_of)
+        assert 2 * of_one.together(2) <= of_both.seconds * (1 + 1e-9)
+        for each in of_both.by_rows:
+            assert of_one.of_any.seconds(each.rows) <= each.seconds * (1 + 1e-9)
+
+
+def test_the_first_frame_is_that_which_was_made():
+    assert card(SMALL, Task.T2V, frames=2).first_frame_steps == 1
+    assert card(SMALL, Task.V2V, frames=2, given_frames=1).first_frame_steps == 1
+    alone = card(SMALL, Task.V2V, frames=2, given_frames=1, schedule="raster")
+    assert alone.first_frame_steps == 2
+    wide = manifest_of(small(4, 3))
+    made = card(wide, Task.T2V, frames=3)
+    plan = decode_plan(wide.config.decoder, Grid(3, 4, 4))
+    last = max(step for step in range(plan.steps) if (plan.call(step).position < 16).any())
+    assert made.first_frame_steps == last + 1 < plan.steps
+    assert floor(made, Rates(measured(1e5), {})).first_frame_seconds == pytest.approx(
+        sum(step_bytes(made)[: last + 1]) / 1e5
+    )
+
+
+def test_rates_without_products_make_a_floor_of_bytes():
+    clip = card(SMALL, Task.T2V, frames=2)
+    made = floor(clip, Rates(measured(1e5), {}, precision="fp32"))
+    assert made.seconds == made.bytes_seconds and made.products_seconds is None
+    assert made.of_any.row_products_seconds == 0.0
 
 
 def test_rates_are_the_faster_ones_where_there_are_several():
@@ -374,6 +419,40 @@ def test_copies_are_larger_than_the_caches_and_smaller_than_memory(monkeypatch):
     assert rates.copied_bytes(None) == 1 << 30
     monkeypatch.setattr(rates, "memory_bytes", lambda hardware: 1 << 32)
     assert rates.copied_bytes(None) == 1 << 29
+
+
+def test_where_memory_is_short_little_is_copied(monkeypatch):
+    monkeypatch.setattr(rates, "last_level_cache", lambda hardware: 4 << 20)
+    monkeypatch.setattr(rates, "available_bytes", lambda hardware: 1 << 32)
+    assert rates.frugal_bytes(None) == 8 << 20, "and as much for the target: four times the cache"
+    monkeypatch.setattr(rates, "available_bytes", lambda hardware: 1 << 27)
+    assert rates.frugal_bytes(None) == 4 << 20
+    monkeypatch.setattr(rates, "SHORTEST", 1e-5)
+    made = rates.measure([(8, 8)], [1], threads=1, working_set=1 << 40, repeats=1, frugal=True)
+    assert made.about["copied_bytes"] == 4 << 20
+    assert made.about["working_set_bytes"] == (1 << 27) // rates.FRUGAL_SHARE
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_rates_of_a_device_on_a_stand_in(monkeypatch, precision):
+    monkeypatch.setattr(device_rates, "COPIED", 1 << 16)
+    memory = HostMemory()
+    made = device_rates.measure(
+        products(small()), [1, 4], precision=precision, repeats=2, device="cpu", memory=memory
+    )
+    assert made.copy.best > 0 and made.about["copied_bytes"] == 1 << 16
+    assert set(made.products) == {1, 4, rates.MANY_ROWS} and made.precision == precision
+    assert not memory._arrays, "what was allocated is freed"
+    json.dumps(made.to_json())
+
+
+def test_a_device_whose_products_cannot_be_measured_has_its_bandwidth(monkeypatch):
+    monkeypatch.setattr(device_rates, "FRUGAL_COPIED", 1 << 12)
+    made = device_rates.measure(
+        [(8, 8)], [1], precision="int8", frugal=True, repeats=1, device="cpu", memory=HostMemory()
+    )
+    assert made.products == {} and made.precision == "none"
+    assert "no graph of int8" in made.about["gemm_by"]
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from rich.console import Console
 from nuwa.runtime.bench.compare import (
     Difference,
     baseline_exit,
+    check_comparable,
     compare,
     compare_results,
     differs,
     print_differences,
+    to_json,
 )
 
 REPETITIONS = 100
@@ -204,3 +207,130 @@ def test_differences_are_printed():
     assert "latency 500 ms 750 ms 1.500 1.500 .. 1.500 slower" in lines
     assert "throughput – – – unknown: 1 of at least 2 rounds" in lines
     assert "differs: model.digest: aa, bb" in lines
+
+
+def searched(low: float | None, high: float | None, decided: bool = True) -> dict:
+    """A result of a search for the highest rate; without an interval, one of earlier versions."""
+    best = {"highest_rate": {"unit": "1/s", "better": "higher", "value": low}} if low else {}
+    return {
+        "scenario": {"name": "server", "rate": None, "seconds": 60.0, "slo_seconds": 1.0},
+        "workload": {"task": "t2i"},
+        "metrics": {"latency": {"unit": "s"}, **best},
+        "rounds": {},
+        "search": {"low": low, "high": high, "decided": decided},
+        "outcomes": {"ok": 9},
+    }
+
+
+def searches(a: dict, b: dict, threshold: float = 0.05) -> Difference:
+    rate, failures = compare_results(a, b, threshold)
+    assert (rate.name, failures.verdict) == ("highest_rate", "no difference")
+    return rate
+
+
+def test_searches_differ_if_their_intervals_are_apart():
+    a = searched(5.0, 5.15)
+    assert searches(a, a).verdict == "no difference"
+    assert searches(a, searched(4.8, 4.94)).verdict == "no difference", "within the threshold"
+    found = searches(a, searched(4.5, 4.64))
+    assert (found.verdict, found.ratio) == ("slower", 0.9)
+    assert (found.low, found.high) == (4.5 / 5.15, 4.64 / 5.0)
+    assert searches(searched(4.5, 4.64), a).verdict == "faster"
+    assert searches(a, searched(4.5, 4.64), threshold=0.1).verdict == "no difference"
+    assert baseline_exit([found]) == 1
+
+
+def test_a_search_that_was_not_decided_says_less():
+    a = searched(5.0, 5.15)
+    wide = searches(a, searched(4.0, 6.0, decided=False))
+    assert (wide.verdict, wide.reason) == ("unknown", "the search of b is undecided")
+    assert baseline_exit([wide]) == 1
+    assert searches(a, searched(1.0, 4.0, decided=False)).verdict == "slower", "all the same"
+    endless = searched(8.0, None, decided=False)
+    assert searches(a, endless).verdict == "faster"
+    assert searches(endless, endless).verdict == "unknown"
+
+
+def test_a_search_that_found_no_rate_is_slower_than_one_that_did():
+    a, none = searched(5.0, 5.15), searched(None, 0.5, decided=False)
+    found = searches(a, none)
+    assert (found.verdict, found.reason) == ("slower", "no rate kept the bound in b")
+    assert (found.a, found.b, found.ratio) == (5.0, None, None)
+    assert searches(none, a).verdict == "faster"
+    assert searches(none, none).verdict == "unknown"
+    earlier = searched(None, None) | {"load": [{"rate": 0.5, "met": False}]}
+    del earlier["search"]
+    assert searches(a, earlier).verdict == "slower"
+
+
+def test_searches_must_have_looked_for_as_long():
+    a, b = searched(5.0, 5.15), searched(5.0, 5.15)
+    b["scenario"]["seconds"] = 30.0
+    with pytest.raises(ValueError, match="scenario.seconds: 60.0, 30.0"):
+        compare_results(a, b)
+    for each in (a, b):
+        each["scenario"]["rate"], each["rounds"] = 4.0, {"latency": [[1.0], [1.0]]}
+    assert compare_results(a, b)[0].name == "latency", "at a given rate it may be longer"
+
+
+def loaded(value: float, outstanding: int = 8, slots: int | None = 4) -> dict:
+    """Of LoadGen's offline scenario, which has no rounds."""
+    return {
+        "scenario": {"name": "offline", "driven_by": "LoadGen", "outstanding": outstanding},
+        "workload": {"task": "t2i", "slots": slots},
+        "metrics": {"throughput": {"unit": "1/s", "better": "higher", "value": value}},
+        "rounds": {"throughput": []},
+        "outcomes": {"ok": 9},
+    }
+
+
+def test_offline_without_rounds_is_compared_by_its_throughput():
+    a = loaded(10.0)
+    found, _ = compare_results(a, a)
+    assert (found.name, found.verdict, found.ratio) == ("throughput", "no difference", 1.0)
+    assert compare_results(a, loaded(9.0))[0].verdict == "slower"
+    assert compare_results(a, loaded(11.0))[0].verdict == "faster"
+    assert compare_results(loaded(0.0), a)[0].verdict == "unknown"
+
+
+def test_requests_under_way_may_differ_as_far_as_slots_say_it():
+    assert compare_results(loaded(10.0, 8, 4), loaded(20.0, 16, 8))[0].verdict == "faster"
+    assert compare_results(loaded(10.0, 8, None), loaded(10.0, 8, 4))
+    with pytest.raises(ValueError, match="scenario.outstanding: 8, 32"):
+        compare_results(loaded(10.0, 8, 4), loaded(10.0, 32, 4))
+
+
+def test_what_must_be_the_same_is_known_before_measuring():
+    a = result([[1.0], [1.0]])
+    conditions = {"scenario": dict(a["scenario"]), "workload": dict(a["workload"])}
+    check_comparable(a, conditions)
+    conditions["workload"]["given_frames"] = 0
+    check_comparable(a, conditions)  # results of earlier versions do not say it
+    conditions["workload"]["frames"] = 8
+    with pytest.raises(ValueError, match="workload.frames: 16, 8"):
+        check_comparable(a, conditions)
+
+
+def test_another_export_of_the_same_is_no_other_bundle():
+    a, b = result([[1.0], [1.0]]), result([[1.0], [1.0]])
+    a["model"] = {"bundle_hash": "aa", "contents_hash": "cc"}
+    b["model"] = {"bundle_hash": "bb", "contents_hash": "cc"}
+    assert differs(a, b) == []
+    b["model"]["contents_hash"] = "dd"
+    assert differs(a, b) == [
+        "model.bundle_hash: aa, bb",
+        "model.contents_hash: cc, dd",
+        "model.evaluation: not known of both, so what is faster may be worse",
+    ]
+    a["model"]["evaluation"] = {"t2v joint": 0.95}
+    b["model"]["evaluation"] = {"t2v joint": 0.71}
+    assert differs(a, b)[-1] == "model.evaluation.t2v joint: 0.95, 0.71"
+
+
+def test_a_comparison_as_json():
+    a, b = result([[0.5], [0.5]]), result([[0.75], [0.75]])
+    told = to_json(compare_results(a, b), ["model.digest: aa, bb"], 0.05)
+    assert json.loads(json.dumps(told)) == told
+    assert (told["schema"], told["threshold"]) == ("nuwa-bench-compare/1", 0.05)
+    assert told["differences"][0]["verdict"] == "slower"
+    assert told["differs"] == ["model.digest: aa, bb"]

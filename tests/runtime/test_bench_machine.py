@@ -12,8 +12,11 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from nuwa.runtime.bench import machine
-from nuwa.runtime.bench.machine import Hardware, Sampler, describe, peak_memory
+from nuwa.runtime.bench import energy, machine, memory, sensors
+from nuwa.runtime.bench.hardware import Hardware, gpus_in_use
+from nuwa.runtime.bench.machine import describe
+from nuwa.runtime.bench.memory import device_peak, peak_memory
+from nuwa.runtime.bench.sampler import Sampler, between
 
 CPUINFO = """\
 processor\t: 0
@@ -72,7 +75,10 @@ class FakeHardware(Hardware):
 
     def __init__(self, files: dict[str, str], answers: dict[str, str] | None = None, nvml=None):
         self.files, self.answers = dict(files), answers or {}
-        self.nvml = nvml
+        self.nvml, self.switches = nvml, None
+
+    def involuntary_switches(self) -> float | None:
+        return self.switches
 
     def text(self, path: str) -> str | None:
         return self.files.get(path)
@@ -110,6 +116,9 @@ class FakeNvml(SimpleNamespace):
 
     def nvmlSystemGetCudaDriverVersion_v2(self):
         return 12080
+
+    def nvmlDeviceGetUUID(self, gpu):
+        return ("GPU-aa11", b"GPU-bb22")[gpu]
 
     def nvmlDeviceGetName(self, gpu):
         return ("GPU One", b"GPU Two")[gpu]
@@ -334,7 +343,7 @@ def test_the_power_mode_where_nvpmodel_cannot_be_asked(files, mode):
 def test_rails_of_older_kernels():
     folder = "/sys/bus/i2c/drivers/ina3221x/6-0040/iio:device0"
     files = {f"{folder}/rail_name_0": "POM_5V_IN", f"{folder}/in_power0_input": "2500"}
-    (rail,) = machine.rails(FakeHardware(files)).items()
+    (rail,) = energy.rails(FakeHardware(files)).items()
     assert (rail[0], rail[1]()) == ("POM_5V_IN", 2.5)
 
 
@@ -348,6 +357,7 @@ def test_the_sampler_sums_up_what_gpus_did():
     assert summary["energy"] == [
         {"of": "GPU board energy (NVML)", "gpu": 0, "joules": pytest.approx(1.5)}
     ]
+    assert sampler.energy(0.0, 1e-9)[0]["joules"] == 0, "before it looked"
     assert summary["throttled"] == ["GPU 0: software power cap", "GPU 0: software thermal slowdown"]
     seen = summary["seen"]
     assert seen["gpu0_sm_mhz"] == {"least": 1200, "median": 1500, "most": 1800}
@@ -408,3 +418,163 @@ def test_temperature_of_pcs_comes_from_their_driver():
 def test_a_sampler_must_look(hertz):
     with pytest.raises(ValueError, match="is not positive"):
         Sampler(FakeHardware({}), hertz=hertz)
+
+
+class Clock:
+    """time.perf_counter that tests set."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+
+def test_what_was_counted_in_a_span():
+    series = [(10.0, 5.0), (12.0, 9.0), (14.0, 9.0)]
+    assert between(series, 10.0, 14.0) == 4.0
+    assert between(series, 11.0, 13.0) == 2.0
+    assert between(series, 0.0, 10.0) == 0.0
+    assert between(series[:1], 0.0, 20.0) is None
+
+
+def test_energy_is_that_of_a_span(monkeypatch):
+    """Six watts, of which the span has two seconds; the look before it does not count."""
+    clock, hardware = Clock(monkeypatch), FakeHardware(JETSON)
+    sampler = Sampler(hardware, hertz=1e-3)
+    sampler._began = clock.now
+    sampler._counted = {}
+    for clock.now in (100.0, 103.0, 105.0, 109.0):
+        sampler._look()
+    (spent,) = sampler.energy(103.0, 105.0)
+    assert spent == {"of": "rail VDD_IN (INA3221, sampled)", "joules": pytest.approx(12.0)}
+    assert sampler.energy(100.0, 109.0)[0]["joules"] == pytest.approx(54.0)
+
+
+def test_processor_packages_count_up_and_begin_again():
+    folder = f"{energy.RAPL}/intel-rapl:0"
+    files = {
+        f"{folder}/name": "package-0",
+        f"{folder}/energy_uj": "9000000",
+        f"{folder}/max_energy_range_uj": "10000000",
+        f"{energy.RAPL}/intel-rapl:0:0/name": "core",
+        f"{energy.RAPL}/intel-rapl:0:0/energy_uj": "1",
+    }
+    hardware = FakeHardware(files)
+    (source,) = energy.sources(hardware, [])
+    assert source.of == "processor package energy (RAPL), package-0"
+    before = source.joules()
+    hardware.files[f"{folder}/energy_uj"] = "500000"
+    assert source.joules() - before == pytest.approx(1.5)
+    assert energy.idle_watts([source], 0.01) == {source.of: 0.0}
+    assert energy.idle_watts([], 99.0) == {}
+
+
+def test_of_all_energy_one_kind_is_charged():
+    board = {"of": energy.BOARD_ENERGY, "gpu": 1, "joules": 7.0}
+    package = {"of": f"{energy.PACKAGE_ENERGY}, package-0", "joules": 5.0}
+    rail, part = (
+        {"of": energy.RAIL_ENERGY.format(name), "joules": joules}
+        for name, joules in (("VDD_IN", 3.0), ("VDD_SOC", 1.0))
+    )
+    assert energy.counted([rail, board, package]) == {"of": energy.BOARD_ENERGY, "joules": 7.0}
+    assert energy.counted([package, part, rail]) == {"of": rail["of"], "joules": 3.0}
+    assert energy.counted([package, part])["joules"] == 1.0
+    assert energy.counted([package])["joules"] == 5.0
+    assert energy.counted([]) is None
+
+
+def test_the_gpu_in_use():
+    nvml = FakeNvml()
+    gpus = FakeHardware({}, nvml=nvml).gpus
+
+    def chosen(backend="onnxruntime-cuda", **environment):
+        return [gpu.index for gpu in gpus_in_use(gpus, backend, environment)]
+
+    assert chosen(CUDA_VISIBLE_DEVICES="1") == [0], "this process is there"
+    nvml.nvmlDeviceGetComputeRunningProcesses = lambda gpu: []
+    assert chosen(CUDA_VISIBLE_DEVICES="1,0") == [1]
+    assert chosen(CUDA_VISIBLE_DEVICES="GPU-bb22") == [1]
+    assert chosen() == [0]
+    assert chosen("native-cpu") == []
+    assert gpus_in_use([], "tensorrt", {}) == []
+    sampler = Sampler(FakeHardware({}, nvml=nvml), hertz=0.01, gpus=gpus[1:])
+    sampler.start()
+    assert {name[:4] for name in sampler.stop()["seen"]} == {"gpu1"}
+
+
+def test_what_others_take_of_the_cores(monkeypatch):
+    monkeypatch.setattr(machine, "usable_core_numbers", lambda: {0, 1})
+    monkeypatch.setattr(sensors, "usable_core_numbers", lambda: {0, 1})
+
+    def files(busy: int, own: int, stolen: int) -> dict[str, str]:
+        line = f"{busy} 0 0 0 9 0 0 {stolen} 0 0"
+        fields = ["S", *["0"] * 10, str(own), "0", "0", "0", "0"]
+        return {
+            "/proc/stat": f"cpu  1 1 1 1 1 1 1 1\ncpu0 {line}\ncpu1 {line}\ncpu7 {line}\nintr 5",
+            "/proc/self/stat": f"1 (a b) c) {' '.join(fields)}",
+        }
+
+    clock, hardware = Clock(monkeypatch), FakeHardware(files(100, 50, 0))
+    hardware.switches = 10.0
+    sampler = Sampler(hardware, hertz=1e-3)
+    sampler._look()
+    hardware.files |= files(100 + 700, 50 + 1000, 100)  # each of two cores: 7 s, 1 s stolen
+    hardware.switches = 30.0
+    clock.now += 10.0
+    sampler._look()
+    assert sampler.contention(100.0, 110.0) == {
+        "others_cores": pytest.approx(0.4),
+        "stolen_cores": pytest.approx(0.2),
+        "others_share": pytest.approx(0.3),
+        "involuntary_switches_per_second": pytest.approx(2.0),
+    }
+    assert Sampler(FakeHardware(PC)).contention(0.0, 1.0) == {}
+    assert {sensors.BUSY, sensors.OWN} <= set(sensors.processor_time(Hardware())) or not Path(
+        "/proc/stat"
+    ).exists()
+
+
+def test_temperatures_of_a_jetson(monkeypatch):
+    zone = "/sys/class/thermal/thermal_zone"
+    kinds = ("CPU-therm", "GPU-therm", "tj-thermal", "soc0-thermal", "PMIC-Die", "x86_pkg_temp")
+    files = {f"{zone}{i}/type": kind for i, kind in enumerate(kinds)}
+    files |= {f"{zone}{i}/temp": str(40000 + 1000 * i) for i in range(len(kinds))}
+    hardware = FakeHardware(files)
+    assert sensors.temperatures(hardware) == {
+        "cpu_celsius": f"{zone}0/temp",
+        "gpu_celsius": f"{zone}1/temp",
+        "tj_celsius": f"{zone}2/temp",
+        "soc0_celsius": f"{zone}3/temp",
+    }
+    assert sensors.hottest(hardware) == 43.0
+    sampler = Sampler(hardware, hertz=1e-3)
+    sampler._look()
+    hardware.files[f"{zone}2/temp"] = "70000"
+    sampler.start()
+    seen = sampler.stop()["seen"]["tj_celsius"]
+    assert (seen["first"], seen["last"], seen["most"]) == (42.0, 70.0, 70.0)
+
+
+def test_device_memory_where_nvml_knows_this_process_by_another_number():
+    hardware = FakeHardware({}, nvml=FakeNvml())
+    gpus = hardware.gpus[1:]
+    assert memory.used_on_devices(hardware) == {0: 3 << 30, 1: 3 << 30}
+    seen = {"gpu1_used_bytes": {"most": 5 << 30}}
+    most, note = device_peak(seen, gpus, {1: 3 << 30})
+    assert most == 2 << 30 and "before the model was loaded" in note
+    most, note = device_peak(seen, gpus)
+    assert most == 5 << 30 and "all processes" in note
+    assert device_peak(seen | {"gpu1_process_bytes": {"most": 9}}, gpus) == (9, None)
+    assert device_peak({}, gpus) == (None, None)
+    assert device_peak(seen, []) == (None, None)
+
+
+def test_free_memory_is_that_of_the_control_group():
+    files = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   4096 kB"}
+    assert machine.available_bytes(FakeHardware(files)) == 4 << 20
+    group = {
+        "/proc/self/cgroup": "0::/",
+        "/sys/fs/cgroup/memory.max": "3000000",
+        "/sys/fs/cgroup/memory.current": "1000000",
+    }
+    assert machine.available_bytes(FakeHardware(files | group)) == 2_000_000
+    assert machine.available_bytes(FakeHardware({})) is None

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from nuwa.runtime.bench import drawing, html, plots, schema, table
+from nuwa.runtime.bench import cells, drawing, html, plots, schema, table
 
 VOID = (
     "meta",
@@ -131,6 +131,37 @@ def made_up() -> dict[str, Any]:
                 {"start": 0.02, "end": 0.06, "phases": {"decode": [0.02, 0.05]}},
             ]
         },
+        "latencies": {"count": 100, "values": list(LATENCIES)},
+        "server": {
+            "metrics_at": "127.0.0.1:9100",
+            "requests": 140,
+            "phases": {
+                "decode": {
+                    "unit": "s",
+                    "count": 140,
+                    "mean": 0.021,
+                    "quantiles": {
+                        "0.5": {"low": 0.02, "high": 0.05},
+                        "0.99": {"low": 60.0, "high": None},
+                    },
+                    "buckets": [[0.02, 60], [0.05, 138], [60.0, 138], [None, 140]],
+                }
+            },
+            "steps": {
+                "unit": "s",
+                "count": 50,
+                "mean": 0.0015,
+                "quantiles": {"0.5": {"low": 0.001, "high": 0.002}},
+                "buckets": [[0.0005, 0], [0.001, 10], [0.002, 50], [None, 50]],
+            },
+        },
+        "conditions": {
+            "celsius": {"cpu": {"before": 48.0, "after": 61.5, "most": 62.0}},
+            "drift": {"slower": 0.0712, "clear": True},
+            "others_share": 0.25,
+        },
+        "search": {"low": 5.0, "high": 20.0, "decided": False},
+        "interrupted": False,
         "loadgen": {"valid": True, "figures": {"p99_seconds": 0.04}},
         "memory": {"process_peak_bytes": 612_000_000, "device_peak_bytes": None},
         "power": {"package_watts": 65.0},
@@ -141,13 +172,15 @@ def made_up() -> dict[str, Any]:
 def awkward() -> dict[str, dict[str, Any]]:
     """Results whose pictures are hard to draw."""
     one = made_up()
+    del one["latencies"]  # as results of before had none
     one["rounds"]["latency"] = [[0.03]]
     one["metrics"]["latency"] = summary([0.03])
     one["load"], one["steps"] = one["load"][:1], one["steps"][:1]
     one["card"]["floor_by_rows"] = []
     one["timeline"]["requests"] = one["timeline"]["requests"][:1]
     far = made_up()
-    far["rounds"]["latency"] = [[0.0101, 0.0102, 0.0103, 47.0], [None]]
+    far["latencies"] = {"count": 9, "values": [0.0101, 0.0102, 0.0103, 47.0, None]}
+    far["rounds"] = {}  # as offline, or of a search
     far["metrics"]["latency"] |= {"floor": 0.00001, "least": 0.01, "most": 47.0}
     far["load"][0]["p99"], far["scenario"]["slo_seconds"] = 900.0, 0.001
     far["card"]["flops_per_row"] = None
@@ -177,7 +210,7 @@ def printed(result: dict[str, Any], width: int = 80) -> str:
     return out.getvalue()
 
 
-def section(result: dict[str, Any], title: str) -> table.Section:
+def section(result: dict[str, Any], title: str) -> cells.Section:
     return next(each for each in table.sections(result) if each.title == title)
 
 
@@ -280,7 +313,7 @@ def test_the_last_line_is_one_line_without_what_is_long():
     line = schema.last_line(made_up() | {"notes": ["two\nlines"]})
     assert "\n" not in line
     found = json.loads(line)
-    assert set(made_up()) - set(found) == {"rounds", "timeline"}
+    assert set(made_up()) - set(found) == {"rounds", "timeline", "latencies"}
     assert found["metrics"] == made_up()["metrics"]
 
 
@@ -346,6 +379,8 @@ def test_the_card_comes_first():
         "Results",
         "Phases of a request",
         "Steps",
+        "What the server counted",
+        "Decode steps on the server",
         "Load",
         "Outcomes",
         "Conditions",
@@ -363,7 +398,7 @@ def test_the_card_comes_first():
 
 def test_results_stand_beside_their_floor():
     results = section(made_up(), "Results")
-    assert results.heads == ("metric", "value", "95 % interval", "floor", "of floor")
+    assert results.heads == ("metric", "value", "95 % interval", "at best", "of that")
     rows = rows_of(made_up(), "Results")
     assert rows["latency"] == ("100 samples", "", "", "")
     assert rows["mean"] == ("35.0 ms", "", "", "")
@@ -409,6 +444,90 @@ def test_phases_steps_load_and_outcomes():
     assert conditions["model, evaluation"] == ("t2v joint 0.97",)
     assert conditions["workload, seed"] == ("12345",)
     assert "memory, device peak bytes" not in conditions
+
+
+def test_shares_and_energy_say_what_they_are():
+    result = made_up()
+    result["metrics"] |= {
+        "measuring": {"unit": "", "better": "lower", "value": 0.000548},
+        "energy_per_frame": {
+            "unit": "J",
+            "better": "lower",
+            "value": 1.25,
+            "of": "GPU board energy (NVML)",
+            "watts": 312.0,
+            "idle_watts": 70.5,
+        },
+    }
+    rows = rows_of(result, "Results")
+    assert rows["measuring takes"] == ("0.1 %", "", "", "")
+    assert rows["energy per frame"][0] == "1.25 J"
+    assert rows["GPU board energy (NVML)"][0] == "312 W" and rows["idle"][0] == "70.5 W"
+    conditions = rows_of(made_up(), "Conditions")
+    assert conditions["conditions, others share"] == ("25.0 %",)
+    assert conditions["conditions, drift"] == ("slower 7.1 %, clear yes",)
+
+
+def test_rates_stand_beside_their_roof():
+    result = made_up()
+    result["metrics"]["throughput"] |= {"floor": 37.8, "floor_fraction": 0.5}
+    assert rows_of(result, "Results")["throughput"] == (
+        *("18.9 /s", "18.4 .. 19.0 /s"),
+        *("37.8 /s", "50.0 %"),
+    )
+
+
+def test_a_card_without_a_floor_says_why():
+    result = made_up()
+    result["card"] |= {
+        "floor_note": "No floor: rates were not asked for.",
+        "frames": 10,
+        "floor_first_frame_seconds": 0.004,
+        "floor_together": {"generations": 8.0, "seconds": 0.011},
+    }
+    card = section(result, "What it takes")
+    assert card.notes == ("No floor: rates were not asked for.",)
+    rows = dict(card.rows)
+    assert rows["floor of one among several"] == "11.0 ms (8 at a time)"
+    assert rows["floor until the first frame"] == "4.00 ms"
+
+
+def test_what_the_server_counted():
+    told = section(made_up(), "What the server counted")
+    assert told.rows == (
+        ("decode", "140", "21.0 ms", "20.0 .. 50.0 ms", "above 60.0 s"),
+        ("a decode step", "50", "1.50 ms", "1.00 .. 2.00 ms", "–"),
+    )
+    assert "140 requests" in told.notes[0]
+    assert section(made_up(), "Decode steps on the server").rows == (
+        ("0.500 .. 1.00 ms", "10", "20.0 %"),
+        ("1.00 .. 2.00 ms", "40", "80.0 %"),
+    )
+
+
+def test_a_quantile_that_was_asked_for_is_shown():
+    result = made_up()
+    result["scenario"]["slo_quantile"] = "0.95"
+    for point in result["load"]:
+        point["quantile"] = 0.9 * point["p99"]
+    load = section(result, "Load")
+    assert load.heads == (*("requests offered", "achieved"), "p50", "p99", "p95", "target met")
+    assert load.rows[0] == ("5.00 /s", "4.90 /s", "35.0 ms", "60.0 ms", "54.0 ms", "yes")
+    drawn = next(each for each in plots.figures(result) if each.title == "Latency against load")
+    assert [name for _, name in drawn.key] == ["p50", "p95", "bound not kept"]
+    assert "p95 54.0 ms" in drawn.svg and ": p99 " not in drawn.svg
+
+
+def test_of_many_latencies_some_are_drawn():
+    result = made_up()
+    result["latencies"] = {"count": 50_000, "values": LATENCIES}
+    figure_of = next(each for each in plots.figures(result) if each.title == "Latency")
+    assert "50 000 requests, 100 of which are drawn" in figure_of.about
+
+
+def test_what_is_in_no_phase_is_in_the_key():
+    phases = plots.figures(made_up())[0]
+    assert ("area rest", "in no phase 4.95 ms") in phases.key
 
 
 def test_the_steps_that_take_most_of_the_time_are_shown():

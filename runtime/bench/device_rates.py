@@ -1,0 +1,148 @@
+"""How fast a GPU moves bytes and multiplies matrices, as rates.py says it of a processor.
+
+Copies are CUDA's own, of which many are put into a stream before it is waited for; products are one
+ONNX graph on ONNX Runtime's CUDA provider, bound to memory of the GPU. Neither has a clock on the
+GPU: there is enough work between two looks at the host's for launching to be hidden behind it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..backends.device_memory import CudaMemory, DeviceMemory
+from ..errors import UnavailableError
+from .rates import (
+    MANY_ROWS,
+    REPEATS,
+    Measurement,
+    Rates,
+    Shapes,
+    few_of,
+    timed_in_bulk,
+)
+
+COPIED = 1 << 28  # bytes, more than any cache
+FRUGAL_COPIED = 1 << 25
+STORAGE = {"fp32": np.float32, "fp16": np.float16}
+
+
+def measure(
+    shapes: Shapes,
+    rows: Iterable[int],
+    *,
+    precision: str,
+    tf32: bool = False,
+    frugal: bool = False,
+    repeats: int = REPEATS,
+    device: str = "cuda",
+    index: int = 0,
+    memory: DeviceMemory | None = None,
+) -> Rates:
+    """All rates of a GPU, products in the bundle's precision where that is fp32 or fp16.
+
+    tf32: whether the backend may round fp32 to TF32, which is faster.
+
+    UnavailableError without cuda-python or a GPU. Without the package onnx, and where the graph
+    does not run, there are no products. device, memory: "cpu" and HostMemory do it on the host.
+    """
+    memory = memory or CudaMemory(index)
+    copied = FRUGAL_COPIED if frugal else COPIED
+    copy = copy_bandwidth(memory, copied, repeats)
+    products: dict[int, Measurement] = {}
+    reason = ""
+    try:
+        multiply = _Products(shapes, precision, tf32, device, index)
+        for size in sorted({*few_of(rows), MANY_ROWS}):
+            products[size] = multiply.rate(size, repeats)
+    except Exception as error:  # ONNX Runtime's are of no common kind; the bandwidth stands
+        products, reason = {}, f"products could not be measured: {error}".splitlines()[0]
+    about: dict[str, Any] = {"copied_bytes": copied, "gemm_by": reason or "ONNX Runtime, CUDA"}
+    return Rates(copy, products, precision=precision if products else "none", about=about)
+
+
+def copy_bandwidth(memory: DeviceMemory, size: int, repeats: int = REPEATS) -> Measurement:
+    """Bytes a second, read and written, of copies within the GPU."""
+    held: list[int] = []
+    try:
+        held += [memory.allocate(size) for _ in range(2)]
+        source, target = held
+
+        def copy(times: int) -> None:
+            for _ in range(times):
+                memory.copy(source, target, size)
+            memory.wait()
+
+        return Measurement.of(2 * size, timed_in_bulk(copy, repeats))
+    finally:
+        for address in held:
+            memory.free(address)
+
+
+class _Products:
+    """All matrix products of a step as one graph, whose inputs and outputs stay on the device."""
+
+    def __init__(self, shapes: Shapes, precision: str, tf32: bool, device: str, index: int) -> None:
+        import onnxruntime as ort
+
+        if precision not in STORAGE:
+            raise UnavailableError(f"there is no graph of {precision}")
+        self._type, self._device, self._index = STORAGE[precision], device, index
+        self._flops = 2.0 * sum(inputs * outputs for inputs, outputs in shapes)
+        self._widths = sorted({inputs for inputs, _ in shapes})
+        self._outputs = len(shapes)
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if device == "cuda":
+            options = {"device_id": index, "use_tf32": int(tf32)}
+            providers.insert(0, ("CUDAExecutionProvider", options))
+        settings = ort.SessionOptions()
+        settings.log_severity_level = 3  # errors
+        self._ort = ort
+        self._session = ort.InferenceSession(
+            _graph(shapes, self._type), settings, providers=providers
+        )
+        if device == "cuda" and "CUDA" not in self._session.get_providers()[0]:
+            raise UnavailableError("ONNX Runtime has no CUDA here")
+
+    def rate(self, rows: int, repeats: int) -> Measurement:
+        """Floating-point operations a second."""
+        binding = self._session.io_binding()
+        for width in self._widths:
+            value = np.ones((rows, width), self._type)
+            given = self._ort.OrtValue.ortvalue_from_numpy(value, self._device, self._index)
+            binding.bind_ortvalue_input(f"x{width}", given)
+        for index in range(self._outputs):
+            binding.bind_output(f"y{index}", self._device, self._index)
+        options = self._ort.RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+        def multiply(times: int) -> None:
+            for _ in range(times):
+                self._session.run_with_iobinding(binding, options)
+            binding.synchronize_outputs()
+
+        return Measurement.of(rows * self._flops, timed_in_bulk(multiply, repeats))
+
+
+def _graph(shapes: Shapes, dtype: type) -> bytes:
+    """Products x[inputs] w -> y, each with weights of its own."""
+    onnx = importlib.import_module("onnx")
+    helper, kind = onnx.helper, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    weights, nodes, outputs = [], [], []
+    for index, (width, columns) in enumerate(shapes):
+        weight: npt.NDArray[Any] = np.full((width, columns), 2.0**-8, dtype)
+        weights.append(onnx.numpy_helper.from_array(weight, f"w{index}"))
+        nodes.append(helper.make_node("MatMul", [f"x{width}", f"w{index}"], [f"y{index}"]))
+        outputs.append(helper.make_tensor_value_info(f"y{index}", kind, ["T", columns]))
+    inputs = [
+        helper.make_tensor_value_info(f"x{width}", kind, ["T", width])
+        for width in sorted({width for width, _ in shapes})
+    ]
+    graph = helper.make_graph(nodes, "products", inputs, outputs, weights)
+    opsets = [helper.make_opsetid("", 20)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return bytes(model.SerializeToString())

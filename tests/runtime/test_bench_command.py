@@ -1,0 +1,213 @@
+"""The command `nuwa bench`: what is wrong is told first, and what was measured is never lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nuwa.runtime.bench import html, making, measure, schema
+from nuwa.runtime.bench.card import evaluation_of
+from nuwa.runtime.bundle import read_manifest
+from nuwa.runtime.cli import main
+from nuwa.runtime.server import Server
+
+from .fake_engine import FakeEngine
+
+SHORT = ["--task", "t2v", "--frames", "2", "--seconds", "1", "--rounds", "3", "--no-rates"]
+
+
+@pytest.fixture(scope="module")
+def address():
+    with Server(FakeEngine(), queue_size=8) as server:
+        yield server.address
+
+
+@pytest.fixture(scope="module")
+def result(address, tmp_path_factory) -> Path:
+    """Of a server, as a file."""
+    out = tmp_path_factory.mktemp("bench")
+    assert main(["bench", "--server", address, *SHORT, "--out", str(out)]) == 0
+    return out / "result.json"
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    monkeypatch.setattr(measure, "measure", lambda *a, **named: pytest.fail("it measured"))
+
+
+def last_line(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("", "name one thing to measure"),
+        ("a b", "name one thing to measure"),
+        ("a --preset sprites", "name one thing to measure"),
+        ("a --seconds 0", "--seconds 0.0 is not above 0"),
+        ("a --percentile 100", "--percentile 100.0 is not between 0 and 100"),
+        ("a --scenario server", "needs a bound"),
+        ("a --rate -1", "--rate -1.0 is not above 0"),
+        ("a --threshold -1", "--threshold -1.0 is not at least 0"),
+        ("a --threshold nan", "--threshold nan is not at least 0"),
+        ("a --task x", "'x'"),
+        ("a --samples 3", "--samples (above 1) and --rank-by go together"),
+        ("a --out /proc/x", "/proc/x cannot be written to"),
+        ("a --loadgen /proc/x", "/proc/x cannot be written to"),
+        ("a --precision int8", "a bundle has its own"),
+        ("a --checkpoint c", "--checkpoint is of `sweep`"),
+        ("a --metrics x:1", "--metrics is of --server"),
+        ("a --baseline /nowhere", "/nowhere"),
+        ("--preset sprites --scores x", "random weights have none"),
+        ("/nowhere", "does not exist"),
+        ("--compare /nowhere /nowhere", "/nowhere"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_is_measured(words, problem, capsys, unmeasured):
+    assert main(["bench", *words.split()]) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_a_server_is_measured_and_results_are_compared(address, result, tmp_path, capsys):
+    whole = schema.read(result)
+    assert "<html" in (result.parent / "report.html").read_text()
+    words = ["--server", address, *SHORT, "--out", str(tmp_path), "--threshold", "9"]
+    assert main(["bench", *words, "--baseline", str(result)]) == 0
+    last = last_line(capsys)
+    assert last["schema"] == schema.SCHEMA and "rounds" not in last
+    assert last["metrics"].keys() == whole["metrics"].keys()
+    assert last["comparison"]["status"] == 0 and last["comparison"]["threshold"] == 9.0
+    assert "comparison" not in schema.read(tmp_path / "result.json")
+    assert main(["bench", "--compare", str(result), str(tmp_path / "result.json")]) == 0
+    told = last_line(capsys)
+    assert told["schema"] == "nuwa-bench-compare/1" and told["a"] == str(result)
+    assert told["differences"][0]["name"] == "latency"
+    assert {"verdict", "ratio", "low", "high"} <= told["differences"][0].keys()
+
+
+def test_a_baseline_of_something_else_is_refused_before_measuring(
+    address, result, capsys, unmeasured
+):
+    words = ["--server", address, "--baseline", str(result), *SHORT]
+    assert main(["bench", *words, "--scenario", "offline"]) == 2
+    assert "scenario.name: single-stream, offline" in capsys.readouterr().err
+    assert main(["bench", *words, "--frames", "3"]) == 2
+    assert "workload.frames: 2, 3" in capsys.readouterr().err
+
+
+def test_scores_are_checked_before_measuring(address, tiny_bundle, tmp_path, capsys, unmeasured):
+    for path in ("/nowhere", str(tmp_path)):
+        words = [str(tiny_bundle), "--task", "t2i", "--scores", path]
+        assert main(["bench", *words]) == 2
+        assert f"--scores: {path} has none of" in capsys.readouterr().err
+    scores = tmp_path / "scores.json"
+    scores.write_text(json.dumps({"about": {"bundle_hash": "f" * 64}, "tasks": {}}))
+    words = [str(tiny_bundle), "--task", "t2i", "--scores", str(scores)]
+    assert main(["bench", *words]) == 2
+    assert "--scores: scores.json is of bundle ffff" in capsys.readouterr().err
+    assert main(["bench", "--server", address, "--scores", str(scores)]) == 2
+    assert "name the server's bundle, too" in capsys.readouterr().err
+
+
+def test_scores_of_another_export_count_if_its_files_are_the_same(tiny_bundle, tmp_path):
+    manifest = read_manifest(tiny_bundle)
+    scores = tmp_path / "scores.json"
+
+    def evaluated(files: dict[str, str]) -> None:
+        about = {"bundle_hash": "f" * 64, "files": files}
+        tasks = {"t2i": {"scores": {"joint": {"model": 0.9}}}}
+        scores.write_text(json.dumps({"about": about, "tasks": tasks}))
+
+    evaluated(manifest.files)
+    found, remark = evaluation_of(tiny_bundle, scores)
+    assert found["t2i"]["scores"] == {"joint": {"model": 0.9}}
+    assert remark == "scores.json is of another export with the same files"
+    evaluated(manifest.files | {"decoder_step.onnx": "0" * 64})
+    found, reason = evaluation_of(tiny_bundle, scores)
+    assert found is None and reason.startswith("scores.json is of bundle ffff")
+
+
+def test_what_cannot_be_compared_in_the_end_is_told_with_the_result(address, result, capsys):
+    """The baseline lost its rounds, which is seen only beside those of the result."""
+    other = schema.read(result) | {"rounds": {}}
+    other["metrics"].pop("throughput")
+    path = result.with_name("without.json")
+    schema.write(path, other)
+    assert main(["bench", "--server", address, *SHORT, "--baseline", str(path)]) == 1
+    printed = capsys.readouterr()
+    assert "not compared with the baseline" in printed.err
+    last = json.loads(printed.out.splitlines()[-1])
+    assert last["outcomes"]["ok"] and last["comparison"]["differences"] == []
+
+
+def test_the_last_line_is_there_even_if_nothing_can_be_written(
+    address, tmp_path, capsys, monkeypatch
+):
+    def full(path, result):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(html, "write", full)
+    assert main(["bench", "--server", address, *SHORT, "--out", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert "No space left on device" in printed.err
+    assert json.loads(printed.out.splitlines()[-1])["outcomes"]["ok"]
+    assert schema.read(tmp_path / "result.json")["outcomes"]["ok"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c_ends_with_what_was_measured(address, tmp_path):
+    words = ["--server", address, *SHORT, "--seconds", "600", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nuwa.runtime", "bench", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stderr is not None
+        while process.stderr.readline().strip() != "single-stream":
+            assert process.poll() is None
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    last = json.loads(out.splitlines()[-1])
+    assert last["interrupted"] and last["outcomes"]["ok"] > 1
+    assert any(note.startswith("Interrupted") for note in last["notes"])
+    written = schema.read(tmp_path / "result.json")
+    assert written["outcomes"] == last["outcomes"]
+    assert sorted(os.listdir(tmp_path)) == ["report.html", "result.json"]
+
+
+def test_random_weights_are_made_by_another_process(tmp_path):
+    pytest.importorskip("torch")
+    with pytest.raises(ValueError, match="--preset none-such: unknown preset 'none-such'"):
+        making.random_bundle("none-such", tmp_path / "bundle", "fp32")
+    with pytest.raises(ValueError, match="/nowhere is not a checkpoint folder"):
+        making.export(Path("/nowhere"), tmp_path / "bundle", "fp32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_makes_bundles_is_not_part_of_this_process(tmp_path, monkeypatch):
+    words = []
+
+    def run(command, **named):
+        words.extend(command)
+        return subprocess.CompletedProcess(command, 0, stderr="")
+
+    monkeypatch.setattr(making.subprocess, "run", run)
+    making.random_bundle("base", tmp_path / "bundle", "fp16")
+    assert words == [
+        *(sys.executable, "-m", making.__name__),
+        *("base", str(tmp_path / "bundle"), "fp16"),
+    ]
