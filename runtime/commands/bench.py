@@ -139,7 +139,12 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
     how.add_argument(
         "--outstanding", type=arguments.positive, metavar="N", help="requests under way, of offline"
     )
-    how.add_argument("--rate", type=float, help="requests a second, of server")
+    how.add_argument(
+        "--rate",
+        type=float,
+        help="requests a second, of server (default: the highest that keeps --bound, which takes "
+        "about 30 times --seconds to find)",
+    )
     how.add_argument("--bound", type=float, metavar="S", help="latency to be kept, of server")
     how.add_argument(
         "--percentile", type=float, default=99.0, help="of latencies that keep it (default: 99)"

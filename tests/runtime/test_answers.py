@@ -8,7 +8,7 @@ import time
 import grpc
 import pytest
 
-from nuwa.runtime import scheduler
+from nuwa.runtime import admission
 from nuwa.runtime.answers import Answers
 from nuwa.runtime.client import Client, ClientError
 from nuwa.runtime.core import CancelledError
@@ -185,7 +185,7 @@ def test_a_full_server_says_when_to_come_back(stub, engine, server):
 
 
 def test_the_client_comes_back_when_it_is_told_to(engine, server, monkeypatch):
-    monkeypatch.setattr(scheduler, "LEAST_RETRY", 0.3)
+    monkeypatch.setattr(admission, "LEAST_RETRY", 0.3)
     calls = full(engine, server)
     with Client(server.address, attempts=1) as impatient, pytest.raises(ClientError) as caught:
         impatient.generate_image("t2i", "a 3")
