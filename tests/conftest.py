@@ -7,10 +7,15 @@ nor a ranker.
 from __future__ import annotations
 
 import dataclasses
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# A shell that starts tests in the background has them ignore Ctrl-C, which some of them send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CAPTIONS = (
     "a red digit 3 moves left to right on black",
