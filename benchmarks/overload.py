@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import random
 import sys
@@ -44,6 +45,7 @@ class Seen:
 
     task: str
     began: float = field(default_factory=time.perf_counter)
+    processors: float = field(default_factory=time.process_time)  # seconds of the clients' process
     last: float = 0.0
     answered: list[float] = field(default_factory=list)
     refused: list[float] = field(default_factory=list)
@@ -76,8 +78,10 @@ class Seen:
         return {
             "seconds": seconds,
             "answered_per_second": len(self.answered) / seconds,
+            "cores_of_clients": (time.process_time() - self.processors) / seconds,
             "answered": _percentiles(self.answered),
             "refused": _percentiles(self.refused),
+            "refused_late": sum(each > TOLD_WITHIN for each in self.refused),
             "statuses": dict(self.statuses),
         }
 
@@ -167,6 +171,7 @@ def main() -> int:
     args = parser.parse_args()
     settings = {"slots": args.slots, "queue_size": args.queue_size}
     with ServerProcess(args.bundle, **settings) as server:
+        gc.freeze()  # or its own collections would count as the server's delays
         found = asyncio.run(measure(server.address, args))
         found["left"] = server.gauges()
     found["holds"] = judge(found) | {"nothing is left": not any(found["left"].values())}

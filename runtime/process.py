@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
+import threading
+
+NICE = 5  # of threads that compute: a third of a core that others want too
 
 
 def resident_megabytes() -> float:
@@ -39,3 +43,14 @@ def trim() -> None:
         give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if give_back is not None:  # not in musl
             give_back(0)
+
+
+def give_way() -> None:
+    """Has this thread, and those that it starts, leave a core to others that want it.
+
+    For threads that compute: with as many of them as there are cores, answers to calls would wait
+    for the end of their turns. Only on Linux, where priorities are of threads.
+    """
+    if sys.platform == "linux":
+        me = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, me, max(os.getpriority(os.PRIO_PROCESS, me), NICE))

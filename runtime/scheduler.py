@@ -53,7 +53,7 @@ class Scheduler:
     it concerns with EngineError and no others; DeviceLostError ends all, with ShuttingDownError.
     on_death: called, by the thread that ends, when nothing can be generated any more; on_step: with
     the seconds of each step; on_cancelled: with those from the cancellation of a request that held
-    a slot until it holds none.
+    a slot until it holds none; on_thread: by each of its threads when it begins.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Scheduler:
         on_death: Callable[[], None] | None = None,
         on_step: Callable[[float], None] = lambda seconds: None,
         on_cancelled: Callable[[float], None] = lambda seconds: None,
+        on_thread: Callable[[], None] = lambda: None,
     ) -> None:
         if queue_size < 1:
             raise ValueError(f"queue_size {queue_size} is not at least 1")
@@ -79,6 +80,7 @@ class Scheduler:
         self._running: dict[int, Running] = {}
         self._changed = threading.Condition()
         self._on_death, self._on_step, self._on_cancelled = on_death, on_step, on_cancelled
+        self._on_thread = on_thread
         self._death: Exception | None = None  # why nothing can be generated any more
         self._closing = False
         self._aborting = False
@@ -236,6 +238,7 @@ class Scheduler:
 
     def _guarded(self, loop: Callable[[], None]) -> None:
         try:
+            self._on_thread()
             loop()
         except BaseException as error:
             # The device is lost, or a mistake in this file. Nobody may be left waiting for a thread

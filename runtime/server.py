@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent import futures
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from .media import Limits
 from .metrics import Metrics
 from .pages import Pages
 from .patience import Patience
-from .process import resident_megabytes, settle, trim
+from .process import give_way, resident_megabytes, settle, trim
 from .reflected import Pools
 from .scheduler import Scheduler
 from .service import GenerationService, ModelService
@@ -67,8 +68,8 @@ class Server:
     engine: one to serve from the start; more with `load`. settings: those of `nuwa serve`; or
     single ones by name, in place of the defaults. open_engine: how `load` gets an engine of a
     bundle. `address` says which port was taken. OSError if it cannot be had, ValueError for
-    certificates or tokens that cannot be used. owns_process: whether it may change what is Python's
-    alone, as the garbage collector (process.settle).
+    certificates or tokens that cannot be used. owns_process: whether it may change what is the
+    process's, as its garbage collector and priorities (process.py).
     """
 
     def __init__(
@@ -168,13 +169,24 @@ class Server:
         from .engine import load_engine  # with the backends' libraries
 
         settings = self.settings
-        try:
+
+        def load() -> Engine:
+            self._give_way()
             return load_engine(
                 path, slots=settings.slots, threads=settings.threads, backend=settings.backend
             )
-        except DeviceLostError:
-            self._on_death()
-            raise
+
+        # In a thread of its own, whose priority those have that the backend starts.
+        with futures.ThreadPoolExecutor(1, "nuwa-open") as pool:
+            try:
+                return pool.submit(load).result()
+            except DeviceLostError:
+                self._on_death()
+                raise
+
+    def _give_way(self) -> None:
+        if self.owns_process:
+            give_way()
 
     def _schedule(self, engine: Engine, name: str) -> Scheduler:
         return Scheduler(
@@ -183,6 +195,7 @@ class Server:
             on_death=self._on_death,
             on_step=partial(self.metrics.step, name),
             on_cancelled=partial(self.metrics.cancelled, name),
+            on_thread=self._give_way,
         )
 
     def __enter__(self) -> Server:

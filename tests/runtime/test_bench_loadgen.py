@@ -38,8 +38,10 @@ def folder(tmp_path):
 
 
 def test_loadgen_agrees(folder):
-    """Of the same requests: its 90th percentile beside ours."""
-    sleeps = np.random.default_rng(0).uniform(0.02, 0.08, 4096)
+    """Of the same requests: its 90th percentile beside ours. They are long beside the time that a
+    busy machine may take between its process and ours.
+    """
+    sleeps = np.random.default_rng(0).uniform(0.1, 0.3, 4096)
 
     def ask(number: int, scheduled: float) -> Observation:
         return asker(sleeps[number])(number, scheduled)
