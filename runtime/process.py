@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 
+M_ARENA_MAX, ARENAS = -8, 2  # of malloc.h, and how many
 NICE = 5  # of threads that compute: a third of a core that others want too
 
 
@@ -34,15 +35,25 @@ def settle() -> None:
     gc.freeze()
 
 
-def trim() -> None:
-    """Gives memory that is free back to the system, where the C library is glibc.
+def few_arenas() -> None:
+    """Has threads share two pools of memory, where the C library is glibc; before they are started.
 
-    Large messages of clients that come and go leave its pools in pieces, which it keeps otherwise.
+    Else they come to have eight a core, and large messages leave pieces in each of them: under
+    clients that come and go memory grew by a quarter more, and did not stop.
     """
+    _glibc("mallopt", M_ARENA_MAX, ARENAS)
+
+
+def trim() -> None:
+    """Gives memory that is free back to the system, where the C library is glibc."""
+    _glibc("malloc_trim", 0)
+
+
+def _glibc(name: str, *arguments: int) -> None:
     if sys.platform == "linux":
-        give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if give_back is not None:  # not in musl
-            give_back(0)
+        function = getattr(ctypes.CDLL(None), name, None)
+        if function is not None:  # not in musl
+            function(*arguments)
 
 
 def give_way() -> None:

@@ -80,9 +80,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not named:
         raise ValueError("which bundle? name its folder, as an argument or as a setting")
+    from ..process import few_arenas
     from ..server import Server
     from ..until_signal import serve_until_signal
 
+    few_arenas()
     server = Server(settings=settings)
     server.host.expect(settings.bundles)
 
