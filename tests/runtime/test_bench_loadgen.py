@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
@@ -37,10 +38,29 @@ def folder(tmp_path):
     return tmp_path / "logs"
 
 
-def test_loadgen_agrees(folder):
-    """Of the same requests: its 90th percentile beside ours. They are long beside the time that a
-    busy machine may take between its process and ours.
+ATTEMPTS = 3
+
+
+def patiently(test):
+    """Again if it fails: LoadGen's clock is its own, and between its process and ours a machine
+    with other work takes longer, never less.
     """
+
+    @functools.wraps(test)
+    def again(*args, **options):
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return test(*args, **options)
+            except AssertionError:
+                if attempt == ATTEMPTS:
+                    raise
+
+    return again
+
+
+@patiently
+def test_loadgen_agrees(folder):
+    """Of the same requests: its 90th percentile beside ours."""
     sleeps = np.random.default_rng(0).uniform(0.1, 0.3, 4096)
 
     def ask(number: int, scheduled: float) -> Observation:
@@ -74,6 +94,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@patiently
 def test_both_verdicts_are_of_the_same_requests(case, folder):
     settings, seconds, valid = CASES[case]
     settings = replace(settings, loadgen=folder, outstanding=2)
@@ -91,6 +112,7 @@ def test_both_verdicts_are_of_the_same_requests(case, folder):
         assert point["achieved"] == pytest.approx(seen.rate)
 
 
+@patiently
 def test_offline_has_the_throughput_of_each_round(folder, monkeypatch):
     monkeypatch.setattr(driven, "GUESS_SECONDS", 0.3)
     settings = Settings("offline", Extent(1.0, rounds=4), outstanding=2, loadgen=folder)
