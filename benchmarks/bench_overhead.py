@@ -1,9 +1,9 @@
 """What measuring costs: requests with all of `nuwa bench`'s instruments on, and in a bare loop.
 
 In one process, rounds of the one and of the other take turns, so that what drifts falls on both.
-With instruments: observations, the hook of decode steps, the sampler. The overhead is the ratio of
-a round with to one without, trimmed and averaged over the pairs, less 1. It must stay below 1 %.
-The last line is JSON.
+With instruments: observations, the hook of decode steps, the sampler. The overhead is what the
+ratios of a round with to one without lie around, less 1, by Wilcoxon's signed-rank test of all
+pairs. It must stay below 1 %. The last line is JSON.
 
     python benchmarks/bench_overhead.py BUNDLE --task t2i
 """
@@ -23,13 +23,13 @@ from hardware import hardware
 from nuwa.runtime.bench.asking import Asker
 from nuwa.runtime.bench.running import warmed
 from nuwa.runtime.bench.sampler import Sampler
+from nuwa.runtime.bench.statistics import signed_rank_interval
 from nuwa.runtime.bench.workload import Workload
 from nuwa.runtime.client import LocalClient
 from nuwa.runtime.engine import Engine, load_engine
 from nuwa.spec.tasks import parse_task
 
 MOST = 0.01
-TRIMMED = 0.1  # of the pairs at each end, which others' work has a part in
 
 
 def main() -> int:
@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--task", default="t2i")
     parser.add_argument("--seconds", type=float, default=50.0)
-    parser.add_argument("--round-seconds", type=float, default=2.0, help="about")
+    parser.add_argument("--round-seconds", type=float, default=1.0, help="about")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
@@ -57,11 +57,11 @@ def main() -> int:
             for instruments in (first, 1 - first):
                 taken[instruments] = (measured if instruments else bare)(engine, asker, requests)
             pairs.append((taken[0], taken[1]))
-    ratios = sorted(with_all / without for without, with_all in pairs)
-    cut = int(TRIMMED * len(ratios))
-    kept = ratios[cut : len(ratios) - cut] or ratios
-    mean = statistics.mean(kept)
-    half = 2 * statistics.stdev(kept) / len(kept) ** 0.5 if len(kept) > 1 else None
+    ratios = [math.log(with_all / without) for without, with_all in pairs]
+    found = signed_rank_interval(ratios)
+    if found is None:
+        parser.error(f"--seconds {options.seconds}: too few for an interval")
+    middle, low, high = (math.expm1(each) for each in found)
     report = {
         "hardware": hardware(options.threads),
         "bundle": options.bundle.name,
@@ -70,12 +70,14 @@ def main() -> int:
         "requests": requests,
         "seconds_bare": statistics.median(without for without, _ in pairs),
         "seconds_measured": statistics.median(with_all for _, with_all in pairs),
-        "overhead": mean - 1,
-        "overhead_within": half,
+        "overhead": middle,
+        "overhead_interval": [low, high],
         "most": MOST,
     }
-    within = "" if half is None else f" +- {100 * half:.2f} %"
-    print(f"{len(pairs)} pairs of rounds: measuring costs {100 * (mean - 1):.2f} %{within}")
+    print(
+        f"{len(pairs)} pairs of rounds: measuring costs {100 * middle:.2f} % "
+        f"({100 * low:.2f} .. {100 * high:.2f})"
+    )
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=2) + "\n")
@@ -89,14 +91,12 @@ def measured(engine: Engine, asker: Asker, requests: int) -> float:
     engine.on_step = lambda rows, seconds: steps.append((rows, seconds))
     sampler = Sampler()
     sampler.start()
-    try:
-        began = time.perf_counter()
-        for number in range(requests):
-            assert asker(number, time.perf_counter()).ok
-        return (time.perf_counter() - began) / requests
-    finally:
-        sampler.stop()
-        engine.on_step = None
+    began = time.perf_counter()
+    for number in range(requests):
+        assert asker(number, time.perf_counter()).ok
+    sampler.stop()  # with the look that a longer run would take by now
+    engine.on_step = None
+    return (time.perf_counter() - began) / requests
 
 
 def bare(engine: Engine, asker: Asker, requests: int) -> float:

@@ -107,6 +107,7 @@ def _run(name: str, words: list[str]) -> int:
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     run = _load(name)(parser)
     args = parser.parse_args(words)
+    args.words = words
     logging.basicConfig(
         level=logging.DEBUG if args.debug else logging.WARNING,
         format="%(asctime)s %(levelname)s %(message)s",

@@ -1,9 +1,11 @@
 """Two results of one scenario side by side: what is slower, what is faster, what cannot be told.
 
 A machine drifts: what it does in one minute differs from the next one's by more than the values
-within a minute say. So a round counts as one observation, the logarithm of its median, and Welch's
-t-test compares those of the two results. Knows how results are laid out in JSON, and not how they
-were measured.
+within a minute say. So a round counts as one observation, the logarithm of its median. Rounds of
+two runs that took turns (turns.py) are pairs, and what is compared is how far apart those of each
+pair are, by Wilcoxon's signed-rank test, as a machine's bad moments are far off. Of runs that did
+not, Welch's t-test compares all of the one with all of the other. Knows how results are laid out in
+JSON, and not how they were measured.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from .statistics import student_t
+from .statistics import signed_rank_interval, signed_rank_needed, student_t
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +43,8 @@ OUTSTANDING_A_SLOT, SLOTS_UNKNOWN = 2, 4  # of the offline scenario, where it wa
 @dataclass(frozen=True)
 class Difference:
     """Of one metric. a, b: the values of the results in `unit`, each the geometric mean of its
-    rounds' medians; ratio: b / a, with its interval low, high. What is not known of these five is
+    rounds' medians; ratio: b / a, of pairs what their ratios lie around, with its interval low,
+    high. What is not known of these five is
     None; reason says why a verdict is "unknown", or rests on less than rounds.
     """
 
@@ -66,30 +69,43 @@ def compare(
     better: Better = "lower",
     name: str = "",
     unit: str = "s",
+    paired: bool = False,
 ) -> Difference:
     """The verdict on one metric: the values of each round of both results.
 
     A difference is told if the ratio's interval excludes 1 and the ratio is beyond the threshold:
     above 1 + threshold, or below 1 / (1 + threshold). "no difference" means that none was found;
     how large a one may have gone unseen is what the interval says. Rounds are taken for independent
-    of each other, and the two results for measured one after the other, not round by round. Only
-    what moves medians is seen: a longer tail is not. None and rounds without values are passed
-    over. "unknown" with fewer than LEAST_ROUNDS rounds, or where a median is 0.
+    of each other. Only what moves medians is seen: a longer tail is not. None and rounds without
+    values are passed over, with what they are paired with. "unknown" with fewer than LEAST_ROUNDS
+    rounds, or too few pairs for an interval, or where a median is 0.
+
+    paired: rounds of the same index were measured right after each other.
     """
     if not threshold >= 0:
         raise ValueError(f"a threshold of {threshold}: at least 0")
     if better not in ("lower", "higher"):
         raise ValueError(f"better {better!r}: lower or higher")
+    if paired:
+        both = [(x, y) for x, y in zip(a, b, strict=False) if _known(x) and _known(y)]
+        a, b = [x for x, _ in both], [y for _, y in both]
     first, second = _medians(a), _medians(b)
     rounds = min(len(first), len(second))
-    if rounds < LEAST_ROUNDS:
-        reason = f"{rounds} of at least {LEAST_ROUNDS} rounds"
+    least = signed_rank_needed(confidence) if paired else LEAST_ROUNDS
+    if rounds < least:
+        reason = f"{rounds} of at least {least} {'pairs of ' if paired else ''}rounds"
         return Difference(name, unit, better, "unknown", reason=reason)
     if min(first.min(), second.min()) <= 0:
         return Difference(name, unit, better, "unknown", reason="a median is not above 0")
     logs = np.log(first), np.log(second)
-    middle, half = _welch(*logs, confidence)
-    apart = abs(middle) > half and abs(middle) > math.log1p(threshold)
+    if paired:
+        found = signed_rank_interval(logs[1] - logs[0], confidence)
+        assert found is not None, "there are enough"
+        middle, low, high = found
+    else:
+        middle, half = _welch(*logs, confidence)
+        low, high = middle - half, middle + half
+    apart = not low <= 0 <= high and abs(middle) > math.log1p(threshold)
     worse = (middle > 0) == (better == "lower")
     verdict: Verdict = "no difference" if not apart else "slower" if worse else "faster"
     return Difference(
@@ -100,8 +116,8 @@ def compare(
         a=math.exp(float(logs[0].mean())),
         b=math.exp(float(logs[1].mean())),
         ratio=math.exp(middle),
-        low=math.exp(middle - half),
-        high=math.exp(middle + half),
+        low=math.exp(low),
+        high=math.exp(high),
     )
 
 
@@ -130,6 +146,7 @@ def compare_results(
             better=_metric(a, name).get("better", "lower"),
             name=name,
             unit=_metric(a, name).get("unit", ""),
+            paired=took_turns(a, b),
         )
         for name in names
     ]
@@ -163,6 +180,12 @@ def check_comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
 def _refuse(differing: Sequence[str]) -> None:
     if differing:
         raise ValueError(f"results that cannot be compared differ in {'; '.join(differing)}")
+
+
+def took_turns(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether they are the two of a pair."""
+    told = [(result.get("turns") or {}).get("id") for result in (a, b)]
+    return told[0] is not None and told[0] == told[1]
 
 
 def is_search(result: Mapping[str, Any]) -> bool:
@@ -343,9 +366,12 @@ def baseline_exit(differences: Sequence[Difference]) -> int:
     return int(slower or all(verdict == "unknown" for verdict in verdicts))
 
 
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
 def _medians(rounds: Rounds) -> np.ndarray:
-    known = ([value for value in each if value is not None] for each in rounds)
-    return np.array([np.median(values) for values in known if values])
+    return np.array([np.median(values) for each in rounds if (values := _known(each))])
 
 
 def _welch(a: np.ndarray, b: np.ndarray, confidence: float) -> tuple[float, float]:

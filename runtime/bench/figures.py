@@ -174,7 +174,7 @@ def in_rounds(
     there depend on how many wait, and on the rate.
     """
     if settings.scenario == "offline":
-        return {"throughput": [[rate] for rate in seen.rates]}
+        return {"throughput": [[rate] if rate else [] for rate in seen.rates]}
     if seen.load and settings.rate is None:
         return {}
     found = {"latency": [[each.latency for each in one if each.ok] for one in seen.rounds]}
@@ -197,10 +197,12 @@ def latencies(observed: Iterable[Observation]) -> Json:
 
 def counted(seen: Seen, settings: Settings) -> tuple[float, float, int] | None:
     """(from, to, how many) of the answers that are counted, by time.perf_counter: those that came
-    within the time, and nobody else's work.
+    within the time, and nobody else's work. None also where another run took turns meanwhile.
 
     Where there are always some under way, from one answer to the last: the first is of before.
     """
+    if settings.in_turns:
+        return None
     ended = sorted(each.ended for each in seen.all if each.ok)
     if settings.scenario == "offline" and len(ended) > 1:
         return ended[0], ended[-1], sum(moment > ended[0] for moment in ended)

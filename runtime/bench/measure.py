@@ -72,6 +72,7 @@ def measure(
     prepared = memory.process_peak(hardware)
     memory.forget_peak()
     before = "" if metrics_at is None else server_metrics.read(metrics_at)
+    settings.turns.begin()
     say(settings.scenario)
     sampler = Sampler(hardware, gpus=gpus)
     sampler.start()
@@ -84,6 +85,8 @@ def measure(
     given = given_frames(workload, frames)
     if span is not None:
         power["energy"] = sampler.energy(*span[:2])
+    elif settings.in_turns:  # half of it was the other's
+        power["energy"] = []
     power |= {"counted_seconds": span[1] - span[0] if span else 0.0, "idle_watts": idle}
     conditions = {
         "celsius": _temperatures(power["seen"]),
@@ -142,6 +145,8 @@ def measure(
                 f"The server counted {told['requests']} requests meanwhile, {len(observed)} of "
                 f"which are in the figures: its phases are of all that it was asked."
             )
+    if settings.in_turns:
+        result["turns"] = {"id": settings.turns.id}
     if seen.search is not None:
         result["search"] = seen.search
     if seen.interrupted:

@@ -12,6 +12,7 @@ from .asking import Asker
 from .observation import Observation
 from .scenarios import Extent, Interrupted, Rounds
 from .targets import Target
+from .turns import Turns
 
 SCENARIOS = ("single-stream", "multi-stream", "server", "offline")
 WARM_UP_SECONDS = 60.0
@@ -27,7 +28,7 @@ class Settings:
     highest that keeps the bound; bound: seconds within which `share` of its latencies must be;
     warm_up: requests at the most; rates: whether the machine is measured for the floor; loadgen: a
     folder for LoadGen's logs, which then drives; evaluation: a report of `nuwa evaluate`, or a
-    folder of them.
+    folder of them; turns: with another run, round by round.
     """
 
     scenario: str = "single-stream"
@@ -41,6 +42,7 @@ class Settings:
     rates: bool = True
     loadgen: Path | None = None
     evaluation: Path | None = None
+    turns: Turns = field(default_factory=Turns)
 
     def __post_init__(self) -> None:
         if self.scenario not in SCENARIOS:
@@ -49,6 +51,14 @@ class Settings:
             raise ValueError("the server scenario needs a bound of the latency (--bound)")
         if self.scenario == "server" and self.loadgen is not None and self.rate is None:
             raise ValueError("LoadGen does not search: its server scenario needs --rate")
+        if self.in_turns and self.loadgen is not None:
+            raise ValueError("LoadGen takes no turns: --against or --loadgen")
+        if self.in_turns and self.scenario == "server" and self.rate is None:
+            raise ValueError("searches take no turns: --against of server needs --rate")
+
+    @property
+    def in_turns(self) -> bool:
+        return self.turns.id is not None
 
     @property
     def at_once(self) -> int:
@@ -139,27 +149,33 @@ def run(asker: Asker, target: Target, settings: Settings, first: int) -> Seen:
 
 
 def _streams(asker: Asker, settings: Settings, first: int) -> Seen:
-    extent, began, interrupted = settings.extent, time.perf_counter(), False
+    extent, turns = settings.extent, settings.turns
+    began, interrupted = time.perf_counter(), False
     try:
         if settings.scenario == "multi-stream":
-            rounds = scenarios.multi_stream(asker, extent, settings.streams, first)
+            rounds = scenarios.multi_stream(asker, extent, settings.streams, first, turns)
         else:
-            rounds = scenarios.single_stream(asker, extent, first)
+            rounds = scenarios.single_stream(asker, extent, first, turns)
     except Interrupted as ended:
         rounds, interrupted = ended.rounds, True
-    return Seen(rounds, time.perf_counter() - began, interrupted=interrupted)
+    seconds = time.perf_counter() - began - turns.waited
+    return Seen(rounds, seconds, interrupted=interrupted)
 
 
 def _offline(asker: Asker, settings: Settings, outstanding: int, first: int) -> Seen:
+    extent, turns = settings.extent, settings.turns
     began, interrupted = time.perf_counter(), False
     try:
-        found = scenarios.offline(asker, settings.extent, outstanding, first)
+        if settings.in_turns:
+            found = scenarios.offline_in_turns(asker, extent, outstanding, turns, first)
+        else:
+            found = scenarios.offline(asker, extent, outstanding, first)
     except Interrupted as ended:
         assert ended.throughput is not None, "offline says it"
         found, interrupted = ended.throughput, True
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - began - turns.waited
     noted = []
-    if not found.rates:
+    if not any(found.rates):
         noted.append("Too few answers for the time: throughput is of all of it.")
     noted += refusals(found, outstanding)
     return Seen(

@@ -1,8 +1,9 @@
 """The four scenarios of MLPerf Inference: in what order, and when, requests are sent.
 
 Source: MLCommons' inference rules (github.com/mlcommons/inference_policies). Each runs in rounds,
-of which results tell apart what differs within a machine's minute from what differs between them.
-Ctrl-C ends each with Interrupted, which has what was observed until then.
+of which results tell apart what differs within a machine's minute from what differs between them;
+where another run takes turns with it, a round is one turn. Ctrl-C ends each with Interrupted, which
+has what was observed until then.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 
 from .asking import Ask
 from .observation import Observation, together
+from .turns import Turns
 
 MOST_IN_FLIGHT = 512  # of the server scenario, before requests wait for a thread of ours
 BACK_OFF = 0.05  # seconds after a request that failed
@@ -65,13 +68,15 @@ def _share(total: int, index: int, parts: int) -> int:
     return total * (index + 1) // parts - total * index // parts
 
 
-def single_stream(ask: Ask, extent: Extent, first: int = 0) -> Rounds:
+def single_stream(ask: Ask, extent: Extent, first: int = 0, turns: Turns | None = None) -> Rounds:
     """The next query is sent when the one before is answered."""
     numbers = count(first)
-    return _in_rounds(extent, lambda: ask(next(numbers), time.perf_counter()))
+    return _in_rounds(extent, lambda: ask(next(numbers), time.perf_counter()), turns)
 
 
-def multi_stream(ask: Ask, extent: Extent, streams: int, first: int = 0) -> Rounds:
+def multi_stream(
+    ask: Ask, extent: Extent, streams: int, first: int = 0, turns: Turns | None = None
+) -> Rounds:
     """A query is `streams` requests at once; it is answered when all of them are."""
     numbers = count(first)
     with ThreadPoolExecutor(streams, "nuwa-bench") as pool:
@@ -81,19 +86,22 @@ def multi_stream(ask: Ask, extent: Extent, streams: int, first: int = 0) -> Roun
             calls = [pool.submit(ask, next(numbers), now) for _ in range(streams)]
             return together([call.result() for call in calls])
 
-        return _in_rounds(extent, query)
+        return _in_rounds(extent, query, turns)
 
 
-def _in_rounds(extent: Extent, query: Callable[[], Observation]) -> Rounds:
-    rounds: Rounds = []
+def _in_rounds(
+    extent: Extent, query: Callable[[], Observation], turns: Turns | None = None
+) -> Rounds:
+    rounds, turns = list[list[Observation]](), turns or Turns()
     try:
         for each in extent.each():
-            seen: list[Observation] = []
-            rounds.append(seen)
-            began = time.perf_counter()
-            while each.lasts(began, len(seen)):
-                seen.append(query())
-                _back_off(seen[-1])
+            with turns.taken():
+                seen: list[Observation] = []
+                rounds.append(seen)
+                began = time.perf_counter()
+                while each.lasts(began, len(seen)):
+                    seen.append(query())
+                    _back_off(seen[-1])
     except KeyboardInterrupt:
         raise Interrupted(rounds) from None
     return rounds
@@ -113,9 +121,9 @@ def _back_off(seen: Observation) -> None:
 
 @dataclass(frozen=True)
 class Throughput:
-    """rate: answers a second; rates: the same of each round with an answer; rounds: what ended in
-    the time that counts; beside: what ended before or after; outstanding: requests under way in the
-    end, fewer than there were where some were refused.
+    """rate: answers a second; rates: the same of each round with an answer, in turns of each, 0
+    without one; rounds: what ended in the time that counts; beside: what ended before or after;
+    outstanding: requests under way in the end, fewer than there were where some were refused.
     """
 
     rate: float
@@ -183,6 +191,40 @@ def offline(ask: Ask, extent: Extent, outstanding: int, first: int = 0) -> Throu
     finally:
         over.set()
     return found()
+
+
+def offline_in_turns(
+    ask: Ask, extent: Extent, outstanding: int, turns: Turns, first: int = 0
+) -> Throughput:
+    """Each round an offline run of its own, with a ramp before it, as there was a pause. The rate
+    is the mean of theirs.
+    """
+    parts: list[Throughput] = []
+    try:
+        for each in extent.each():
+            with turns.taken():
+                asked = sum(len(part.rounds[0]) + len(part.beside) for part in parts)
+                parts.append(offline(ask, each, outstanding, first + asked))
+                outstanding = parts[-1].outstanding or outstanding
+    except Interrupted as ended:
+        assert ended.throughput is not None, "offline says it"
+        found = _joined([*parts, ended.throughput])
+        raise Interrupted(found.rounds, found) from None
+    except KeyboardInterrupt:
+        found = _joined(parts)
+        raise Interrupted(found.rounds, found) from None
+    return _joined(parts)
+
+
+def _joined(parts: Sequence[Throughput]) -> Throughput:
+    rates = [part.rate for part in parts]
+    return Throughput(
+        sum(rates) / len(rates) if rates else 0.0,
+        rates,
+        [part.rounds[0] for part in parts],
+        [each for part in parts for each in part.beside],
+        parts[-1].outstanding if parts else None,
+    )
 
 
 def sliced(
@@ -265,6 +307,38 @@ def server(
     finally:
         pool.shutdown(cancel_futures=True)
     return in_parts(seen, extent.rounds)
+
+
+def server_in_turns(
+    ask: Ask, extent: Extent, rate: float, seed: int, turns: Turns, first: int = 0
+) -> Rounds:
+    """Each round a run of its own, without those under way of the one before. All times are of a
+    clock that stands while it is not its turn, as if the rounds had followed each other.
+    """
+    rounds: Rounds = []
+    try:
+        for index, each in enumerate(extent.each()):
+            with turns.taken():
+                asked, waited = sum(map(len, rounds)), turns.waited
+                alone = partial(_earlier, seconds=waited)
+                (seen,) = server(ask, each, rate, seed + index, first + asked) or [[]]
+                rounds.append([alone(one) for one in seen])
+    except Interrupted as ended:
+        rest = [alone(one) for each in ended.rounds for one in each]
+        raise Interrupted([*rounds, rest]) from None
+    except KeyboardInterrupt:
+        raise Interrupted(rounds) from None
+    return rounds
+
+
+def _earlier(one: Observation, seconds: float) -> Observation:
+    return replace(
+        one,
+        scheduled=one.scheduled - seconds,
+        sent=one.sent - seconds,
+        ended=one.ended - seconds,
+        frames=tuple(moment - seconds for moment in one.frames),
+    )
 
 
 def _until_now(calls: list[tuple[float, Future[Observation]]]) -> tuple[list[Observation], float]:

@@ -15,12 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 SHARES = (0.5, 0.9, 0.95, 0.99)
+EXACT_RANKS = 60  # values up to which the signed-rank statistic's chances are counted out
 LEAST_WINDOWS = 3  # that a series must be steady for
 
 
@@ -153,6 +155,49 @@ def mean_interval(values: npt.ArrayLike, confidence: float = 0.95) -> tuple[floa
     half = student_t(confidence, count - 1) * float(ordered.std(ddof=1)) / math.sqrt(count)
     mean = float(ordered.mean())
     return mean - half, mean + half
+
+
+def signed_rank_interval(
+    values: npt.ArrayLike, confidence: float = 0.95
+) -> tuple[float, float, float] | None:
+    """(middle, low, high) of what values lie around, which may be far off now and then.
+
+    The middle is that of Hodges and Lehmann, the median of the means of all pairs, each value with
+    itself among them; the interval is of Wilcoxon's signed-rank test: it takes the values for
+    independent draws from one distribution that is symmetric about it. None with fewer than
+    `signed_rank_needed`. Source: Hollander and Wolfe, Nonparametric Statistical Methods, 3.1-3.3.
+    """
+    series = _checked(values)
+    count = len(series)
+    if count < signed_rank_needed(confidence):
+        return None
+    left, right = np.triu_indices(count)
+    means = np.sort((series[left] + series[right]) / 2)
+    rank = _signed_rank(count, (1 - confidence) / 2)
+    return float(np.median(means)), float(means[rank - 1]), float(means[-rank])
+
+
+def signed_rank_needed(confidence: float = 0.95) -> int:
+    """The least number of values with a `signed_rank_interval`: 6 at 95 %."""
+    _check_confidence(confidence)
+    return 1 + math.ceil(-math.log2(1 - confidence))
+
+
+@lru_cache(maxsize=64)
+def _signed_rank(count: int, tail: float) -> int:
+    """The largest rank r such that the signed-rank statistic of `count` values is below r with a
+    chance of at most `tail`.
+    """
+    total = count * (count + 1) // 2
+    if count > EXACT_RANKS:
+        deviation = math.sqrt(count * (count + 1) * (2 * count + 1) / 24)
+        return max(1, math.floor(total / 2 + NormalDist().inv_cdf(tail) * deviation))
+    chances = np.zeros(total + 1)  # of each value of the statistic
+    chances[0] = 1.0
+    for rank in range(1, count + 1):
+        chances[rank:] = (chances[rank:] + chances[:-rank]) / 2
+        chances[:rank] /= 2
+    return int(np.searchsorted(np.cumsum(chances), tail, side="right"))
 
 
 def early_stopping(values: npt.ArrayLike, share: float, confidence: float = 0.99) -> EarlyStopping:

@@ -18,10 +18,12 @@ from . import arguments
 if TYPE_CHECKING:
     from ..bench.running import Settings
     from ..bench.targets import Target
+    from ..bench.turns import Turns
     from ..bench.workload import Workload
 
 SWEEP = "sweep"
 INTERRUPTED = 130  # exit status
+TURNS = 30  # rounds, where another run takes turns: short ones see the same machine
 PROFILES: dict[str, dict[str, Any]] = {
     "edge": {"seconds": 30.0, "rounds": 6, "slots": 1, "queue_size": 4, "queries": 2000},
     "server": {"seconds": 120.0, "rounds": 10, "slots": 8, "queue_size": 256, "queries": None},
@@ -61,6 +63,7 @@ examples:
   nuwa bench --preset base --precision fp16 --profile server    random weights, no checkpoint
   nuwa bench demo/bundle --loadgen logs                         MLCommons LoadGen drives
   nuwa bench demo/bundle --baseline bench/result.json           exit status 1 if it is slower
+  nuwa bench new --against old --task t2i                       in turns: exit status 1 if slower
   nuwa bench --compare a/result.json b/result.json
   nuwa bench sweep demo/bundle --threads-of 1,2 --slots-of 1,4,8 --out sweep
   nuwa bench sweep --checkpoint checkpoints/sprites --precision fp32,int8 --out sweep
@@ -70,7 +73,7 @@ examples:
 
 def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
     from ..bench.running import SCENARIOS
-    from . import bench_sweep
+    from . import bench_against, bench_sweep
 
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.add_argument(
@@ -113,6 +116,14 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
         help="report of `nuwa evaluate` on this bundle or one of the same files, or a folder of "
         "them (default: those in the bundle's folder)",
     )
+    parser.add_argument(
+        "--against",
+        metavar="WHAT",
+        help="measure something else, too, in turns with this, and compare: another bundle's "
+        "folder, beside --server another HOST:PORT, or the `nuwa` program of another version; exit "
+        "status 1 if this one is slower",
+    )
+    parser.add_argument(bench_against.WORD, metavar="TURNS", help=argparse.SUPPRESS)
     what = parser.add_argument_group("what is asked for")
     what.add_argument("--task", default="t2v", help="(default: %(default)s)")
     what.add_argument("--frames", type=arguments.positive, metavar="N", help="of a clip")
@@ -167,6 +178,8 @@ def run(args: argparse.Namespace) -> int:
         first, second = args.compare
         return _compare(first, second, args.threshold)
     profile = DEFAULTS | PROFILES.get(args.profile, {})
+    if args.against or args.in_turns:
+        profile |= {"rounds": TURNS}
     for name, value in profile.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -175,17 +188,33 @@ def run(args: argparse.Namespace) -> int:
 
         args.bundle = args.bundle[1:]
         return bench_sweep.run(args, _settings(args), _workload(args))
-    return _measure(args)
+    if args.against is not None:
+        from . import bench_against
+
+        return bench_against.run(args, _measure)
+    return _measure(args, _turns(args))
 
 
-def _measure(args: argparse.Namespace) -> int:
+def _turns(args: argparse.Namespace) -> Turns:
+    from ..bench.turns import Following, Turns
+
+    return Turns() if args.in_turns is None else Following(args.in_turns)
+
+
+def _measure(
+    args: argparse.Namespace, turns: Turns, other: Callable[[], dict[str, Any] | None] | None = None
+) -> int:
+    """other: where another run takes turns, its result once this one is there, None if it has
+    none; what this one is compared with.
+    """
     from ..bench import compare, memory, schema
     from ..bench.measure import measure
 
     if args.metrics is not None and not args.server:
         raise ValueError("--metrics is of --server")
     before = None if args.baseline is None else schema.read(args.baseline)
-    settings, workload = _settings(args), _workload(args)
+    settings = dataclasses.replace(_settings(args), turns=turns)
+    workload = _workload(args)
     for folder in (args.out, args.loadgen):
         if folder is not None:
             arguments.make_writable(folder)
@@ -211,6 +240,9 @@ def _measure(args: argparse.Namespace) -> int:
     told = dict(result)  # and what is only in the last line
     try:
         _report(result, args.out)
+        if other is not None and (before := other()) is None:
+            say("not compared: the other run (--against) has no result")
+            told["comparison"] = compare.to_json([], [], args.threshold) | {"status": 1}
         if before is not None and not result.get("interrupted"):
             told["comparison"] = _compared(before, result, args.threshold)
     finally:  # whatever cannot be written or shown, it was measured

@@ -1,0 +1,140 @@
+"""Two runs of `nuwa bench` that take turns, round by round, and so see the same machine.
+
+What a machine does in one minute differs from what it does in the next by more than two builds may.
+Two runs one after the other compare these minutes, too; of two that take turns each round has one
+of the other right beside it, and those pairs are compared (compare.py).
+
+One run leads: it starts the other as a process of its own, which does a round when it is told to.
+They talk over two pipes, a byte each time. Posix only, as the other one inherits the pipes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+
+READY, GO, DONE = b"r", b"g", b"d"
+
+
+class Turns:
+    """Of a run alone: it is always its turn. id: what both results of a pair have in common, None
+    alone; waited: seconds until now in which it was not its turn.
+    """
+
+    id: str | None = None
+
+    def __init__(self) -> None:
+        self.waited = 0.0
+
+    def begin(self) -> None:
+        """Warmed up, and about to begin."""
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """One round."""
+        yield
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited += time.perf_counter() - began
+
+
+class Leading(Turns):
+    """Of the run that starts the other one. In every other pair the other one's round comes first,
+    so that neither has more of what slowly changes.
+
+    command: given the other's `word`, which it makes a Following of, the command that starts it.
+    """
+
+    def __init__(self, command: Callable[[str], Sequence[str]]) -> None:
+        super().__init__()
+        self.id = uuid.uuid4().hex
+        self._command, self._rounds, self._lost = command, 0, False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._heard, self._told = -1, -1
+
+    def begin(self) -> None:
+        """Starts the other one and waits until it has warmed up, too. ValueError if it ends."""
+        heard, tell = os.pipe()
+        hear, told = os.pipe()
+        word = f"{hear}:{tell}:{self.id}"
+        self._heard, self._told = heard, told
+        try:
+            self._process = subprocess.Popen(
+                self._command(word), stdout=subprocess.DEVNULL, pass_fds=(hear, tell)
+            )
+        finally:
+            os.close(hear)
+            os.close(tell)
+        if not self._hears(READY):
+            raise ValueError("the other run (--against) ended before it began; it said why")
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        second = self._rounds % 2 == 1
+        if second:
+            self._others()
+        yield
+        if not second:
+            self._others()
+        self._rounds += 1
+
+    def end(self) -> bool:
+        """Lets the other one write its result and waits for that; whether it went all the way."""
+        for pipe in (self._heard, self._told):
+            if pipe >= 0:
+                os.close(pipe)
+        self._heard = self._told = -1
+        if self._process is None:
+            return False
+        return self._process.wait() == 0 and not self._lost
+
+    def _others(self) -> None:
+        """If it is gone, this run goes on alone: what was measured is not thrown away."""
+        if self._lost:
+            return
+        with self._waiting(), contextlib.suppress(BrokenPipeError):
+            os.write(self._told, GO)
+            if self._hears(DONE):
+                return
+        self._lost = True
+
+    def _hears(self, word: bytes) -> bool:
+        return os.read(self._heard, 1) == word
+
+
+class Following(Turns):
+    """Of the run that was started. word: as Leading gave it; ValueError if it is none."""
+
+    def __init__(self, word: str) -> None:
+        super().__init__()
+        try:
+            hear, tell, self.id = word.split(":")
+            self._hear, self._tell = int(hear), int(tell)
+        except ValueError:
+            raise ValueError(f"turns {word!r}: not what --against gives to the other run") from None
+
+    def begin(self) -> None:
+        self._say(READY)
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        with self._waiting():
+            if os.read(self._hear, 1) != GO:
+                raise KeyboardInterrupt  # who leads has ended: what there is by now is the result
+        yield
+        self._say(DONE)
+
+    def _say(self, word: bytes) -> None:
+        try:
+            os.write(self._tell, word)
+        except BrokenPipeError:
+            raise KeyboardInterrupt from None

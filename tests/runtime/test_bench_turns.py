@@ -1,0 +1,369 @@
+"""Runs that take turns: whose round is when, and what is compared then."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import random
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from nuwa.runtime.bench import compare, measure, scenarios, schema, statistics
+from nuwa.runtime.bench.observation import Observation
+from nuwa.runtime.bench.running import Settings
+from nuwa.runtime.bench.scenarios import Extent, Interrupted
+from nuwa.runtime.bench.targets import IN_PROCESS, Target
+from nuwa.runtime.bench.turns import Following, Leading, Turns
+from nuwa.runtime.bench.workload import Workload
+from nuwa.runtime.cli import main
+from nuwa.runtime.client import LocalClient
+from nuwa.runtime.commands import bench_against
+from nuwa.runtime.server import Server
+from nuwa.spec.tasks import Task
+
+from . import virtual_time
+from .fake_engine import FakeEngine
+
+FOLLOWER = """
+import sys
+from pathlib import Path
+from nuwa.runtime.bench.turns import Following
+
+turns, log = Following(sys.argv[1]), Path(sys.argv[2])
+turns.begin()
+try:
+    for number in range(int(sys.argv[3])):
+        with turns.taken():
+            with log.open("a") as file:
+                file.write("b")
+except KeyboardInterrupt:
+    with log.open("a") as file:
+        file.write("!")
+"""
+
+
+def leading(log: Path, rounds: int) -> Leading:
+    return Leading(lambda word: [sys.executable, "-c", FOLLOWER, word, str(log), str(rounds)])
+
+
+def write(log: Path, what: str) -> None:
+    with log.open("a") as file:
+        file.write(what)
+
+
+def test_each_goes_first_in_every_other_pair(tmp_path):
+    log = tmp_path / "log"
+    turns = leading(log, 5)
+    turns.begin()
+    for _ in range(5):
+        with turns.taken():
+            write(log, "a")
+    assert turns.end()
+    assert log.read_text() == "abbaabbaab"
+    assert turns.waited > 0
+
+
+def test_who_loses_the_other_goes_on_alone(tmp_path):
+    log = tmp_path / "log"
+    turns = leading(log, 2)
+    turns.begin()
+    for _ in range(5):
+        with turns.taken():
+            write(log, "a")
+    assert not turns.end(), "it did not go all the way"
+    assert log.read_text() == "abbaaaa"
+
+
+def test_the_other_ends_with_who_leads(tmp_path):
+    log = tmp_path / "log"
+    turns = leading(log, 5)
+    turns.begin()
+    with pytest.raises(KeyboardInterrupt), turns.taken():
+        raise KeyboardInterrupt
+    turns.end()
+    assert log.read_text() == "!", "it was told that this is all"
+
+
+def test_who_does_not_begin_is_told_of():
+    turns = Leading(lambda word: [sys.executable, "-c", ""])
+    with pytest.raises(ValueError, match="ended before it began"):
+        turns.begin()
+    assert turns.end()
+    with pytest.raises(ValueError, match="turns 'x': not what"):
+        Following("x")
+
+
+class Sharing(Turns):
+    """The other one's rounds take `seconds`."""
+
+    id = "shared"
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds, self.taken_at = seconds, []
+
+    @contextlib.contextmanager
+    def taken(self):
+        with self._waiting():
+            time.sleep(self.seconds)
+        self.taken_at.append(time.perf_counter())
+        yield
+
+
+def takes(seconds: float):
+    def ask(number: int, scheduled: float) -> Observation:
+        sent = time.perf_counter()
+        time.sleep(seconds)
+        return Observation(scheduled, sent, time.perf_counter())
+
+    return ask
+
+
+@pytest.fixture
+def virtual(monkeypatch):
+    with virtual_time.passing(monkeypatch) as time_that_passes:
+        yield time_that_passes
+
+
+@pytest.mark.usefixtures("virtual")
+def test_throughput_is_of_ones_own_rounds():
+    turns = Sharing(100.0)
+    found = scenarios.offline_in_turns(takes(0.5), Extent(40.0, rounds=4), 2, turns)
+    assert found.rates == pytest.approx([4.0] * 4) and found.rate == pytest.approx(4.0)
+    assert len(found.rounds) == 4 and min(map(len, found.rounds)) >= 38
+    assert np.diff(turns.taken_at).min() > 100
+
+
+@pytest.mark.usefixtures("virtual")
+def test_rounds_of_arrivals_follow_each_other(monkeypatch):
+    """As if nobody else's had been between them."""
+    monkeypatch.setattr(scenarios, "MOST_IN_FLIGHT", 8)
+    turns = Sharing(50.0)
+    rounds = scenarios.server_in_turns(takes(0.25), Extent(30.0, rounds=3), 2.0, 0, turns)
+    assert list(map(len, rounds)) == [20, 20, 20]
+    seen = [one for each in rounds for one in each]
+    assert all(one.latency == pytest.approx(0.25) for one in seen)
+    due = [one.scheduled for one in seen]
+    assert due == sorted(due) and due[-1] - due[0] < 32
+    assert scenarios.achieved(seen, 3).rate == pytest.approx(2.0, rel=0.1)
+
+
+def test_ctrl_c_leaves_the_rounds_until_then():
+    asked = itertools.count()
+
+    def ask(number: int, scheduled: float) -> Observation:
+        if next(asked) == 7:
+            raise KeyboardInterrupt
+        return Observation(scheduled, scheduled, time.perf_counter())
+
+    extent = Extent(60.0, rounds=6, least=1, most=24)
+    for run in (
+        lambda: scenarios.single_stream(ask, extent, turns=Sharing(0.0)),
+        lambda: scenarios.server_in_turns(ask, extent, 1000.0, 0, Sharing(0.0)),
+    ):
+        asked = itertools.count()
+        with pytest.raises(Interrupted) as ended:
+            run()
+        assert len(ended.value.rounds[0]) == 4
+
+    class Ended(Sharing):
+        @contextlib.contextmanager
+        def taken(self):
+            if len(self.taken_at) == 2:
+                raise KeyboardInterrupt
+            with super().taken():
+                yield
+
+    with pytest.raises(Interrupted) as ended:
+        scenarios.offline_in_turns(takes(0.001), Extent(0.2, rounds=4), 1, Ended(0.0))
+    assert len(ended.value.throughput.rates) == 2
+
+
+@pytest.mark.usefixtures("virtual")
+@pytest.mark.parametrize("scenario", ["single-stream", "multi-stream", "offline", "server"])
+def test_figures_are_of_ones_own_time(scenario, monkeypatch):
+    monkeypatch.setattr(scenarios, "MOST_IN_FLIGHT", 8)
+    engine = FakeEngine()
+    step = engine.step
+    engine.step = lambda: time.sleep(0.1) or step()
+    settings = Settings(
+        scenario,
+        Extent(16.0, rounds=4),
+        streams=1,
+        outstanding=3,
+        rate=1.0,
+        bound=2.0,
+        warm_up=1,
+        turns=Sharing(60.0),
+    )
+    with LocalClient(engine) as client:
+        target = Target(client, engine.info, IN_PROCESS, None, engine.slots, None)
+        result = measure.measure(target, Workload(Task.T2I), settings)
+    assert result["turns"] == {"id": "shared"}
+    rate, within = (1.0, 0.2) if scenario == "server" else (2.5, 0.01)
+    assert result["metrics"]["throughput"]["value"] == pytest.approx(rate, rel=within)
+    assert len(result["rounds"]["throughput" if scenario == "offline" else "latency"]) == 4
+    assert result["power"]["energy"] == [] and "others_share" not in result["conditions"]
+    if scenario == "single-stream":
+        assert result["metrics"]["measuring"]["value"] < 0.01
+
+
+def test_searches_and_loadgen_take_no_turns(tmp_path):
+    with pytest.raises(ValueError, match="searches take no turns.*--rate"):
+        Settings("server", bound=1.0, turns=Sharing(0.0))
+    with pytest.raises(ValueError, match="LoadGen takes no turns"):
+        Settings(loadgen=tmp_path, turns=Sharing(0.0))
+
+
+def drifting(draw: random.Random, rounds: int, slower: float):
+    """Rounds of two runs on a machine whose speed wanders, and which now and then is far slower."""
+    speed, found = 1.0, ([], [])
+    for _ in range(rounds):
+        for series, factor in zip(found, (1.0, slower), strict=True):
+            speed *= draw.gauss(1.0, 0.02)
+            burst = 2.0 if draw.random() < 0.1 else 1.0
+            series.append([speed * factor * burst * draw.gauss(1.0, 0.02) for _ in range(5)])
+    return found
+
+
+@pytest.mark.parametrize(("slower", "verdict"), [(1.0, "no difference"), (1.1, "slower")])
+def test_pairs_tell_apart_what_a_drifting_machine_hides(slower, verdict):
+    draw, told, unpaired = random.Random(1), [], []
+    for _ in range(40):
+        a, b = drifting(draw, 30, slower)
+        told.append(compare.compare(a, b, paired=True).verdict)
+        unpaired.append(compare.compare(a, b).verdict)
+    assert told.count(verdict) >= 38
+    if slower > 1:
+        assert unpaired.count(verdict) < 30, "which would be as good without taking turns"
+
+
+def test_what_has_no_partner_is_passed_over():
+    a = [[1.0], [], [3.0], [1.0], [2.0], [1.0], [1.5], [9.0]]
+    b = [[2.0], [5.0], [6.0], [2.0], [4.0], [2.0], [3.0]]
+    found = compare.compare(a, b, paired=True)
+    assert found.ratio == pytest.approx(2.0) and found.verdict == "slower"
+    few = compare.compare(a[:6], b[:6], paired=True)
+    assert few.verdict == "unknown" and few.reason == "5 of at least 6 pairs of rounds"
+
+
+def test_only_results_of_one_pair_are_compared_in_pairs():
+    def result(values, turns):
+        told = {"turns": {"id": turns}} if turns else {}
+        metrics = {"latency": {"unit": "s", "better": "lower", "mean": 1.0}}
+        return {"metrics": metrics, "rounds": {"latency": [[each] for each in values]}, **told}
+
+    wide = [2.0**power for power in range(-5, 5)]
+    more = [1.2 * each for each in wide]
+    for turns, verdict in (
+        (("x", "x"), "slower"),
+        (("x", "y"), "no difference"),
+        (("", ""), "no difference"),
+    ):
+        a, b = result(wide, turns[0]), result(more, turns[1])
+        assert compare.took_turns(a, b) is (verdict == "slower")
+        assert compare.compare_results(a, b)[0].verdict == verdict
+
+
+def test_the_signed_rank_interval_is_that_of_all_signs():
+    """Its ends are the outermost means of pairs that a test of so many ranks does not refuse."""
+    values = [1.1, -0.4, 2.0, 0.7, 3.1, 0.2, 1.6]
+    middle, low, high = statistics.signed_rank_interval(values)
+    count = len(values)
+    sums = sorted(
+        sum(rank for rank, sign in zip(range(1, count + 1), signs, strict=True) if sign)
+        for signs in itertools.product((0, 1), repeat=count)
+    )
+
+    def refused(centre: float) -> bool:
+        ranked = sorted((each - centre for each in values), key=abs)
+        above = sum(rank for rank, each in enumerate(ranked, 1) if each > 0)
+        total = count * (count + 1) // 2
+        fewer = sum(each <= min(above, total - above) for each in sums) / len(sums)
+        return 2 * fewer <= 0.05
+
+    assert refused(low - 1e-9) and not refused(low + 1e-9)
+    assert refused(high + 1e-9) and not refused(high - 1e-9)
+    assert low < middle < high
+    assert statistics.signed_rank_interval(values[:5]) is None
+    assert statistics.signed_rank_needed() == 6
+
+
+@pytest.mark.parametrize("count", [12, statistics.EXACT_RANKS, 200])
+def test_the_signed_rank_interval_covers(count):
+    draws = np.random.default_rng(3).standard_t(2, (600, count))
+    ends = [statistics.signed_rank_interval(each) for each in draws]
+    covered = np.mean([low <= 0 <= high for _, low, high in ends])
+    assert 0.93 < covered < 0.98
+
+
+def words_of(words: str, against: str, bundle: list[str] | None = None, server=None):
+    args = SimpleNamespace(words=words.split(), against=against, bundle=bundle or [], server=server)
+    return bench_against.other_command(args)
+
+
+def test_the_other_is_told_the_same_but_for_what_it_measures(tmp_path, monkeypatch):
+    python = [sys.executable, "-m", "nuwa.runtime"]
+    told = (
+        f"old --task t2i --against {tmp_path} --out o --slots 2 --scores s --prompt a --seconds=3"
+    )
+    program, words = words_of(told, str(tmp_path), ["old"])
+    assert program == python
+    assert words == [
+        str(tmp_path),
+        *["--task", "t2i", "--slots", "2", "--prompt", "a", "--seconds=3"],
+    ]
+    program, words = words_of(f"--preset base --against {tmp_path} --rounds 9", str(tmp_path))
+    assert words == [str(tmp_path), "--rounds", "9"]
+    told = "--server h:1 b --against g:2 --metrics h:3 --model m --tls"
+    program, words = words_of(told, "g:2", ["b"], "h:1")
+    assert (program, words) == (python, ["--server", "g:2", "--model", "m", "--tls"])
+    program, words = words_of(f"b --against={sys.executable} --task t2v", sys.executable, ["b"])
+    assert program == [sys.executable] and words == ["b", "--task", "t2v"]
+    with pytest.raises(ValueError, match="--against nothing: neither a bundle's folder nor a"):
+        words_of("b --against nothing", "nothing", ["b"])
+
+
+def slow(seconds: float) -> FakeEngine:
+    engine = FakeEngine()
+    step = engine.step
+    engine.step = lambda: time.sleep(seconds) or step()
+    return engine
+
+
+SHORT = ["--task", "t2i", "--seconds", "1.2", "--rounds", "8"]
+
+
+def test_two_servers_in_turns(tmp_path, capsys):
+    with Server(slow(0.005), queue_size=8) as a, Server(slow(0.02), queue_size=8) as b:
+        words = ["--server", b.address, "--against", a.address, *SHORT, "--out", str(tmp_path)]
+        status = main(["bench", *words])
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert status == 1, "this one is slower"
+    (latency, failed) = last["comparison"]["differences"]
+    assert latency["verdict"] == "slower" and 2 < latency["ratio"] < 5
+    assert failed["verdict"] == "no difference"
+    written = schema.read(tmp_path / "result.json"), schema.read(tmp_path / "against/result.json")
+    assert compare.took_turns(*written) and last["turns"] == written[1]["turns"]
+    assert written[1]["workload"]["target"] == f"gRPC {a.address}"
+    assert [len(each["rounds"]["latency"]) for each in written] == [8, 8]
+
+
+def test_if_the_other_is_not_there_it_is_told(tmp_path, capsys, server):
+    program = tmp_path / "nuwa-of-before"
+    program.write_text("#!/bin/sh\necho no such thing >&2\nexit 2\n")
+    program.chmod(0o755)
+    words = ["bench", "--server", server.address, *SHORT]
+    assert main([*words, "--against", "127.0.0.1:1"]) == 2
+    assert "ended before it began" in capsys.readouterr().err
+    for other in (["--baseline", "x"], ["--loadgen", "x"]):
+        assert main([*words, "--against", "127.0.0.1:1", *other]) == 2
+        assert f"--against and {other[0]}: one of them" in capsys.readouterr().err
+    assert main(["bench", str(tmp_path / "b"), *SHORT, "--against", "none-such"]) == 2
+    assert "neither a bundle's folder nor a program" in capsys.readouterr().err
