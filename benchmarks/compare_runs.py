@@ -103,7 +103,7 @@ def main() -> int:
     parser.add_argument("--slots", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--repetitions", type=int, default=20, help="(%(default)s)")
     parser.add_argument("--seconds", type=float, default=12.0, help="of each (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=30, help="of each (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=200, help="of each (%(default)s)")
     parser.add_argument("--threshold", type=float, default=0.05, help="(%(default)s)")
     parser.add_argument("--slower", type=float, default=0.1, metavar="SHARE", help="(%(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the JSON as a file, too")

@@ -72,12 +72,13 @@ def measure(
     prepared = memory.process_peak(hardware)
     memory.forget_peak()
     before = "" if metrics_at is None else server_metrics.read(metrics_at)
-    settings.turns.begin()
-    say(settings.scenario)
     sampler = Sampler(hardware, gpus=gpus)
     sampler.start()
     try:
+        settings.turns.begin()
+        say(settings.scenario)
         seen = run(asker, target, settings, warm_up["requests"])
+        settings.turns.finish()
     finally:
         power = sampler.stop()
     observed, span = seen.all, figures.counted(seen, settings)
@@ -94,6 +95,8 @@ def measure(
         **(sampler.contention(*span[:2]) if span else {}),
     }
     device, device_note = memory.device_peak(power["seen"], gpus, devices_before)
+    if settings.in_turns and device_note:  # what is not known to be this process's
+        device, device_note = None, "GPU memory is not told: another run had its own meanwhile."
     around = figures.Surroundings(
         card, frames, given, _charged(power), power["own_seconds"] / power["seconds"]
     )

@@ -53,8 +53,14 @@ class Settings:
             raise ValueError("LoadGen does not search: its server scenario needs --rate")
         if self.in_turns and self.loadgen is not None:
             raise ValueError("LoadGen takes no turns: --against or --loadgen")
-        if self.in_turns and self.scenario == "server" and self.rate is None:
-            raise ValueError("searches take no turns: --against of server needs --rate")
+        if self.in_turns and self.scenario == "server":
+            raise ValueError(
+                "the server scenario takes no turns, as its queue would be empty at each; "
+                "--against is of single-stream, multi-stream and offline"
+            )
+        least, most = statistics.signed_rank_needed(), self.extent.most
+        if self.in_turns and min(self.extent.rounds, most or least) < least:
+            raise ValueError(f"a comparison in turns takes {least} rounds and queries at the least")
 
     @property
     def in_turns(self) -> bool:

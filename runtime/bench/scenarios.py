@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import count
 
 from .asking import Ask
@@ -92,16 +91,15 @@ def multi_stream(
 def _in_rounds(
     extent: Extent, query: Callable[[], Observation], turns: Turns | None = None
 ) -> Rounds:
-    rounds, turns = list[list[Observation]](), turns or Turns()
+    rounds: Rounds = []
     try:
-        for each in extent.each():
-            with turns.taken():
-                seen: list[Observation] = []
-                rounds.append(seen)
-                began = time.perf_counter()
-                while each.lasts(began, len(seen)):
-                    seen.append(query())
-                    _back_off(seen[-1])
+        for each in (turns or Turns()).rounds(extent):
+            seen: list[Observation] = []
+            rounds.append(seen)
+            began = time.perf_counter()
+            while each.lasts(began, len(seen)):
+                seen.append(query())
+                _back_off(seen[-1])
     except KeyboardInterrupt:
         raise Interrupted(rounds) from None
     return rounds
@@ -133,7 +131,9 @@ class Throughput:
     outstanding: int | None = None
 
 
-def offline(ask: Ask, extent: Extent, outstanding: int, first: int = 0) -> Throughput:
+def offline(
+    ask: Ask, extent: Extent, outstanding: int, first: int = 0, ramp: float = RAMP
+) -> Throughput:
     """As many answers as there can be, with `outstanding` requests under way.
 
     MLPerf's Offline sends all samples at once, and the system has them all to choose from. A server
@@ -148,7 +148,7 @@ def offline(ask: Ask, extent: Extent, outstanding: int, first: int = 0) -> Throu
     seen: list[Observation] = []
     lock, workers = threading.Lock(), outstanding
     began = time.perf_counter()
-    start = began + RAMP * extent.seconds
+    start = began + ramp * extent.seconds
     end = start + extent.seconds
     last = None if extent.most is None else first + extent.most
     counted = 0
@@ -196,16 +196,15 @@ def offline(ask: Ask, extent: Extent, outstanding: int, first: int = 0) -> Throu
 def offline_in_turns(
     ask: Ask, extent: Extent, outstanding: int, turns: Turns, first: int = 0
 ) -> Throughput:
-    """Each round an offline run of its own, with a ramp before it, as there was a pause. The rate
-    is the mean of theirs.
+    """Each round an offline run of its own, all of whose time counts, as it begins with nothing
+    under way. The rate is the mean of theirs.
     """
     parts: list[Throughput] = []
     try:
-        for each in extent.each():
-            with turns.taken():
-                asked = sum(len(part.rounds[0]) + len(part.beside) for part in parts)
-                parts.append(offline(ask, each, outstanding, first + asked))
-                outstanding = parts[-1].outstanding or outstanding
+        for each in turns.rounds(extent):
+            asked = sum(len(part.rounds[0]) + len(part.beside) for part in parts)
+            parts.append(offline(ask, each, outstanding, first + asked, ramp=0.0))
+            outstanding = parts[-1].outstanding or outstanding
     except Interrupted as ended:
         assert ended.throughput is not None, "offline says it"
         found = _joined([*parts, ended.throughput])
@@ -217,6 +216,7 @@ def offline_in_turns(
 
 
 def _joined(parts: Sequence[Throughput]) -> Throughput:
+    parts = [part for part in parts if part.rounds[0] or part.beside]
     rates = [part.rate for part in parts]
     return Throughput(
         sum(rates) / len(rates) if rates else 0.0,
@@ -231,7 +231,8 @@ def sliced(
     seen: Sequence[Observation], began: float, start: float, end: float, rounds: int
 ) -> Throughput:
     """By when they ended. A rate is from the last answer before a round to the last one of it, so
-    that it does not depend on where the round's edge falls between two answers.
+    that it does not depend on where the round's edge falls between two answers; or, where there is
+    no ramp, from when it began with nothing under way.
 
     Where fewer than two answers came after the ramp, that is all there were over all the time.
     """
@@ -239,7 +240,9 @@ def sliced(
     answers = [each.ended for each in inorder if each.ok]
     before = [moment for moment in answers if moment < start]
     inside = [moment for moment in answers if start <= moment < end]
-    base = before[-1] if before else inside[0] if inside else start
+    base = start
+    if start > began and (before or inside):
+        base = before[-1] if before else inside[0]
     if len(inside) < 2 or inside[-1] <= base:
         taken = answers[-1] - began if answers else 0.0
         rate = len(answers) / taken if taken else 0.0
@@ -307,38 +310,6 @@ def server(
     finally:
         pool.shutdown(cancel_futures=True)
     return in_parts(seen, extent.rounds)
-
-
-def server_in_turns(
-    ask: Ask, extent: Extent, rate: float, seed: int, turns: Turns, first: int = 0
-) -> Rounds:
-    """Each round a run of its own, without those under way of the one before. All times are of a
-    clock that stands while it is not its turn, as if the rounds had followed each other.
-    """
-    rounds: Rounds = []
-    try:
-        for index, each in enumerate(extent.each()):
-            with turns.taken():
-                asked, waited = sum(map(len, rounds)), turns.waited
-                alone = partial(_earlier, seconds=waited)
-                (seen,) = server(ask, each, rate, seed + index, first + asked) or [[]]
-                rounds.append([alone(one) for one in seen])
-    except Interrupted as ended:
-        rest = [alone(one) for each in ended.rounds for one in each]
-        raise Interrupted([*rounds, rest]) from None
-    except KeyboardInterrupt:
-        raise Interrupted(rounds) from None
-    return rounds
-
-
-def _earlier(one: Observation, seconds: float) -> Observation:
-    return replace(
-        one,
-        scheduled=one.scheduled - seconds,
-        sent=one.sent - seconds,
-        ended=one.ended - seconds,
-        frames=tuple(moment - seconds for moment in one.frames),
-    )
 
 
 def _until_now(calls: list[tuple[float, Future[Observation]]]) -> tuple[list[Observation], float]:

@@ -19,6 +19,7 @@ KINDS: dict[str, type] = {
     "command": str,
     "notes": list,
     "interrupted": bool,
+    "turns": dict,
     "machine": dict,
     "model": dict,
     "workload": dict,

@@ -50,11 +50,6 @@ class Serving:
         began = time.perf_counter()
         self.target.steps.clear()
         try:
-            if self.settings.in_turns:
-                turns = self.settings.turns
-                rounds = scenarios.server_in_turns(self.asker, extent, rate, 0, turns, self.first)
-                self._keep(rate, rounds, began)
-                return
             rounds = scenarios.server(
                 self.asker,
                 extent,
@@ -71,8 +66,7 @@ class Serving:
     def _keep(self, rate: float, rounds: Rounds, began: float) -> None:
         seen = [each for one in rounds for each in one]
         if seen:
-            seconds = time.perf_counter() - began - self.settings.turns.waited
-            self.runs[rate] = rounds, seconds, list(self.target.steps)
+            self.runs[rate] = rounds, time.perf_counter() - began, list(self.target.steps)
             self.points.append(self.point(rate, seen))
 
     def point(

@@ -16,8 +16,14 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-READY, GO, DONE = b"r", b"g", b"d"
+from .statistics import signed_rank_needed
+
+if TYPE_CHECKING:
+    from .scenarios import Extent
+
+READY, GO, DONE, OVER = b"r", b"g", b"d", b"o"
 
 
 class Turns:
@@ -33,10 +39,12 @@ class Turns:
     def begin(self) -> None:
         """Warmed up, and about to begin."""
 
-    @contextlib.contextmanager
-    def taken(self) -> Iterator[None]:
-        """One round."""
-        yield
+    def rounds(self, extent: Extent) -> Iterator[Extent]:
+        """The rounds of the extent, each when it is its turn; over when the next is asked for."""
+        yield from extent.each()
+
+    def finish(self) -> None:
+        """Measured: nothing but this is done until the other one is, too."""
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -57,7 +65,7 @@ class Leading(Turns):
     def __init__(self, command: Callable[[str], Sequence[str]]) -> None:
         super().__init__()
         self.id = uuid.uuid4().hex
-        self._command, self._rounds, self._lost = command, 0, False
+        self._command, self._lost = command, False
         self._process: subprocess.Popen[bytes] | None = None
         self._heard, self._told = -1, -1
 
@@ -65,11 +73,12 @@ class Leading(Turns):
         """Starts the other one and waits until it has warmed up, too. ValueError if it ends."""
         heard, tell = os.pipe()
         hear, told = os.pipe()
-        word = f"{hear}:{tell}:{self.id}"
         self._heard, self._told = heard, told
         try:
             self._process = subprocess.Popen(
-                self._command(word), stdout=subprocess.DEVNULL, pass_fds=(hear, tell)
+                self._command(f"{hear}:{tell}:{self.id}"),
+                stdout=subprocess.DEVNULL,
+                pass_fds=(hear, tell),
             )
         finally:
             os.close(hear)
@@ -77,35 +86,42 @@ class Leading(Turns):
         if not self._hears(READY):
             raise ValueError("the other run (--against) ended before it began; it said why")
 
-    @contextlib.contextmanager
-    def taken(self) -> Iterator[None]:
-        second = self._rounds % 2 == 1
-        if second:
-            self._others()
-        yield
-        if not second:
-            self._others()
-        self._rounds += 1
+    def rounds(self, extent: Extent) -> Iterator[Extent]:
+        """Fewer where requests take longer than rounds and all of the time is over; but as many as
+        a comparison needs, and all where so many queries were asked for.
+        """
+        began = time.perf_counter() - self.waited
+        for index, each in enumerate(_rounds(extent)):
+            own = time.perf_counter() - self.waited - began
+            if index >= signed_rank_needed() and extent.least <= 1 and own > extent.seconds:
+                break
+            if index % 2:
+                self._others()
+            yield each
+            if not index % 2:
+                self._others()
+        self._tell(OVER)
 
-    def end(self) -> bool:
-        """Lets the other one write its result and waits for that; whether it went all the way."""
+    def end(self) -> None:
+        """Lets the other one write its result, and waits for that."""
         for pipe in (self._heard, self._told):
             if pipe >= 0:
                 os.close(pipe)
         self._heard = self._told = -1
-        if self._process is None:
-            return False
-        return self._process.wait() == 0 and not self._lost
+        if self._process is not None:
+            self._process.wait()
 
     def _others(self) -> None:
         """If it is gone, this run goes on alone: what was measured is not thrown away."""
         if self._lost:
             return
-        with self._waiting(), contextlib.suppress(BrokenPipeError):
-            os.write(self._told, GO)
-            if self._hears(DONE):
-                return
-        self._lost = True
+        with self._waiting():
+            self._tell(GO)
+            self._lost = not self._hears(DONE)
+
+    def _tell(self, word: bytes) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._told, word)
 
     def _hears(self, word: bytes) -> bool:
         return os.read(self._heard, 1) == word
@@ -125,16 +141,30 @@ class Following(Turns):
     def begin(self) -> None:
         self._say(READY)
 
-    @contextlib.contextmanager
-    def taken(self) -> Iterator[None]:
-        with self._waiting():
-            if os.read(self._hear, 1) != GO:
-                raise KeyboardInterrupt  # who leads has ended: what there is by now is the result
-        yield
-        self._say(DONE)
+    def rounds(self, extent: Extent) -> Iterator[Extent]:
+        """As many as the leading run has."""
+        for each in _rounds(extent):
+            with self._waiting():
+                word = os.read(self._hear, 1)
+            if word == OVER:
+                return
+            if word != GO:
+                raise KeyboardInterrupt  # who leads was interrupted: what there is is the result
+            yield each
+            self._say(DONE)
+
+    def finish(self) -> None:
+        """The leading one may have the last round."""
+        while os.read(self._hear, 1):
+            pass
 
     def _say(self, word: bytes) -> None:
         try:
             os.write(self._tell, word)
         except BrokenPipeError:
             raise KeyboardInterrupt from None
+
+
+def _rounds(extent: Extent) -> Iterator[Extent]:
+    """Those in which something may be asked."""
+    return (each for each in extent.each() if each.most != 0)

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 SWEEP = "sweep"
 INTERRUPTED = 130  # exit status
-TURNS = 30  # rounds, where another run takes turns: short ones see the same machine
+# Rounds, where another run takes turns: short ones see the same machine, but those of many requests
+# under way begin and end with fewer.
+TURNS, TURNS_OFFLINE = 200, 30
 PROFILES: dict[str, dict[str, Any]] = {
     "edge": {"seconds": 30.0, "rounds": 6, "slots": 1, "queue_size": 4, "queries": 2000},
     "server": {"seconds": 120.0, "rounds": 10, "slots": 8, "queue_size": 256, "queries": None},
@@ -119,11 +121,12 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
     parser.add_argument(
         "--against",
         metavar="WHAT",
-        help="measure something else, too, in turns with this, and compare: another bundle's "
-        "folder, beside --server another HOST:PORT, or the `nuwa` program of another version; exit "
-        "status 1 if this one is slower",
+        help="measure something else, too, in turns with this and as long, and compare: another "
+        "bundle's folder, beside --server another HOST:PORT, or the `nuwa` program of another "
+        "version; exit status 1 if this one is slower",
     )
-    parser.add_argument(bench_against.WORD, metavar="TURNS", help=argparse.SUPPRESS)
+    for word in (bench_against.WORD, bench_against.INSTEAD):
+        parser.add_argument(word, help=argparse.SUPPRESS)
     what = parser.add_argument_group("what is asked for")
     what.add_argument("--task", default="t2v", help="(default: %(default)s)")
     what.add_argument("--frames", type=arguments.positive, metavar="N", help="of a clip")
@@ -141,7 +144,9 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
         "--profile", choices=tuple(PROFILES), help="defaults of small machines, or of servers"
     )
     how.add_argument("--seconds", type=float, metavar="S", help="of measuring (default: 60)")
-    how.add_argument("--rounds", type=arguments.positive, metavar="N", help="(default: 10)")
+    how.add_argument(
+        "--rounds", type=arguments.positive, metavar="N", help="(default: 10, with --against 200)"
+    )
     how.add_argument(
         "--least", type=arguments.positive, default=1, metavar="N", help="queries at the least"
     )
@@ -174,12 +179,14 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
 def run(args: argparse.Namespace) -> int:
     if not args.threshold >= 0:
         raise ValueError(f"--threshold {args.threshold} is not at least 0")
+    if args.against is not None and (args.compare or args.baseline):
+        raise ValueError("--against compares by itself: no --compare or --baseline beside it")
     if args.compare:
         first, second = args.compare
         return _compare(first, second, args.threshold)
     profile = DEFAULTS | PROFILES.get(args.profile, {})
     if args.against or args.in_turns:
-        profile |= {"rounds": TURNS}
+        profile |= {"rounds": TURNS_OFFLINE if args.scenario == "offline" else TURNS}
     for name, value in profile.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -188,10 +195,12 @@ def run(args: argparse.Namespace) -> int:
 
         args.bundle = args.bundle[1:]
         return bench_sweep.run(args, _settings(args), _workload(args))
-    if args.against is not None:
-        from . import bench_against
+    from . import bench_against
 
+    if args.against is not None:
         return bench_against.run(args, _measure)
+    if args.instead is not None:
+        bench_against.replace(args)
     return _measure(args, _turns(args))
 
 
@@ -204,8 +213,8 @@ def _turns(args: argparse.Namespace) -> Turns:
 def _measure(
     args: argparse.Namespace, turns: Turns, other: Callable[[], dict[str, Any] | None] | None = None
 ) -> int:
-    """other: where another run takes turns, its result once this one is there, None if it has
-    none; what this one is compared with.
+    """other: where another run takes turns, ends it and gives its result, None if it has none;
+    what this one is compared with.
     """
     from ..bench import compare, memory, schema
     from ..bench.measure import measure
@@ -243,7 +252,7 @@ def _measure(
         if other is not None and (before := other()) is None:
             say("not compared: the other run (--against) has no result")
             told["comparison"] = compare.to_json([], [], args.threshold) | {"status": 1}
-        if before is not None and not result.get("interrupted"):
+        if before is not None and (other is not None or not result.get("interrupted")):
             told["comparison"] = _compared(before, result, args.threshold)
     finally:  # whatever cannot be written or shown, it was measured
         print(schema.last_line(told), flush=True)
@@ -300,7 +309,7 @@ def _compared(before: dict[str, Any], result: dict[str, Any], threshold: float) 
     try:
         differences = compare.compare_results(before, result, threshold)
     except ValueError as error:  # such as a metric that only one of them has
-        say(f"not compared with the baseline: {error}")
+        say(f"not compared: {error}")
         return compare.to_json([], [*differing, str(error)], threshold) | {"status": 1}
     compare.print_differences(differences, differing)
     status = compare.baseline_exit(differences)

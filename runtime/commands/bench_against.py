@@ -10,32 +10,36 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-WORD = "--in-turns"  # of the other run, which this one starts
+# Of the other run, which this one starts: how they take turns, and what it measures instead.
+WORD, INSTEAD = "--in-turns", "--instead"
+PYTHON = [sys.executable, "-m", "nuwa.runtime"]
 OTHER = "against"  # its folder within --out
 # What is not said to the other run, as it is of this one alone.
-NOT_PASSED_ON = ("--against", "--out", "--baseline", "--metrics", "--scores")
+NOT_PASSED_ON = ("--against", "--out", "--metrics", "--scores")
+# What is always said, as another version may have other defaults.
+ALWAYS = ("seconds", "rounds", "slots", "queue_size", "queries")
 
 
 def run(args: argparse.Namespace, measure: Callable[..., int]) -> int:
-    """measure: of bench.py. The other's result is a = the one before, this one's is b."""
+    """measure: of bench.py. The other's result is a, this one's is b."""
     from ..bench import schema
     from ..bench.turns import Leading
 
-    if args.baseline is not None or args.loadgen is not None:
-        given = "--baseline" if args.baseline is not None else "--loadgen"
-        raise ValueError(f"--against and {given}: one of them")
     program, words = other_command(args)
     with tempfile.TemporaryDirectory(prefix="nuwa-against-") as scratch:
         folder = Path(scratch) if args.out is None else args.out / OTHER
 
         def command(word: str) -> Sequence[str]:
-            return [*program, "bench", *words, "--no-rates", "--out", str(folder), WORD, word]
+            return [*program, "bench", WORD, word, "--no-rates", "--out", str(folder), *words]
 
         turns = Leading(command)
 
         def other() -> dict[str, Any] | None:
+            turns.end()
             path = folder / "result.json"
-            return schema.read(path) if turns.end() and path.exists() else None
+            found = schema.read(path) if path.exists() else {}
+            mine = (found.get("turns") or {}).get("id") == turns.id  # not of an earlier run
+            return found if mine else None
 
         try:
             return measure(args, turns, other)
@@ -48,19 +52,27 @@ def other_command(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 
     ValueError for what is nothing that can be.
     """
-    what = args.against
-    words, program = _without(args.words, NOT_PASSED_ON), [sys.executable, "-m", "nuwa.runtime"]
-    if args.server or Path(what).is_dir():
-        rest = _without(words, ("--server", "--preset", "--precision"))
-        for bundle in args.bundle:
-            rest.remove(bundle)
-        return program, [*(("--server",) if args.server else ()), what, *rest]
+    what, words = args.against, _without(args.words, NOT_PASSED_ON)
+    for name in ALWAYS:
+        if (value := getattr(args, name)) is not None:
+            words = [f"--{name.replace('_', '-')}", str(value), *words]
+    if what and (args.server or Path(what).is_dir()):
+        return PYTHON, [INSTEAD, what, *words]
     if (found := shutil.which(what)) is not None:
         return [found], words
     raise ValueError(
         f"--against {what}: neither a bundle's folder nor a program; beside --server it is another "
         "HOST:PORT"
     )
+
+
+def replace(args: argparse.Namespace) -> None:
+    """Has the other run measure what it was told to, instead of what this one measures."""
+    args.bundle = []
+    if args.server:
+        args.server = args.instead
+    else:
+        args.bundle, args.preset, args.precision = [args.instead], None, None
 
 
 def _without(words: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -42,6 +42,7 @@ def made_up() -> dict[str, Any]:
     latency = summary(LATENCIES, floor=0.0198, floor_fraction=0.0198 / 0.0349)
     return {
         "schema": schema.SCHEMA,
+        "turns": {"id": "0123"},
         "when": "2026-11-22T06:30:00Z",
         "command": "nuwa bench demo/bundle --task t2v",
         "notes": ["the machine was idle"],

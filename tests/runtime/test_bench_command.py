@@ -142,7 +142,7 @@ def test_what_cannot_be_compared_in_the_end_is_told_with_the_result(address, res
     schema.write(path, other)
     assert main(["bench", "--server", address, *SHORT, "--baseline", str(path)]) == 1
     printed = capsys.readouterr()
-    assert "not compared with the baseline" in printed.err
+    assert "not compared: results that cannot be compared" in printed.err
     last = json.loads(printed.out.splitlines()[-1])
     assert last["outcomes"]["ok"] and last["comparison"]["differences"] == []
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
+import os
 import random
+import signal
+import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,22 +32,26 @@ from nuwa.spec.tasks import Task
 
 from . import virtual_time
 from .fake_engine import FakeEngine
+from .messages import wait_until
 
 FOLLOWER = """
 import sys
 from pathlib import Path
+from nuwa.runtime.bench.scenarios import Extent
 from nuwa.runtime.bench.turns import Following
 
 turns, log = Following(sys.argv[1]), Path(sys.argv[2])
 turns.begin()
 try:
-    for number in range(int(sys.argv[3])):
-        with turns.taken():
-            with log.open("a") as file:
-                file.write("b")
+    for _ in turns.rounds(Extent(60.0, rounds=int(sys.argv[3]))):
+        with log.open("a") as file:
+            file.write("b")
 except KeyboardInterrupt:
     with log.open("a") as file:
         file.write("!")
+turns.finish()
+with log.open("a") as file:
+    file.write(".")
 """
 
 
@@ -61,22 +68,35 @@ def test_each_goes_first_in_every_other_pair(tmp_path):
     log = tmp_path / "log"
     turns = leading(log, 5)
     turns.begin()
-    for _ in range(5):
-        with turns.taken():
-            write(log, "a")
-    assert turns.end()
-    assert log.read_text() == "abbaabbaab"
+    for _ in turns.rounds(Extent(60.0, rounds=5)):
+        write(log, "a")
+    write(log, "-")
+    turns.end()
+    assert log.read_text() == "abbaabbaab-.", "the other one does nothing before all is over"
     assert turns.waited > 0
+
+
+def test_slow_rounds_are_fewer(tmp_path):
+    """As soon as there are enough pairs and the time is over; the other one has as many."""
+    log = tmp_path / "log"
+    turns = leading(log, 50)
+    turns.begin()
+    for _ in turns.rounds(Extent(0.3, rounds=50)):
+        time.sleep(0.1)
+        write(log, "a")
+    turns.end()
+    assert log.read_text() == "abbaabbaabba."
 
 
 def test_who_loses_the_other_goes_on_alone(tmp_path):
     log = tmp_path / "log"
     turns = leading(log, 2)
     turns.begin()
-    for _ in range(5):
-        with turns.taken():
-            write(log, "a")
-    assert not turns.end(), "it did not go all the way"
+    for number, _ in enumerate(turns.rounds(Extent(60.0, rounds=5))):
+        if number == 2:
+            turns._process.kill()
+        write(log, "a")
+    turns.end()
     assert log.read_text() == "abbaaaa"
 
 
@@ -84,17 +104,18 @@ def test_the_other_ends_with_who_leads(tmp_path):
     log = tmp_path / "log"
     turns = leading(log, 5)
     turns.begin()
-    with pytest.raises(KeyboardInterrupt), turns.taken():
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        for _ in turns.rounds(Extent(60.0, rounds=5)):
+            raise KeyboardInterrupt
     turns.end()
-    assert log.read_text() == "!", "it was told that this is all"
+    assert log.read_text() == "!.", "it was told that this is all"
 
 
 def test_who_does_not_begin_is_told_of():
     turns = Leading(lambda word: [sys.executable, "-c", ""])
     with pytest.raises(ValueError, match="ended before it began"):
         turns.begin()
-    assert turns.end()
+    turns.end()
     with pytest.raises(ValueError, match="turns 'x': not what"):
         Following("x")
 
@@ -108,12 +129,12 @@ class Sharing(Turns):
         super().__init__()
         self.seconds, self.taken_at = seconds, []
 
-    @contextlib.contextmanager
-    def taken(self):
-        with self._waiting():
-            time.sleep(self.seconds)
-        self.taken_at.append(time.perf_counter())
-        yield
+    def rounds(self, extent):
+        for each in extent.each():
+            with self._waiting():
+                time.sleep(self.seconds)
+            self.taken_at.append(time.perf_counter())
+            yield each
 
 
 def takes(seconds: float):
@@ -141,20 +162,14 @@ def test_throughput_is_of_ones_own_rounds():
 
 
 @pytest.mark.usefixtures("virtual")
-def test_rounds_of_arrivals_follow_each_other(monkeypatch):
-    """As if nobody else's had been between them."""
-    monkeypatch.setattr(scenarios, "MOST_IN_FLIGHT", 8)
-    turns = Sharing(50.0)
-    rounds = scenarios.server_in_turns(takes(0.25), Extent(30.0, rounds=3), 2.0, 0, turns)
-    assert list(map(len, rounds)) == [20, 20, 20]
-    seen = [one for each in rounds for one in each]
-    assert all(one.latency == pytest.approx(0.25) for one in seen)
-    due = [one.scheduled for one in seen]
-    assert due == sorted(due) and due[-1] - due[0] < 32
-    assert scenarios.achieved(seen, 3).rate == pytest.approx(2.0, rel=0.1)
+@pytest.mark.parametrize("length", [0.5, 0.72, 0.74, 1.5])
+def test_throughput_of_batches_does_not_depend_on_where_they_end(length):
+    """Eight at a time, which all take as long."""
+    found = scenarios.offline_in_turns(takes(length), Extent(9.0, rounds=3), 8, Sharing(1.0))
+    assert found.rates == pytest.approx([8 / length] * 3)
 
 
-def test_ctrl_c_leaves_the_rounds_until_then():
+def test_ctrl_c_leaves_the_rounds_until_then(monkeypatch):
     asked = itertools.count()
 
     def ask(number: int, scheduled: float) -> Observation:
@@ -163,42 +178,44 @@ def test_ctrl_c_leaves_the_rounds_until_then():
         return Observation(scheduled, scheduled, time.perf_counter())
 
     extent = Extent(60.0, rounds=6, least=1, most=24)
-    for run in (
-        lambda: scenarios.single_stream(ask, extent, turns=Sharing(0.0)),
-        lambda: scenarios.server_in_turns(ask, extent, 1000.0, 0, Sharing(0.0)),
-    ):
-        asked = itertools.count()
-        with pytest.raises(Interrupted) as ended:
-            run()
-        assert len(ended.value.rounds[0]) == 4
+    with pytest.raises(Interrupted) as ended:
+        scenarios.single_stream(ask, extent, turns=Sharing(0.0))
+    assert list(map(len, ended.value.rounds)) == [4, 3]
+    join, joined = threading.Thread.join, itertools.count()
 
+    def interrupted(thread, timeout=None):
+        if thread.name == "nuwa-bench" and next(joined) == 2:
+            raise KeyboardInterrupt
+        join(thread, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(Interrupted) as ended:
+        scenarios.offline_in_turns(takes(0.01), Extent(0.6, rounds=6), 1, Sharing(0.0))
+    assert len(ended.value.throughput.rates) in (2, 3), "the third may have had no answer yet"
+
+
+def test_ctrl_c_between_rounds():
     class Ended(Sharing):
-        @contextlib.contextmanager
-        def taken(self):
-            if len(self.taken_at) == 2:
-                raise KeyboardInterrupt
-            with super().taken():
-                yield
+        def rounds(self, extent):
+            yield from itertools.islice(super().rounds(extent), 2)
+            raise KeyboardInterrupt
 
     with pytest.raises(Interrupted) as ended:
-        scenarios.offline_in_turns(takes(0.001), Extent(0.2, rounds=4), 1, Ended(0.0))
+        scenarios.offline_in_turns(takes(0.001), Extent(0.2, rounds=6), 1, Ended(0.0))
     assert len(ended.value.throughput.rates) == 2
 
 
 @pytest.mark.usefixtures("virtual")
-@pytest.mark.parametrize("scenario", ["single-stream", "multi-stream", "offline", "server"])
-def test_figures_are_of_ones_own_time(scenario, monkeypatch):
-    monkeypatch.setattr(scenarios, "MOST_IN_FLIGHT", 8)
+@pytest.mark.parametrize("scenario", ["single-stream", "multi-stream", "offline"])
+def test_figures_are_of_ones_own_time(scenario):
     engine = FakeEngine()
     step = engine.step
     engine.step = lambda: time.sleep(0.1) or step()
     settings = Settings(
         scenario,
-        Extent(16.0, rounds=4),
+        Extent(16.0, rounds=8),
         streams=1,
         outstanding=3,
-        rate=1.0,
-        bound=2.0,
         warm_up=1,
         turns=Sharing(60.0),
     )
@@ -206,17 +223,19 @@ def test_figures_are_of_ones_own_time(scenario, monkeypatch):
         target = Target(client, engine.info, IN_PROCESS, None, engine.slots, None)
         result = measure.measure(target, Workload(Task.T2I), settings)
     assert result["turns"] == {"id": "shared"}
-    rate, within = (1.0, 0.2) if scenario == "server" else (2.5, 0.01)
-    assert result["metrics"]["throughput"]["value"] == pytest.approx(rate, rel=within)
-    assert len(result["rounds"]["throughput" if scenario == "offline" else "latency"]) == 4
+    assert result["metrics"]["throughput"]["value"] == pytest.approx(2.5, rel=0.01)
+    assert len(result["rounds"]["throughput" if scenario == "offline" else "latency"]) == 8
     assert result["power"]["energy"] == [] and "others_share" not in result["conditions"]
     if scenario == "single-stream":
         assert result["metrics"]["measuring"]["value"] < 0.01
 
 
-def test_searches_and_loadgen_take_no_turns(tmp_path):
-    with pytest.raises(ValueError, match="searches take no turns.*--rate"):
-        Settings("server", bound=1.0, turns=Sharing(0.0))
+def test_what_takes_no_turns(tmp_path):
+    with pytest.raises(ValueError, match="server scenario takes no turns"):
+        Settings("server", bound=1.0, rate=1.0, turns=Sharing(0.0))
+    for extent in (Extent(1.0, rounds=5), Extent(1.0, rounds=9, most=5)):
+        with pytest.raises(ValueError, match="takes 6 rounds and queries at the least"):
+            Settings(extent=extent, turns=Sharing(0.0))
     with pytest.raises(ValueError, match="LoadGen takes no turns"):
         Settings(loadgen=tmp_path, turns=Sharing(0.0))
 
@@ -303,31 +322,40 @@ def test_the_signed_rank_interval_covers(count):
     assert 0.93 < covered < 0.98
 
 
-def words_of(words: str, against: str, bundle: list[str] | None = None, server=None):
-    args = SimpleNamespace(words=words.split(), against=against, bundle=bundle or [], server=server)
-    return bench_against.other_command(args)
+def words_of(words: str, against: str, server: str | None = None):
+    args = SimpleNamespace(words=words.split(), against=against, server=server)
+    vars(args).update(seconds=3.0, rounds=9, slots=1, queue_size=4, queries=None)
+    program, told = bench_against.other_command(args)
+    always = told.index("--seconds")
+    expected = ["--queue-size", "4", "--slots", "1", "--rounds", "9", "--seconds", "3.0"]
+    assert told[always - 6 : always + 2] == expected
+    return program, told[: always - 6], told[always + 2 :]
 
 
-def test_the_other_is_told_the_same_but_for_what_it_measures(tmp_path, monkeypatch):
+def test_the_other_is_told_the_same_but_for_what_it_measures(tmp_path):
+    """With what are the defaults of this version."""
     python = [sys.executable, "-m", "nuwa.runtime"]
-    told = (
-        f"old --task t2i --against {tmp_path} --out o --slots 2 --scores s --prompt a --seconds=3"
-    )
-    program, words = words_of(told, str(tmp_path), ["old"])
-    assert program == python
-    assert words == [
-        str(tmp_path),
-        *["--task", "t2i", "--slots", "2", "--prompt", "a", "--seconds=3"],
-    ]
-    program, words = words_of(f"--preset base --against {tmp_path} --rounds 9", str(tmp_path))
-    assert words == [str(tmp_path), "--rounds", "9"]
+    folder = str(tmp_path)
+    told = f"--prompt b --task t2i b --against {folder} --out o --scores s --seconds=3"
+    found = python, ["--instead", folder], ["--prompt", "b", "--task", "t2i", "b", "--seconds=3"]
+    assert words_of(told, folder) == found
     told = "--server h:1 b --against g:2 --metrics h:3 --model m --tls"
-    program, words = words_of(told, "g:2", ["b"], "h:1")
-    assert (program, words) == (python, ["--server", "g:2", "--model", "m", "--tls"])
-    program, words = words_of(f"b --against={sys.executable} --task t2v", sys.executable, ["b"])
-    assert program == [sys.executable] and words == ["b", "--task", "t2v"]
-    with pytest.raises(ValueError, match="--against nothing: neither a bundle's folder nor a"):
-        words_of("b --against nothing", "nothing", ["b"])
+    found = python, ["--instead", "g:2"], ["--server", "h:1", "b", "--model", "m", "--tls"]
+    assert words_of(told, "g:2", "h:1") == found
+    told = f"b --against={sys.executable} --task t2v"
+    assert words_of(told, sys.executable) == ([sys.executable], [], ["b", "--task", "t2v"])
+    for nothing in ("nothing", ""):
+        with pytest.raises(ValueError, match="neither a bundle's folder nor a program"):
+            words_of("b", nothing)
+
+
+def test_the_other_measures_what_it_was_told_to():
+    args = SimpleNamespace(bundle=["b"], server=None, preset="base", precision="fp16", instead="x")
+    bench_against.replace(args)
+    assert (args.bundle, args.server, args.preset, args.precision) == (["x"], None, None, None)
+    args = SimpleNamespace(bundle=["b"], server="h:1", preset=None, precision=None, instead="g:2")
+    bench_against.replace(args)
+    assert (args.bundle, args.server) == ([], "g:2")
 
 
 def slow(seconds: float) -> FakeEngine:
@@ -337,33 +365,88 @@ def slow(seconds: float) -> FakeEngine:
     return engine
 
 
-SHORT = ["--task", "t2i", "--seconds", "1.2", "--rounds", "8"]
+SHORT = ["--task", "t2i", "--seconds", "2.4", "--rounds", "12"]
 
 
 def test_two_servers_in_turns(tmp_path, capsys):
-    with Server(slow(0.005), queue_size=8) as a, Server(slow(0.02), queue_size=8) as b:
+    with Server(slow(0.005), queue_size=8) as a, Server(slow(0.05), queue_size=8) as b:
         words = ["--server", b.address, "--against", a.address, *SHORT, "--out", str(tmp_path)]
         status = main(["bench", *words])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert status == 1, "this one is slower"
     (latency, failed) = last["comparison"]["differences"]
-    assert latency["verdict"] == "slower" and 2 < latency["ratio"] < 5
+    assert latency["verdict"] == "slower" and latency["ratio"] > 1.05
     assert failed["verdict"] == "no difference"
     written = schema.read(tmp_path / "result.json"), schema.read(tmp_path / "against/result.json")
     assert compare.took_turns(*written) and last["turns"] == written[1]["turns"]
     assert written[1]["workload"]["target"] == f"gRPC {a.address}"
-    assert [len(each["rounds"]["latency"]) for each in written] == [8, 8]
+    assert [len(each["rounds"]["latency"]) for each in written] == [12, 12]
 
 
-def test_if_the_other_is_not_there_it_is_told(tmp_path, capsys, server):
-    program = tmp_path / "nuwa-of-before"
-    program.write_text("#!/bin/sh\necho no such thing >&2\nexit 2\n")
-    program.chmod(0o755)
+def test_ctrl_c_compares_what_there_is(tmp_path):
+    with Server(slow(0.005), queue_size=8) as a, Server(slow(0.05), queue_size=8) as b:
+        words = ["--server", b.address, "--against", a.address, "--task", "t2i"]
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "nuwa.runtime",
+                "bench",
+                *words,
+                "--seconds",
+                "600",
+                "--rounds",
+                "6000",
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # as at a terminal both of them hear it
+        )
+        try:
+            while process.stderr.readline().strip() != "single-stream":
+                assert process.poll() is None
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(2)
+            wait_until(lambda: len(a.host.loaded[0].engine.admitted) > 80, 60)
+            os.killpg(process.pid, signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130, err
+    last = json.loads(out.splitlines()[-1])
+    assert last["interrupted"] and last["comparison"]["differences"][0]["verdict"] == "slower"
+
+
+def test_if_the_other_ends_it_is_told(tmp_path, capsys, server):
     words = ["bench", "--server", server.address, *SHORT]
     assert main([*words, "--against", "127.0.0.1:1"]) == 2
     assert "ended before it began" in capsys.readouterr().err
-    for other in (["--baseline", "x"], ["--loadgen", "x"]):
+    assert main([*words, "--against", "127.0.0.1:1", "--loadgen", str(tmp_path)]) == 2
+    assert "LoadGen takes no turns" in capsys.readouterr().err
+    for other in (["--baseline", "x"], ["--compare", "x", "y"]):
         assert main([*words, "--against", "127.0.0.1:1", *other]) == 2
-        assert f"--against and {other[0]}: one of them" in capsys.readouterr().err
+        assert "--against compares by itself" in capsys.readouterr().err
     assert main(["bench", str(tmp_path / "b"), *SHORT, "--against", "none-such"]) == 2
     assert "neither a bundle's folder nor a program" in capsys.readouterr().err
+
+
+def test_without_the_others_result_nothing_is_lost(tmp_path, capsys, server):
+    """It does its rounds, and dies before it writes."""
+    program = tmp_path / "nuwa-of-before"
+    program.write_text(
+        f"#!{sys.executable}\nimport os, sys\nfrom nuwa.runtime.bench import schema\n"
+        "from nuwa.runtime.cli import main\nschema.write = lambda *_: os._exit(3)\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    program.chmod(0o755)
+    words = ["--server", server.address, "--against", server.address, *SHORT]
+    args = ["bench", *words, "--out", str(tmp_path / "out")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_against, "PYTHON", [str(program)])
+        assert main(args) == 1
+    printed = capsys.readouterr()
+    assert "not compared: the other run (--against) has no result" in printed.err
+    last = json.loads(printed.out.splitlines()[-1])
+    assert last["outcomes"]["ok"] and last["comparison"]["status"] == 1
+    assert schema.read(tmp_path / "out" / "result.json")["outcomes"] == last["outcomes"]
