@@ -1,12 +1,13 @@
 """Clients that behave badly: `python benchmarks/chaos.py BUNDLE --requests 10000`.
 
-Client processes ask a server process for images and clips. Of their requests 30 % are cancelled,
-cut off with their connection, given a deadline that is too short, or not read; now and then a whole
-client process is killed. Every answer that arrives is compared with what the same request gave when
-the server was quiet. In the end no slot may be taken, nothing may wait, memory may not grow any
-more in the second half (it does while threads come to be and the allocator's pools fill), and
-cancellations must have had their effect within a step and 20 ms (p95 of both, by the server's own
-histograms). The last line is JSON; exit status 1 if something does not hold.
+Client processes ask a server process for images, images with previews, and clips. Of their requests
+30 % are cancelled, cut off with their connection, given a deadline that is too short, or not read;
+now and then a whole client process is killed. Every answer that arrives is compared with what the
+same request gave when the server was quiet. In the end no slot may be taken, nothing may wait,
+memory may not grow any more in the second half (it does while threads come to be and the
+allocator's pools fill), cancellations must have had their effect within a step and 20 ms (p95 of
+both, by the server's own histograms), and some of those who do not read must have been cut off, by
+the server's log. The last line is JSON; exit status 1 if something does not hold.
 """
 
 from __future__ import annotations
@@ -40,15 +41,25 @@ from nuwa.v1 import generation_pb2_grpc
 
 BAD = 0.3
 KINDS = ("cancel", "disconnect", "deadline", "slow reader")
+EXPECTED = (  # of who misbehaves: cancelled, too late, or told so at once
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+)
+ASKED = ("image", "stream", "clip")
+# Of who does not read: a clip is then more than gRPC keeps for the connection.
+SMALL_WINDOW = [
+    ("grpc.http2.lookahead_bytes", 65536),
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+]
 PROMPT = "a red 3 on a black background"
 SEEDS = 6
 CLIENTS, AT_A_TIME = 4, 8
 KILLED_EVERY = 5.0  # seconds
 SLOW_READER_TIMEOUT = 2.0
 LATE = 0.020  # seconds that a cancellation may take beside a step
-MOST_GROWTH = (
-    0.005  # of memory, in 1000 requests of the second half, by a line through its readings
-)
+MOST_GROWTH = 0.005  # of memory, in 1000 requests of the second half, by a line through it
 QUEUES = 4 * CLIENTS  # of clients, the latest, that are read
 READINGS = 60  # of memory, that are kept
 
@@ -86,6 +97,12 @@ async def ask(stub: Any, kind: str, seed: int, timeout: float | None = 60.0) -> 
     if kind == "image":
         return digest([(await stub.GenerateImage(image(seed), timeout=timeout)).frame])
     frames = []
+    if kind == "stream":
+        request = pb.StreamImageRequest(image=image(seed), preview_count=4)
+        async for event in stub.StreamImage(request, timeout=timeout):
+            if event.HasField("sample"):
+                frames.append(event.sample.frame)
+        return digest(frames)
     async for event in stub.GenerateVideo(clip(seed), timeout=timeout):
         frame = event.frame.frame
         if event.HasField("frame") and frame.chunk_index == 0:
@@ -107,12 +124,16 @@ async def misbehave(address: str, stub: Any, how: str, seed: int, draw: random.R
                 call = Stub(channel).GenerateVideo(clip(seed))
                 await asyncio.wait([asyncio.create_task(call.read())], timeout=delay)
         else:
-            long = clip(seed, frames=4)
-            call = Stub(stub.channel).GenerateVideo(long)
-            await call.read()
-            await asyncio.sleep(SLOW_READER_TIMEOUT * draw.uniform(0.5, 2.0))
-            call.cancel()
-    except (grpc.aio.AioRpcError, TimeoutError, asyncio.CancelledError):
+            async with grpc.aio.insecure_channel(address, SMALL_WINDOW) as channel:
+                call = Stub(channel).GenerateVideo(clip(seed))
+                while not (await call.read()).HasField("frame"):
+                    pass
+                await asyncio.sleep(SLOW_READER_TIMEOUT * draw.uniform(0.5, 2.0))
+                call.cancel()
+    except grpc.aio.AioRpcError as error:
+        if error.code() not in EXPECTED:
+            return f"{how}: {error.code().name}"
+    except (TimeoutError, asyncio.CancelledError):
         pass
     return how
 
@@ -124,11 +145,10 @@ async def client(
     options = [("grpc.use_local_subchannel_pool", 1)]
     async with grpc.aio.insecure_channel(address, options) as channel:
         stub = Stub(channel)
-        stub.channel = channel
 
         async def one() -> None:
             async with room:
-                number, kind = draw.randrange(SEEDS), draw.choice(["image", "clip"])
+                number, kind = draw.randrange(SEEDS), draw.choice(ASKED)
                 if draw.random() < BAD:
                     told.put(await misbehave(address, stub, draw.choice(KINDS), number, draw))
                     return
@@ -153,9 +173,7 @@ async def references(address: str) -> dict[str, str]:
     async with grpc.aio.insecure_channel(address) as channel:
         stub = Stub(channel)
         return {
-            f"{kind} {seed}": await ask(stub, kind, seed)
-            for kind in ("image", "clip")
-            for seed in range(SEEDS)
+            f"{kind} {seed}": await ask(stub, kind, seed) for kind in ASKED for seed in range(SEEDS)
         }
 
 
@@ -241,7 +259,7 @@ def main() -> int:
             time.sleep(0.2)
         left, text = server.gauges(), server.metrics_text()
         again = asyncio.run(references(server.address)) == asyncio.run(references(server.address))
-        status = server.stop()
+        cut, status = server.log_text().count("its reader took nothing"), server.stop()
     step = percentile(text, "nuwa_step_duration_seconds", 0.95)
     cancel = percentile(text, "nuwa_cancel_latency_seconds", 0.95)
     grown, median = growth(memory, sum(counts.values())), float(np.median(memory))
@@ -250,12 +268,14 @@ def main() -> int:
         "answers are right": set(counts) <= {"right", *KINDS} and counts["right"] > 0,
         "memory is flat": grown <= median * MOST_GROWTH,
         "cancelled within a step and 20 ms (p95)": 0 < cancel <= step + LATE,
+        "who does not read is cut off": cut > 0,
         "it serves on, and ends when told": again and status == 0,
     }
     report = {
         "requests": sum(counts.values()),
         "outcomes": dict(counts),
         "clients_killed": killed,
+        "readers_cut_off": cut,
         "left": left,
         "megabytes": {"median": median, "peak": max(memory), "growth_in_1000_requests": grown},
         "megabytes_on_the_way": [

@@ -18,7 +18,7 @@ class ServerProcess:
 
     def __init__(self, bundle: Path | str, port: int = 0, **settings: Any) -> None:
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  for as long as the server runs
+        self._log = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115  as long as the server runs
         self.process = subprocess.Popen(
             [
                 sys.executable,
@@ -54,6 +54,10 @@ class ServerProcess:
         if self.process.poll() is None:
             self.process.send_signal(number)
         return self.process.wait(timeout)
+
+    def log_text(self) -> str:
+        """What it has logged until now."""
+        return Path(self._log.name).read_text()
 
     def metrics_text(self) -> str:
         """As Prometheus reads them."""
