@@ -35,7 +35,8 @@ from .results import ClipEvent, ClipResult, ImageEvent, ImageResult
 
 
 class AsyncClient:
-    """A connection to a server at "host:port", made on entering; retries as client.Client.
+    """A connection to a server at "host:port", made on entering; retries and takes turns among
+    several servers as client.Client.
 
     Entering raises ClientError if no server answers within `ready_timeout` seconds. `deadline` is
     in seconds from the call; None means no limit.

@@ -44,9 +44,10 @@ LOOKUP_SECONDS = 10.0  # that a server may take to say what it has loaded
 
 
 def service_config(attempts: int) -> str:
-    """How gRPC retries calls of nuwa.v1, as JSON; other clients may use it too.
+    """How gRPC retries calls of nuwa.v1 and shares them out, as JSON; other clients may use it too.
 
-    A server that is full says when to come back, which is kept to.
+    A server that is full says when to come back, which is kept to. Of an address that stands for
+    several servers, each gets a call in turn.
     """
     policy = {
         "maxAttempts": attempts,
@@ -58,6 +59,8 @@ def service_config(attempts: int) -> str:
     retried = {"retryPolicy": policy} if attempts > 1 else {}
     return json.dumps(
         {
+            # By default all calls would go to the first server that answers.
+            "loadBalancingConfig": [{"round_robin": {}}],
             "methodConfig": [{"name": [{"service": "nuwa.v1.GenerationService"}], **retried}],
             # When most calls fail, retries would only make it worse.
             "retryThrottling": {"maxTokens": 20, "tokenRatio": 0.5},
@@ -280,6 +283,9 @@ class ClipGathering:
 
 class Client(BaseClient):
     """A connection to a server at "host:port". Raises ClientError if none answers in time.
+
+    Of several servers behind one name ("dns:///host:port") each gets a call in turn; what changes
+    models reaches just one of them.
 
     Calls that a server could not take, because it is busy or going down, are made again, up to
     `attempts` times in all; a stream only until its first event. Every request has a request_id, so

@@ -30,7 +30,7 @@ from nuwa.runtime.settings import ServerSettings
 from nuwa.spec.palette import voc_palette
 from nuwa.spec.sampling import Sampling
 
-from .fake_engine import expected_pixels, expected_tokens
+from .fake_engine import FakeEngine, expected_pixels, expected_tokens
 
 PICTURE = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
 CLIP = np.stack([PICTURE, PICTURE, PICTURE + 1])
@@ -250,6 +250,37 @@ def test_a_call_goes_on_while_its_server_is_silent_but_alive(engine, impatient):
 def test_clients_ask_no_more_often_than_servers_allow():
     options = dict(server_module._options(ServerSettings()))
     assert options["grpc.http2.min_ping_interval_without_data_ms"] <= client_module.KEEPALIVE_MS
+
+
+@pytest.fixture
+def pair():
+    """Two engines, and one address of the two servers that have them."""
+    engines = FakeEngine(), FakeEngine()
+    with Server(engines[0]) as one, Server(engines[1]) as other:
+        yield engines, f"ipv4:{one.address},{other.address}"
+
+
+CALLS = 100  # after so many both servers of a pair are connected
+
+
+def test_calls_go_round_the_servers_of_an_address(pair):
+    engines, address = pair
+    with Client(address) as client:
+        for _ in range(CALLS):
+            client.generate_image("t2i", "a 3")
+    assert all(engine.admitted for engine in engines)
+
+
+def test_calls_of_the_asyncio_client_go_round_the_servers_of_an_address(pair):
+    engines, address = pair
+
+    async def main() -> None:
+        async with AsyncClient(address) as client:
+            for _ in range(CALLS):
+                await client.generate_image("t2i", "a 3")
+
+    asyncio.run(main())
+    assert all(engine.admitted for engine in engines)
 
 
 def test_no_server():
