@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from google.protobuf.message import Message
 
@@ -27,6 +27,7 @@ POLL_SECONDS = 0.05
 class _Answer:
     ready: threading.Event = field(default_factory=threading.Event)
     message: Message | None = None  # None when ready: it failed
+    about: Any = None
     size: int = 0
     time: float = 0.0
 
@@ -50,12 +51,19 @@ class Answers:
         """Answers that are kept or being made; some of them may have become too old."""
         return len(self._answers)
 
-    def once(self, key: bytes, make: Callable[[], M], wanted: Callable[[], bool]) -> M:
+    def once(
+        self,
+        key: bytes,
+        make: Callable[[], tuple[M, Any]],
+        wanted: Callable[[], bool],
+        again: Callable[[Any], None] = lambda about: None,
+    ) -> M:
         """The answer kept under `key`, or that of make(), which is kept.
 
         A call whose key is being made elsewhere waits for that one, and makes its own if it fails,
         perhaps because its client is gone. wanted: whether to go on waiting; CancelledError if not.
-        What make() raises comes through and is not kept.
+        What make() raises comes through and is not kept. With the answer it says what it is about,
+        which again() is called with whenever the answer is given again.
         """
         while True:
             with self._lock:
@@ -68,16 +76,18 @@ class Answers:
                 if not wanted():
                     raise CancelledError("the client left")
             if found.message is not None:
+                again(found.about)
                 return cast(M, found.message)
         try:
-            message = make()
+            message, about = make()
         except BaseException:
             with self._lock:
                 del self._answers[key]
             mine.ready.set()
             raise
         with self._lock:
-            mine.message, mine.size, mine.time = message, message.ByteSize(), self._now()
+            mine.message, mine.about = message, about
+            mine.size, mine.time = message.ByteSize(), self._now()
             self._bytes += mine.size
             self._answers.move_to_end(key)
             self._forget()

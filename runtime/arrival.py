@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 
 from .core import CancelledError
-from .errors import RequestError
+from .errors import FieldError
 from .lanes import GENERATING, PROBES
 from .patience import Patience
 
@@ -34,12 +34,12 @@ class Arrival:
         self._patience, self._seconds, self._crowded = patience, seconds, crowded
 
     def one(self, requests: Iterator[Any], context: grpc.ServicerContext, method: str) -> Any:
-        """The request of a call that has one. RequestError if there is none."""
+        """The request of a call that has one. FieldError, of no field, if there is none."""
         if method in GENERATING:
             self._crowded(context, method)
         found = self._next(requests, context, method)
         if found is None:
-            raise RequestError("the call has no request")
+            raise FieldError("", "the call has no request")
         return found
 
     def all(

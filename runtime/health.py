@@ -1,4 +1,4 @@
-"""grpc.health.v1: Check and Watch, without work for the engine.
+"""grpc.health.v1: Check, List and Watch, without work for the engine.
 
 A watcher holds a thread of the server (lanes.py says how many may). The servicer of grpcio's own
 package, which needs none, sends under a lock that its callbacks take too, and so can stop a server.
@@ -54,6 +54,15 @@ class Health(health_pb2_grpc.HealthServicer):
         if status is None:
             context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {request.service!r}")
         return _STATUS(status=status)
+
+    def List(
+        self, request: health_pb2.HealthListRequest, context: grpc.ServicerContext
+    ) -> health_pb2.HealthListResponse:
+        with self._changed:
+            statuses = dict(self._statuses)
+        return health_pb2.HealthListResponse(
+            statuses={name: _STATUS(status=status) for name, status in statuses.items()}
+        )
 
     def Watch(
         self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext

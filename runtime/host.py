@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .engine_protocol import Engine
-from .errors import NotFoundError, NotReadyError, RequestError, ShuttingDownError
+from .errors import FieldError, NotFoundError, NotReadyError, ShuttingDownError
 from .scheduler import Scheduler
 
 log = logging.getLogger("nuwa.runtime")
@@ -163,14 +163,17 @@ class Host:
         return added
 
     def reload(self, name: str, *, beside: bool = False) -> Loaded:
-        """As load, a model's bundle again, which may be another one by now; also one taken away."""
+        """As load, a model's bundle again, which may be another one by now; also one taken away.
+
+        NotFoundError and NotReadyError as find; FieldError if the model has no bundle.
+        """
         with self._lock:
             path = self._paths.get(name)
         if path is None:
             found = self.find(name)
             name, path = found.name, found.path
         if path is None:
-            raise RequestError(f"model {name!r} was not loaded from a bundle")
+            raise FieldError("model", f"model {name!r} was not loaded from a bundle")
         return self.load(name, path, beside=beside)
 
     def unload(self, model: str) -> list[Loaded]:

@@ -10,9 +10,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import grpc
+
+from nuwa.spec.tasks import Task
 
 from . import selection
 from .answers import Answers
@@ -23,7 +26,7 @@ from .host import Host, Loaded
 from .lanes import KEPT
 from .logs import fields
 from .media import DEFAULT_LIMITS, Limits
-from .metrics import OK, Metrics, outcome_of
+from .metrics import AGAIN, OK, Metrics, outcome_of
 from .patience import Patience
 from .tracing import Tracing
 
@@ -40,6 +43,20 @@ class Follower(Protocol):
     def heard(self, event: Event) -> None: ...
 
     def failed(self, error: BaseException) -> None: ...
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an answer was made for, and by which model. title: its name with its version."""
+
+    request_id: str
+    task: Task
+    model: str
+    title: str
+
+    @classmethod
+    def of(cls, job: Job, loaded: Loaded) -> Origin:
+        return cls(job.request_id, job.generation.task, loaded.name, loaded.title)
 
 
 class Intake:
@@ -93,6 +110,26 @@ class Intake:
         """Counts a generation that was refused before it was known what model it is to."""
         loaded = self.host.loaded
         self.metrics.refused(loaded[0].name if loaded else "", error)
+
+    def answered_again(self, context: grpc.ServicerContext, since: float, origin: Origin) -> None:
+        """Tells of a call that came at `since`, of time.perf_counter, and gets a kept answer."""
+        seconds = time.perf_counter() - since
+        self.metrics.answered_again(origin.model, origin.task)
+        told = {
+            "request_id": origin.request_id,
+            "model": origin.title,
+            "task": str(origin.task),
+            "outcome": AGAIN,
+        }
+        if self._tracing is not None:
+            self._tracing.answered(f"again {origin.task}", told, context, seconds)
+        log.info(
+            "%s %s: the answer that was kept, after %.3f s",
+            origin.request_id,
+            origin.task,
+            seconds,
+            extra=fields(**told, total_seconds=round(seconds, 6)),
+        )
 
     def crowded(self, context: grpc.ServicerContext, method: str) -> None:
         """QueueFullError if no model's queue has room for a request of this client, and no kept
@@ -150,10 +187,10 @@ class Intake:
         try:
             handle = self._submit(loaded, job, context, timeout)
         except Exception as error:
-            _ended(job, followers, error, time.perf_counter())
+            _ended(loaded, job, followers, error, time.perf_counter())
             raise
         events = selection.events_of(handle, job.samples, loaded.engine.rankers)
-        return self._followed(job, events, context, handle, followers)
+        return self._followed(loaded, job, events, context, handle, followers)
 
     def _followers(self, loaded: Loaded, job: Job, context: grpc.ServicerContext) -> list[Follower]:
         """Of a request that begins now."""
@@ -161,14 +198,14 @@ class Intake:
         followers: list[Follower] = [self.metrics.begin(loaded.name, generation.task, loaded.title)]
         if self._tracing is not None:
             attributes = {
-                "nuwa.request_id": job.request_id,
-                "nuwa.model": loaded.title,
-                "nuwa.task": str(generation.task),
-                "nuwa.frames": generation.frame_count,
-                "nuwa.samples": job.samples.count,
+                "request_id": job.request_id,
+                "model": loaded.title,
+                "task": str(generation.task),
+                "frames": generation.frame_count,
+                "samples": job.samples.count,
             }
             name = f"generate {generation.task}"
-            followers.append(self._tracing.begin(name, attributes, context.invocation_metadata()))
+            followers.append(self._tracing.begin(name, attributes, context))
         return followers
 
     def _submit(
@@ -189,6 +226,7 @@ class Intake:
 
     def _followed(
         self,
+        loaded: Loaded,
         job: Job,
         events: Iterator[Event],
         context: grpc.ServicerContext,
@@ -200,13 +238,13 @@ class Intake:
                 for follower in followers:
                     follower.heard(event)
                 if isinstance(event, Done):
-                    _tell(job, event)
+                    _tell(loaded, job, event)
                 yield event
         except GeneratorExit:  # as where the call has ended
-            _ended(job, followers, handle.reason_to_leave(), handle.submitted)
+            _ended(loaded, job, followers, handle.reason_to_leave(), handle.submitted)
             raise
         except BaseException as error:
-            _ended(job, followers, error, handle.submitted)
+            _ended(loaded, job, followers, error, handle.submitted)
             raise
         finally:
             with self._lock:
@@ -237,13 +275,16 @@ def who_calls(context: grpc.ServicerContext) -> str:
     return context.peer().rpartition(":")[0]
 
 
-def _ended(job: Job, followers: list[Follower], error: BaseException, since: float) -> None:
+def _ended(
+    loaded: Loaded, job: Job, followers: list[Follower], error: BaseException, since: float
+) -> None:
     """Without its result."""
     for follower in followers:
         follower.failed(error)
     outcome, seconds = outcome_of(error), time.perf_counter() - since
     told = fields(
         request_id=job.request_id,
+        model=loaded.title,
         task=str(job.generation.task),
         outcome=outcome,
         total_seconds=round(seconds, 6),
@@ -253,7 +294,7 @@ def _ended(job: Job, followers: list[Follower], error: BaseException, since: flo
     )
 
 
-def _tell(job: Job, event: Done) -> None:
+def _tell(loaded: Loaded, job: Job, event: Done) -> None:
     times, generation = event.timings, job.generation
     frames = generation.frame_count * job.samples.count
     log.info(
@@ -271,6 +312,7 @@ def _tell(job: Job, event: Done) -> None:
         times.ranking,
         extra=fields(
             request_id=job.request_id,
+            model=loaded.title,
             task=str(generation.task),
             outcome=OK,
             frames=frames,

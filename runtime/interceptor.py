@@ -34,7 +34,10 @@ from .errors import (
     ShuttingDownError,
     UnauthenticatedError,
 )
+from .lanes import refusal
 from .logs import fields
+from .refusals import Refusals
+from .tracing import Tracing
 
 log = logging.getLogger("nuwa.runtime")
 
@@ -45,6 +48,12 @@ NO_RETRY = "-1"
 # A status travels in HTTP/2 headers, of which clients take 8 KiB: three copies, one of them with up
 # to three bytes a byte.
 MAX_MESSAGE_BYTES = 600
+MAX_METHOD = 200  # characters of it that are told: a client may name any
+
+
+class UnimplementedError(Exception):
+    """There is no such method."""
+
 
 # The first class that matches counts; anything else is INTERNAL.
 CODES: tuple[tuple[type[BaseException], grpc.StatusCode, str], ...] = (
@@ -60,29 +69,35 @@ CODES: tuple[tuple[type[BaseException], grpc.StatusCode, str], ...] = (
     (BundleError, grpc.StatusCode.FAILED_PRECONDITION, "BAD_BUNDLE"),
     (NotReadyError, grpc.StatusCode.UNAVAILABLE, "NOT_READY"),
     (NotFoundError, grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
+    (UnimplementedError, grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED"),
     # Any other ValueError is a fault of ours.
     (RequestError, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
 )
 
 
 class ErrorInterceptor(grpc.ServerInterceptor):
-    """arrival: how requests are read; on_error: hears the reason of each error.
+    """arrival: how requests are read; on_error: hears the reason of each error; tracing: hears of
+    calls that fail before a request of theirs has begun.
 
     All handlers become those of streams of requests (arrival.py). Of health and reflection, which
-    have statuses of their own, only what goes wrong in reading is told here.
+    have statuses of their own, only what goes wrong in reading is told here. `refusals` counts
+    those for lack of room; whoever has the interceptor has them told.
     """
 
     def __init__(
-        self, arrival: Arrival, on_error: Callable[[str], None] = lambda reason: None
+        self,
+        arrival: Arrival,
+        on_error: Callable[[str], None] = lambda reason: None,
+        tracing: Tracing | None = None,
     ) -> None:
-        self._arrival, self._on_error = arrival, on_error
+        self._arrival, self._on_error, self._tracing = arrival, on_error, tracing
+        self.refusals = Refusals()
 
     def intercept_service(self, continuation: Callable, details: Any) -> Any:
-        handler = continuation(details)
+        handler, method = continuation(details), details.method
         if handler is None:
-            return None
+            return self._unknown(method) if method.startswith(GUARDED) else None
         codecs = (_tolerant(handler.request_deserializer), handler.response_serializer)
-        method = details.method
         if handler.request_streaming:
             behaviour = self._of_stream(handler.stream_stream, method)
             return grpc.stream_stream_rpc_method_handler(behaviour, *codecs)
@@ -91,6 +106,15 @@ class ErrorInterceptor(grpc.ServerInterceptor):
             return grpc.stream_stream_rpc_method_handler(behaviour, *codecs)
         behaviour = self._guard(handler.unary_unary, method)
         return grpc.stream_unary_rpc_method_handler(behaviour, *codecs)
+
+    def _unknown(self, method: str) -> Any:
+        """For a method that our services do not have, of which gRPC itself would say less."""
+        method = method[:MAX_METHOD]
+
+        def refuse(error: Exception, context: grpc.ServicerContext) -> None:
+            self.abort(error, method, context)
+
+        return refusal(refuse, UnimplementedError(f"this server has no method {method!r}"))
 
     def _request(self, requests: Iterator[Any], context: grpc.ServicerContext, method: str) -> Any:
         try:
@@ -144,8 +168,11 @@ class ErrorInterceptor(grpc.ServerInterceptor):
         request: Any = None,
     ) -> NoReturn:
         """Ends a call with the status of `error`. request: what it asked for, if that is known."""
-        status = self.status(error)
-        _log(error, status, method, context.peer(), request)
+        status, reason = self.status(error)
+        known = _known(error, request)
+        _log(error, status, method, context.peer(), known)
+        if self._tracing is not None:
+            self._tracing.failed(reason, {"method": method} | known, context)
         told = rpc_status.to_status(status)
         if status.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]:
             wait = NO_RETRY
@@ -157,12 +184,12 @@ class ErrorInterceptor(grpc.ServerInterceptor):
 
     def told(self, error: Exception, request_id: str, peer: str) -> str:
         """The message of `error` for a client, as the answer to one request of its stream."""
-        status = self.status(error)
-        _log(error, status, "a request of a stream", peer, request_id=request_id)
+        status, _ = self.status(error)
+        _log(error, status, "a request of a stream", peer, _known(error, request_id=request_id))
         return status.message
 
-    def status(self, error: BaseException) -> status_pb2.Status:
-        """What the client is told about `error`."""
+    def status(self, error: BaseException) -> tuple[status_pb2.Status, str]:
+        """What the client is told about `error`, and the reason in it."""
         matching = (entry[1:] for entry in CODES if isinstance(error, entry[0]))
         code, reason = next(matching, (grpc.StatusCode.INTERNAL, "INTERNAL"))
         if code is grpc.StatusCode.INTERNAL:
@@ -171,6 +198,7 @@ class ErrorInterceptor(grpc.ServerInterceptor):
         else:
             message = _shorten(str(error))
         self._on_error(reason)
+        self.refusals.count(reason)
         info = error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)
         details: list[Message] = [info]
         if isinstance(error, UnsupportedTaskError):
@@ -179,16 +207,28 @@ class ErrorInterceptor(grpc.ServerInterceptor):
             wait = Duration()
             wait.FromMilliseconds(round(1000 * error.retry_seconds))
             details.append(error_details_pb2.RetryInfo(retry_delay=wait))
-        if isinstance(error, FieldError):
+        if isinstance(error, RequestError):
+            field = error.field if isinstance(error, FieldError) else ""  # the request as a whole
             bad = error_details_pb2.BadRequest()
-            bad.field_violations.add(field=_shorten(error.field), description=message)
+            bad.field_violations.add(field=_shorten(field), description=message)
             details.append(bad)
         status = status_pb2.Status(code=code.value[0], message=message)
         for detail in details:
             packed = AnyMessage()
             packed.Pack(detail)
             status.details.append(packed)
-        return status
+        return status, reason
+
+
+def _known(error: BaseException, request: Any = None, request_id: str = "") -> dict[str, str]:
+    """What may be told of a request, by name: nothing that it sent but names."""
+    known = {
+        "request_id": request_id or _id_of(request),
+        "model": getattr(request, "model", ""),
+        "field": error.field if isinstance(error, FieldError) else "",
+        "problem": str(error) if isinstance(error, BundleError) else "",
+    }
+    return {name: _shorten(value) for name, value in known.items() if value}
 
 
 def _log(
@@ -196,23 +236,15 @@ def _log(
     status: status_pb2.Status,
     method: str,
     peer: str,
-    request: Any = None,
-    request_id: str = "",
+    known: dict[str, str],
 ) -> None:
     """Without what the client sent, which messages may quote, but for names and numbers."""
     if status.code == grpc.StatusCode.INTERNAL.value[0]:
         log.error("%s failed: %s", method, status.message, exc_info=error)
         return
     kind = type(error).__name__
-    known = {
-        "request_id": request_id or _id_of(request),
-        "model": getattr(request, "model", ""),
-        "field": error.field if isinstance(error, FieldError) else "",
-        "problem": str(error) if isinstance(error, BundleError) else "",
-    }
-    known = {name: _shorten(value) for name, value in known.items() if value}
     said = "".join(f", {name} {value!r}" for name, value in known.items())
-    # While there is too much to do, telling of each refusal would be too much, too.
+    # While there is too much to do, telling of each refusal would be too much, too: refusals.py.
     level = logging.DEBUG if isinstance(error, QueueFullError) else logging.INFO
     told = fields(method=method, error_kind=kind, peer=peer, **known)
     log.log(level, "%s refused or stopped: %s%s", method, kind, said, extra=told)
@@ -245,7 +277,7 @@ def _tolerant(deserialize: Callable[[bytes], Message]) -> Callable[[bytes], Mess
 def _decoded(request: Any) -> Any:
     """A request, or the iterator of them, whose reader looks at each."""
     if isinstance(request, _Undecodable):
-        raise RequestError("the request is not a valid message (text must be UTF-8)")
+        raise FieldError("", "the request is not a valid message (text must be UTF-8)")
     return request
 
 

@@ -31,6 +31,7 @@ from .errors import (
 from .statistics import Statistics
 
 OK = "ok"
+AGAIN = "kept"  # the answer to an earlier call was given again
 # How a request ended, by the first class that its error is of.
 OUTCOMES: tuple[tuple[type[Exception], str], ...] = (
     (DeadlineExceededError, "deadline"),
@@ -115,6 +116,10 @@ class Metrics:
     def refused(self, model: str, error: Exception) -> None:
         """A request that was refused before it was known what it asks for."""
         self._requests.labels(model, "none", outcome_of(error)).inc()
+
+    def answered_again(self, model: str, task: Task) -> None:
+        """A call that got an answer which was made for another one: it has no phases."""
+        self._requests.labels(model, str(task), AGAIN).inc()
 
     def error(self, reason: str) -> None:
         """An error that a client was told of, whether or not there was a request yet."""

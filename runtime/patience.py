@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import grpc
 
+from .logs import fields
+
 log = logging.getLogger("nuwa.runtime")
 
 
@@ -78,5 +80,8 @@ class Patience:
 
     def _end(self, wait: _Wait) -> None:
         self._waits.discard(wait)
-        log.warning("%s: cancelled", wait.what)
+        # The call's thread is within gRPC, which lets go of it only when the call has ended: too
+        # late for a status of ours, so that it is told here alone who was too slow.
+        peer = wait.context.peer()
+        log.warning("%s: cancelled, of %s", wait.what, peer, extra=fields(peer=peer))
         wait.context.cancel()

@@ -59,7 +59,8 @@ KSERVE = grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].fu
 VERSION = importlib.metadata.version("nuwa-runtime")
 TRIM_SECONDS = 30.0
 AGE_GRACE = 600.0  # seconds that calls may go on in a connection that has reached its age
-SLOW_READERS = 16  # calls that may still be sending when their decoding is done
+SLOW_READERS = 16  # calls of a model that may still be sending when their decoding is done
+MOST_CALLS = 1024  # generations, each with a thread, where not one model alone needs more
 
 
 class Server:
@@ -99,7 +100,7 @@ class Server:
             tracing = self._tracing = Tracing(settings.trace_endpoint, VERSION)
         tokens = None if settings.tokens is None else Tokens(settings.tokens)
         patience = self._patience = Patience()
-        max_calls = settings.queue_size + settings.slots + SLOW_READERS
+        max_calls = _most_calls(settings)
         intake = self.intake = Intake(
             self.host,
             max_calls=max_calls,
@@ -114,7 +115,8 @@ class Server:
             most_unread=settings.max_unread_bytes,
         )
         arrival = Arrival(patience, settings.slow_sender_timeout, intake.crowded)
-        errors = ErrorInterceptor(arrival, metrics.error)
+        errors = ErrorInterceptor(arrival, metrics.error, tracing)
+        self._refusals = errors.refusals
         sizes = SIZES | {
             "generations": max_calls,
             "watches": settings.max_watches,
@@ -126,23 +128,15 @@ class Server:
             interceptors=_interceptors(self._lanes, errors, tokens, settings.host in LOOPBACK),
             options=_options(settings),
         )
-        self._inference = InferenceService(intake, ready=self.is_ready, told=errors.told)
+        self._inference = InferenceService(
+            intake, live=self.is_live, ready=self.is_ready, told=errors.told
+        )
         self._add_services(intake)
         self.address = _listen(self._server, settings)
         metrics.collect(Gauges(self))
         self._born = time.monotonic()
         self._history = History(taken(metrics.registry))
-        self._pages: Pages | None = None
-        if settings.metrics_port is not None:
-            host, port = settings.metrics_host, settings.metrics_port
-            self._pages = Pages(
-                metrics.registry,
-                self.status_page,
-                host,
-                port,
-                live=lambda: self._well and not self.died,
-                ready=self.is_ready,
-            )
+        self._pages = self._make_pages()
         self._watch = Watch(
             self.busy_seconds,
             settings.hang_timeout,
@@ -164,6 +158,21 @@ class Server:
         if self.settings.reflection:
             names = (SERVICE, MODELS, KSERVE, HEALTH, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server, Pools())
+
+    def _make_pages(self) -> Pages | None:
+        host, port = self.settings.metrics_host, self.settings.metrics_port
+        if port is None:
+            return None
+        if host not in LOOPBACK:
+            log.warning("metrics and the status page on %s, without encryption or tokens", host)
+        return Pages(
+            self.metrics.registry,
+            self.status_page,
+            host,
+            port,
+            live=self.is_live,
+            ready=self.is_ready,
+        )
 
     def _open_engine(self, path: Path) -> Engine:
         from .engine import load_engine  # with the backends' libraries
@@ -248,6 +257,12 @@ class Server:
         """HOST:PORT of the metrics, where there are any."""
         return None if self._pages is None else self._pages.address
 
+    def is_live(self) -> bool:
+        """Whether no call of an engine hangs and no device has failed; also while the server ends,
+        which health checks call NOT_SERVING.
+        """
+        return self._well and not self.died
+
     def is_ready(self) -> bool:
         """Whether requests are taken, as health checks are told."""
         there = self._started and self._well and not (self._stopped or self.died)
@@ -293,6 +308,7 @@ class Server:
         self._server.stop(grace).wait()
         self._lanes.close()
         self._watch.close()
+        self._refusals.tell(last=True)
         self.host.close()
         if self._pages is not None:
             self._pages.close()
@@ -306,6 +322,7 @@ class Server:
 
     def _look_after(self) -> None:
         self._patience.look()
+        self._refusals.tell()
         if not self.owns_process:
             return
         if self._unsettled.is_set():
@@ -334,6 +351,18 @@ class Server:
         """Cuts the grace of a stop() that another thread is in."""
         self._cut.set()
         self._server.stop(0)
+
+
+def _most_calls(settings: ServerSettings) -> int:
+    """Generations that may be open, so many that a model whose queue is full leaves the others
+    theirs.
+
+    A bundle can be loaded again, and then one version more has calls: it takes over, or stays
+    beside. An engine that was given cannot. Threads are made only as calls come.
+    """
+    one = settings.queue_size + settings.slots + SLOW_READERS
+    bundles = len(settings.bundles) + (settings.bundle is not None)
+    return max(one, min((bundles + 1) * one, MOST_CALLS)) if bundles else one
 
 
 def _options(settings: ServerSettings) -> list[tuple[str, int]]:

@@ -7,7 +7,9 @@ and writing to sockets happen here, never in the decode thread.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator
+from functools import partial
 
 import grpc
 
@@ -17,7 +19,7 @@ from nuwa.v1 import generation_pb2_grpc
 from . import convert, replies
 from .errors import FieldError
 from .host import SEPARATOR, Host, Loaded
-from .intake import Intake
+from .intake import Intake, Origin
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
@@ -28,17 +30,19 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: pb.GenerateImageRequest, context: grpc.ServicerContext
     ) -> pb.GenerateImageResponse:
         intake = self._intake
+        again = partial(intake.answered_again, context, time.perf_counter())
 
-        def make() -> pb.GenerateImageResponse:
+        def make() -> tuple[pb.GenerateImageResponse, Origin]:
             with intake.model(request.model, context) as loaded:
                 job = convert.read_image_request(request, loaded.engine.info, intake.limits)
-                return replies.image_response(job, intake.events(loaded, job, context))
+                answer = replies.image_response(job, intake.events(loaded, job, context))
+                return answer, Origin.of(job, loaded)
 
         with intake.room():
             if not request.request_id:
-                return make()
+                return make()[0]
             key = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
-            return intake.answers.once(key, make, context.is_active)
+            return intake.answers.once(key, make, context.is_active, again)
 
     def StreamImage(
         self, request: pb.StreamImageRequest, context: grpc.ServicerContext

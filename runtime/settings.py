@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -20,6 +21,8 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -27,7 +30,8 @@ from .backends.base import AUTO, BACKENDS
 
 ENVIRONMENT = "NUWA_"
 MODEL_NAME = re.compile(r"[\w.-]+", re.ASCII)
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
+LOCAL = "127.0.0.1"
+LOOPBACK = ("localhost", LOCAL, "::1")
 OTHER_VARIABLES = ("NUWA_TOKEN",)  # of the environment, that other commands read
 INT32 = 2**31 - 1  # the largest option that gRPC takes, in which it counts bytes and milliseconds
 DAY = 86400.0
@@ -66,6 +70,17 @@ def _bundles(value: Any) -> Any:
     return value
 
 
+def _endpoint(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # as of a port that is no number
+        good = False
+    if not good or re.search(r"\s", url):
+        raise ValueError("is not http://HOST:PORT, nor https:// for TLS")
+    return url
+
+
 class ServerSettings(BaseModel):
     """What a server is started with. Durations are in seconds."""
 
@@ -75,7 +90,7 @@ class ServerSettings(BaseModel):
     bundles: Annotated[dict[str, Path], BeforeValidator(_bundles)] = Field(
         {}, description="further ones by the names of their models: NAME=FOLDER,NAME=FOLDER"
     )
-    host: str = Field("127.0.0.1", description="interface to listen on")
+    host: str = Field(LOCAL, description="interface to listen on")
     port: int = Field(50051, ge=0, le=65535, description="0 takes a free one")
     backend: Annotated[str, AfterValidator(_backend)] = Field(
         AUTO, description="what decodes; auto: the fastest for this machine's processor"
@@ -137,7 +152,8 @@ class ServerSettings(BaseModel):
         None,
         ge=0.001,
         le=LONGEST_AGE,
-        description="after which clients are to connect anew; unset: never",
+        description="after which clients are to connect anew; their calls at hand have 600 s more; "
+        "unset: never",
     )
     tls_certificate: Path | None = Field(None, description="chain of the server, PEM")
     tls_key: Path | None = Field(None, description="its private key, PEM")
@@ -151,14 +167,22 @@ class ServerSettings(BaseModel):
     metrics_port: int | None = Field(
         None, ge=0, le=65535, description="of metrics over HTTP, for Prometheus; unset: none"
     )
-    metrics_host: str = Field("127.0.0.1", description="interface of the metrics")
-    trace_endpoint: str | None = Field(
-        None,
-        pattern="^https?://",
-        description="OpenTelemetry collector that takes OTLP over gRPC, http://HOST:4317",
+    metrics_host: str = Field(
+        LOCAL, description="interface of the metrics, for which there is neither TLS nor tokens"
+    )
+    trace_endpoint: Annotated[str, AfterValidator(_endpoint)] | None = Field(
+        None, description="OpenTelemetry collector that takes OTLP over gRPC, http://HOST:4317"
     )
     reflection: bool = Field(True, description="tell clients of the methods there are")
     log_format: Literal["text", "json"] = Field("text", description="of the log on stderr")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None, "it is of a field"
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("true and false are for settings that are on or off")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> ServerSettings:
@@ -166,6 +190,12 @@ class ServerSettings(BaseModel):
             raise ValueError("tls_certificate and tls_key go together")
         if self.tls_client_ca is not None and self.tls_certificate is None:
             raise ValueError("tls_client_ca needs tls_certificate and tls_key")
+        # The default is harmless, and in every file that `to_toml` has written.
+        if self.metrics_port is None and self.metrics_host != LOCAL:
+            raise ValueError(
+                f"metrics_host {self.metrics_host!r} needs metrics_port, without which there are "
+                "no metrics over HTTP"
+            )
         plain = self.tls_certificate is None and not self.insecure
         if plain and self.host not in LOOPBACK:
             raise ValueError(
@@ -200,7 +230,8 @@ def read(
 ) -> ServerSettings:
     """Settings from all three; a flag that was not given is None, or not there.
 
-    Variables that are no settings are passed over; `ignored` tells of them.
+    A variable that is empty counts as not given. Variables that are no settings are passed over;
+    `ignored` tells of them.
     ValueError naming the setting, where it was given, and what is right.
     """
     found: dict[str, tuple[Any, str]] = {}

@@ -16,6 +16,7 @@ SMOOTHED = 5  # points over which a rate is taken
 WIDTH, HEIGHT = 320, 96
 COLOURS = ("#3b7dd8", "#d8743b", "#3ba272", "#b04fc4", "#8a8f98")
 PHASES = ("queue", "encode", "decode", "pixels", "request")
+ANSWERED = ("ok", "kept")  # outcomes of requests; kept: an answer that was given before
 
 STYLE = """
 :root { color-scheme: light dark; --faint: color-mix(in srgb, currentColor 12%, transparent); }
@@ -111,7 +112,7 @@ def _charts(points: Sequence[Point]) -> str:
         return [point.gauges.get(name, 0.0) for point in points]
 
     outcomes = sorted({name for point in points for name in point.requests})
-    others = [name for name in outcomes if name != "ok"]
+    others = [name for name in outcomes if name not in ANSWERED]
 
     def ended(names: Sequence[str]) -> list[float | None]:
         return _rates(points, lambda p: sum(p.requests.get(name, 0.0) for name in names))
@@ -120,7 +121,7 @@ def _charts(points: Sequence[Point]) -> str:
         (
             _chart(
                 "Requests a second",
-                {"answered": ended(["ok"]), "refused, failed, left": ended(others)},
+                {"answered": ended(ANSWERED), "refused, failed, left": ended(others)},
                 points,
                 _plain,
             ),
@@ -240,7 +241,8 @@ def _tasks(registry: CollectorRegistry) -> str:
         counts = {"ok": 0.0, "other": 0.0}
         for sample in families["nuwa_requests"]:
             if sample.name == "nuwa_requests_total" and labels.items() <= sample.labels.items():
-                counts["ok" if sample.labels["outcome"] == "ok" else "other"] += sample.value
+                kind = "ok" if sample.labels["outcome"] in ANSWERED else "other"
+                counts[kind] += sample.value
 
         def cell(name: str, labels: dict[str, str] = labels) -> str:
             found = buckets_of(families.get(f"nuwa_{name}_seconds", ()), **labels)

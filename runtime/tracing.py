@@ -1,13 +1,17 @@
 """Traces of requests for OpenTelemetry, sent over OTLP; needs the extra `tracing`.
 
 A request is a span that continues the client's trace (W3C `traceparent` in the metadata), with a
-child for its time in the queue and one for its generation.
+child for its time in the queue and one for its generation. A call that fails before that, or gets
+an answer that was kept, is one span.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
 from typing import Any
+from weakref import WeakSet
+
+import grpc
 
 from .core import Accepted, Done, Event, Frame
 from .errors import UnavailableError
@@ -41,19 +45,53 @@ class Tracing:
         exporter = exporter or OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_SECONDS)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("nuwa.runtime", version)
+        self._begun: WeakSet[grpc.ServicerContext] = WeakSet()  # calls with a request that began
 
     def begin(
-        self, name: str, attributes: dict[str, Any], metadata: Iterable[tuple[str, str | bytes]]
+        self, name: str, attributes: dict[str, Any], context: grpc.ServicerContext
     ) -> RequestSpan:
-        """A request that begins now; metadata: of its call."""
+        """A request of a call, which begins now. attributes: without the `nuwa.` before each."""
+        self._begun.add(context)
+        span = self._span(name, attributes, context)
+        return RequestSpan(self._trace, self._tracer, span)
+
+    def answered(
+        self,
+        name: str,
+        attributes: dict[str, Any],
+        context: grpc.ServicerContext,
+        seconds: float,
+    ) -> None:
+        """A call that is answered now, after `seconds`, and for which nothing was generated."""
+        came = time.time_ns() - round(1e9 * seconds)
+        self._span(name, attributes, context, came).end()
+
+    def failed(
+        self, reason: str, attributes: dict[str, Any], context: grpc.ServicerContext
+    ) -> None:
+        """A call that ends by an error. Nothing if a request of it began: its span tells that."""
+        if context in self._begun:
+            return
+        span = self._span("call", {"reason": reason} | attributes, context)
+        span.set_status(self._trace.StatusCode.ERROR, reason)
+        span.end()
+
+    def _span(
+        self,
+        name: str,
+        attributes: dict[str, Any],
+        context: grpc.ServicerContext,
+        start_time: int | None = None,
+    ) -> Any:
+        metadata = context.invocation_metadata()
         carrier = {key: value for key, value in metadata if isinstance(value, str)}
-        span = self._tracer.start_span(
+        return self._tracer.start_span(
             name,
             context=self._propagator.extract(carrier),
             kind=self._trace.SpanKind.SERVER,
-            attributes=attributes,
+            attributes={f"nuwa.{key}": value for key, value in attributes.items()},
+            start_time=start_time,
         )
-        return RequestSpan(self._trace, self._tracer, span)
 
     def close(self) -> None:
         """Sends what is left."""

@@ -30,10 +30,10 @@ def serve_until_signal(
 ) -> None:
     """Starts, loads, prints one line when ready, and returns after SIGTERM or SIGINT and a drain.
 
-    load: what loads models, in a thread of its own; what it raises comes through. A second signal
-    cuts the drain, SIGHUP loads again what has changed. Also returns when nothing can be generated
-    any more, which `server.died` says. Does not wait for what is being loaded. Only for the main
-    thread.
+    load: what loads models, in a thread of its own; what it raises comes through, after a drain
+    where models have been loaded before. A second signal cuts the drain, SIGHUP loads again what
+    has changed. Also returns when nothing can be generated any more, which `server.died` says. Does
+    not wait for what is being loaded. Only for the main thread.
     """
     asked = server.asked_to_end
     previous = {}
@@ -54,33 +54,43 @@ def serve_until_signal(
         server.start()
         started = time.perf_counter()
         loading = _InThread("nuwa-load", load)
-        while not loading.ended.wait(SIGNAL_SECONDS):
-            if asked.is_set():
-                log.info("ends while loading")
-                notify(STOPPING)
-                server.stop()
-                return
-        if loading.failure is not None:
-            server.stop()
-            raise loading.failure
-        if not asked.is_set():
+        while not (loading.ended.wait(SIGNAL_SECONDS) or asked.is_set()):
+            pass
+        failure = loading.failure  # what fails later does so because the server ends
+        if failure is not None:
+            if server.host.running:  # or it is told at once, by who called this
+                log.error("a further bundle could not be loaded, so the server ends: %s", failure)
+        elif not loading.ended.is_set():
+            log.info("ends while loading")
+        elif not asked.is_set():
             _say_ready(server, load_seconds + time.perf_counter() - started)
             notify(READY)
-        while not asked.wait(SIGNAL_SECONDS):
-            pass
+            while not asked.wait(SIGNAL_SECONDS):
+                pass
         notify(STOPPING)
-        duck = server.settings.lame_duck
-        log.info("draining: %g s more for new calls, then %g s for those at hand", duck, grace)
-        started = time.perf_counter()
-        stopping = _InThread("nuwa-stop", lambda: server.stop(grace))
-        while not stopping.ended.wait(SIGNAL_SECONDS):
-            pass
-        if stopping.failure is not None:
-            raise stopping.failure
-        log.info("stopped after %.2f s", time.perf_counter() - started)
+        _drain(server, grace)
+        if failure is not None:
+            raise failure
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _drain(server: Server, grace: float) -> None:
+    """Stops, in another thread, so that signals are noticed. Without a model there is nothing to
+    give grace to.
+    """
+    duck, started = server.settings.lame_duck, time.perf_counter()
+    if not server.host.running:
+        grace = 0.0
+    else:
+        log.info("draining: %g s more for new calls, then %g s for those at hand", duck, grace)
+    stopping = _InThread("nuwa-stop", lambda: server.stop(grace))
+    while not stopping.ended.wait(SIGNAL_SECONDS):
+        pass
+    if stopping.failure is not None:
+        raise stopping.failure
+    log.info("stopped after %.2f s", time.perf_counter() - started)
 
 
 class _InThread:

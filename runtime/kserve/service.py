@@ -46,18 +46,20 @@ WANTS_STATUS = "triton_grpc_error"  # metadata: end the stream with a status at 
 
 
 class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
-    """ready: whether the server takes requests; told(error, request_id, peer): the message for
-    clients of an error.
+    """live: whether the server is well; ready: whether it takes requests; told(error, request_id,
+    peer): the message for clients of an error.
     """
 
     def __init__(
         self,
         intake: Intake,
         *,
+        live: Callable[[], bool],
         ready: Callable[[], bool],
         told: Callable[[Exception, str, str], str],
     ) -> None:
-        self._intake, self._host, self._ready, self._told = intake, intake.host, ready, told
+        self._intake, self._host = intake, intake.host
+        self._live, self._ready, self._told = live, ready, told
         self._lock = threading.Lock()
         self._streams: set[Stream] = set()
         self._dismissed = False
@@ -71,7 +73,7 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
             stream.dismiss()
 
     def ServerLive(self, request: Any, context: grpc.ServicerContext) -> pb.ServerLiveResponse:
-        return pb.ServerLiveResponse(live=True)
+        return pb.ServerLiveResponse(live=self._live())
 
     def ServerReady(self, request: Any, context: grpc.ServicerContext) -> pb.ServerReadyResponse:
         return pb.ServerReadyResponse(ready=self._ready())

@@ -12,6 +12,7 @@ from nuwa.runtime import admission
 from nuwa.runtime.answers import Answers
 from nuwa.runtime.client import Client, ClientError
 from nuwa.runtime.core import CancelledError
+from nuwa.runtime.logs import FIELDS
 from nuwa.runtime.server import Server
 from nuwa.v1 import generation_pb2 as pb
 from nuwa.v1 import generation_pb2_grpc
@@ -27,7 +28,7 @@ def always() -> bool:
 
 
 class Maker:
-    """Makes numbered answers of 1000 bytes and more; fails where it is told to."""
+    """Makes answers of 1000 bytes and more, about their numbers; fails where it is told to."""
 
     def __init__(self) -> None:
         self.made = 0
@@ -35,14 +36,14 @@ class Maker:
         self.gate = threading.Event()
         self.gate.set()
 
-    def __call__(self) -> pb.GenerateImageResponse:
+    def __call__(self) -> tuple[pb.GenerateImageResponse, str]:
         self.made += 1
         number = self.made
         assert self.gate.wait(20)
         if self.error is not None:
             raise self.error
         frame = pb.Frame(data=bytes(1000))
-        return pb.GenerateImageResponse(seed=number, frame=frame)
+        return pb.GenerateImageResponse(seed=number, frame=frame), f"number {number}"
 
 
 def test_an_answer_is_made_once_for_each_key_while_it_is_young():
@@ -51,6 +52,13 @@ def test_an_answer_is_made_once_for_each_key_while_it_is_young():
     assert [answers.once(key, make, always).seed for key in (A, A, B, A)] == [1, 1, 2, 1]
     clock[0] = 10.5
     assert [answers.once(key, make, always).seed for key in (A, B, A)] == [3, 4, 3]
+
+
+def test_who_gives_an_answer_again_is_told_what_it_is_about():
+    make, answers, told = Maker(), Answers(), []
+    for key in (A, B, A, A, B):
+        answers.once(key, make, always, told.append)
+    assert told == ["number 1", "number 1", "number 2"]
 
 
 def test_the_oldest_answers_give_way_when_they_are_too_large():
@@ -122,6 +130,26 @@ def test_a_request_that_is_sent_again_is_not_generated_again(stub, engine):
     stub.GenerateImage(image())
     stub.GenerateImage(image())
     assert len(engine.admitted) == 5
+
+
+def test_answers_that_are_given_again_are_counted_and_in_the_log(stub, server, caplog):
+    caplog.set_level("INFO", "nuwa.runtime")
+    for _ in range(3):
+        stub.GenerateImage(image(request_id="one"))
+
+    def read(name: str, **labels: str) -> float | None:
+        labels = {"model": "fake", "task": "t2i", **labels}
+        return server.metrics.registry.get_sample_value(name, labels)
+
+    assert read("nuwa_requests_total", outcome="kept") == 2
+    assert read("nuwa_requests_total", outcome="ok") == 1
+    for phase in ("request", "queue", "encode", "decode", "pixels"):
+        assert read(f"nuwa_{phase}_duration_seconds_count") == 1
+    told = [getattr(record, FIELDS, {}) for record in caplog.records]
+    told = [each for each in told if each.get("outcome") == "kept"]
+    assert [each.pop("total_seconds") >= 0 for each in told] == [True, True]
+    one = {"request_id": "one", "model": "fake/1", "task": "t2i", "outcome": "kept"}
+    assert told == [one, one]
 
 
 def test_a_retry_while_the_first_try_runs_gets_its_answer(stub, engine, server):

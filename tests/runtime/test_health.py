@@ -42,6 +42,17 @@ def test_watchers_hear_of_every_change_and_of_nothing_else(health, server):
         watch.cancel()
 
 
+def test_a_list_has_all_that_check_knows(health, server, caplog):
+    def listed() -> dict[str, int]:
+        answer = health.List(health_pb2.HealthListRequest())
+        return {name: each.status for name, each in answer.statuses.items()}
+
+    assert listed() == dict.fromkeys(("", SERVICE, KSERVE), STATUS.SERVING)
+    server._on_health(False)
+    assert listed() == dict.fromkeys(("", SERVICE, KSERVE), STATUS.NOT_SERVING)
+    assert not caplog.records
+
+
 def test_a_watcher_that_leaves_makes_room(health, server, monkeypatch):
     watches = [health.Watch(request()) for _ in range(server.settings.max_watches)]
     for watch in watches:

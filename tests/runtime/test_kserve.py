@@ -85,11 +85,28 @@ def test_the_server_and_its_models_are_ready(stub, server):
     assert {each.state for each in index.models} == {"READY"}
     server._on_death()
     assert not stub.ServerReady(pb.ServerReadyRequest()).ready
-    assert stub.ServerLive(pb.ServerLiveRequest()).live
+    assert not stub.ServerLive(pb.ServerLiveRequest()).live
     assert {e.state for e in stub.RepositoryIndex(pb.RepositoryIndexRequest()).models} == {
         "UNAVAILABLE"
     }
     assert not stub.RepositoryIndex(pb.RepositoryIndexRequest(ready=True)).models
+
+
+def test_a_server_is_live_while_its_engine_returns():
+    with Server() as server, grpc.insecure_channel(server.address) as channel:
+        stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+        def states() -> tuple[bool, bool]:
+            live = stub.ServerLive(pb.ServerLiveRequest()).live
+            return live, stub.ServerReady(pb.ServerReadyRequest()).ready
+
+        assert states() == (True, False), "no model"
+        server.host.add(FakeEngine())
+        assert states() == (True, True)
+        server._on_health(False)
+        assert states() == (False, False), "the engine hangs"
+        server._on_health(True)
+        assert states() == (True, True)
 
 
 @pytest.mark.parametrize(
@@ -322,8 +339,13 @@ def test_one_stream_answers_several_requests_side_by_side(stub, engine, server):
     several = [ask("t2v", {"seed": seed, "frame_count": 3}, PROMPT=text()) for seed in (1, 2)]
     for number, request in enumerate(several):
         request.id = str(number)
-    bad = ask("t2v", {"seed": -1}, PROMPT=text())
-    answers = stub.ModelStreamInfer(iter([*several, bad]))
+
+    def requests():
+        yield from several
+        wait_until(lambda: server.scheduler.active == 2)  # and there is room in the queue
+        yield ask("t2v", {"seed": -1}, PROMPT=text())
+
+    answers = stub.ModelStreamInfer(requests())
     first = next(answers)
     assert "seed -1" in first.error_message and first.infer_response.id == "mine"
     wait_until(lambda: server.scheduler.active + server.scheduler.queued == 2)

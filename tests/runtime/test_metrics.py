@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+import time
 import urllib.error
 import urllib.request
 
@@ -9,6 +12,8 @@ import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from nuwa.runtime import pages
+from nuwa.runtime.pages import CONNECTIONS
 from nuwa.runtime.server import Server
 from nuwa.v1 import generation_pb2_grpc
 
@@ -155,3 +160,69 @@ def test_metrics_are_off_unless_asked_for(engine):
     with Server(engine) as server, grpc.insecure_channel(server.address) as channel:
         generation_pb2_grpc.GenerationServiceStub(channel).GenerateImage(image())
         assert server.metrics_address is None
+
+
+@pytest.fixture
+def connect(server):
+    """Connections to the port of the metrics, which send nothing by themselves."""
+    opened = []
+
+    def connect() -> socket.socket:
+        host, _, port = server.metrics_address.rpartition(":")
+        opened.append(socket.create_connection((host, int(port)), timeout=10))
+        return opened[-1]
+
+    yield connect
+    for each in opened:
+        each.close()
+
+
+def probed(server: Server) -> bytes:
+    return urllib.request.urlopen(f"http://{server.metrics_address}/livez", timeout=10).read()
+
+
+def threads_of_pages() -> int:
+    return sum("process_request_thread" in thread.name for thread in threading.enumerate())
+
+
+def test_idle_connections_are_bounded_and_keep_no_probe_out(server, connect):
+    idle = [connect() for _ in range(3 * CONNECTIONS)]
+    assert idle[0].recv(1) == b"", "the oldest is closed at once"
+    wait_until(lambda: threads_of_pages() <= CONNECTIONS)
+    for _ in range(5):
+        assert probed(server) == b"ok\n"
+    idle[-1].sendall(b"GET /livez HTTP/1.0\r\n\r\n")
+    assert idle[-1].recv(1000).startswith(b"HTTP/1.0 200 OK"), "the newest may take its time"
+
+
+def test_connections_whose_requests_have_come_give_way_to_nobody(server, connect, monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(server._pages, "_live", lambda: release.wait(20))
+    asking = [connect() for _ in range(CONNECTIONS)]
+    for each in asking:
+        each.sendall(b"GET /livez HTTP/1.0\r\n\r\n")
+    http = server._pages._server
+    wait_until(lambda: len(http._open) == CONNECTIONS and not http._silent)
+    assert connect().recv(1) == b"", "there is no room, so it is closed at once"
+    release.set()
+    assert all(each.recv(1000).startswith(b"HTTP/1.0 200 OK") for each in asking)
+    wait_until(lambda: not http._open)
+    assert probed(server) == b"ok\n"
+
+
+def test_a_request_that_comes_byte_by_byte_is_cut_off(server, connect, monkeypatch, capfd):
+    monkeypatch.setattr(pages, "REQUEST_SECONDS", 0.3)
+    slow, started = connect(), time.monotonic()
+    slow.settimeout(0.05)
+    for each in b"GET /livez HTTP/1.0\r\n" + b"A: b\r\n" * 1000:
+        try:
+            slow.sendall(bytes([each]))
+            assert slow.recv(1) == b"", "nothing is answered"
+            break
+        except TimeoutError:
+            pass
+        except ConnectionError:
+            break
+    assert 0.2 < time.monotonic() - started < 5
+    wait_until(lambda: not server._pages._server._open)
+    assert capfd.readouterr().err == ""

@@ -24,7 +24,8 @@ from nuwa.runtime.errors import NotFoundError, NotReadyError
 from nuwa.runtime.host import Host
 from nuwa.runtime.kserve.models import find
 from nuwa.runtime.scheduler import Scheduler
-from nuwa.runtime.server import SERVICE, Server
+from nuwa.runtime.server import SERVICE, SLOW_READERS, Server
+from nuwa.runtime.settings import ServerSettings
 from nuwa.runtime.until_signal import serve_until_signal
 from nuwa.v1 import generation_pb2 as pb
 from nuwa.v1 import generation_pb2_grpc
@@ -213,6 +214,46 @@ def test_versions_side_by_side(server):
         assert [each.version for each in client.list_models() if each.name == "small"] == [3]
 
 
+def test_a_full_model_leaves_the_others_their_queues(bundles):
+    """... and a further version of one, too."""
+    size = SLOW_READERS + 8  # more than the calls of one model would leave to another
+    settings = ServerSettings(
+        port=0, bundle=Path("b/small"), bundles={"large": Path("b/x")}, queue_size=size
+    )
+    with (
+        Server(settings=settings, open_engine=bundles.open) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        server.load("", Path("b/small"))
+        server.load("large", Path("b/x"))
+        server.load("large", Path("b/x"), beside=True)
+        calls = []
+        try:
+            for name in ("small", "large/1", "large/2"):
+                calls += filled(stub, server, name)
+        finally:
+            for engine in bundles.opened:
+                engine.gate.set()
+        assert all(call.result(20).frame.data for call in calls)
+
+
+def filled(
+    stub: generation_pb2_grpc.GenerationServiceStub, server: Server, name: str
+) -> list[grpc.Future]:
+    """Calls that have the model's slot and all of its queue."""
+    loaded = server.host.find(name)
+    loaded.engine.gate.clear()
+    calls = [stub.GenerateImage.future(image(model=name))]
+    wait_until(lambda: loaded.scheduler.active == 1)
+    size = loaded.scheduler.queue_size
+    calls += [stub.GenerateImage.future(image(model=name)) for _ in range(size)]
+    wait_until(lambda: loaded.scheduler.queued == size, seconds=20)
+    with pytest.raises(grpc.RpcError, match="the queue is full"):
+        stub.GenerateImage(image(model=name))
+    return calls
+
+
 def test_a_stream_ends_in_the_version_it_began_in(server, channel, bundles):
     stub = generation_pb2_grpc.GenerationServiceStub(channel)
     old = bundles.opened[0]
@@ -393,6 +434,92 @@ def test_a_signal_while_it_loads_ends_it_at_once(bundles, capsys):
     release.set()
     assert "ready" not in capsys.readouterr().out
     assert not server.host.loaded
+
+
+@pytest.fixture
+def half_loaded(bundles):
+    """A server; begin(): loads one model, and has it make a clip that its gate holds up; outcome():
+    the clip's last event, or the status, when it has ended.
+    """
+    server = Server(open_engine=bundles.open)
+    channel = grpc.insecure_channel(server.address)
+    began, ended, got = threading.Event(), threading.Event(), []
+
+    def ask():
+        try:
+            for event in generation_pb2_grpc.GenerationServiceStub(channel).GenerateVideo(video()):
+                got.append(event)
+                began.set()
+        except grpc.RpcError as error:
+            got.append(error.code())
+        ended.set()
+
+    def begin():
+        server.load("", Path("b/small"))
+        bundles.opened[0].gate.clear()
+        threading.Thread(target=ask, daemon=True).start()
+        assert began.wait(10)
+
+    def outcome():
+        assert ended.wait(10)
+        return got[-1]
+
+    yield server, begin, outcome
+    channel.close()
+
+
+def test_a_signal_while_a_further_bundle_is_loaded_drains(bundles, half_loaded, capsys, caplog):
+    caplog.set_level("INFO", "nuwa.runtime")
+    server, begin, outcome = half_loaded
+    release = threading.Event()
+
+    def load():
+        begin()
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: "draining" in caplog.text)
+        bundles.opened[0].gate.set()
+        release.wait(30)
+
+    serve_until_signal(server, load=load, grace=20)
+    release.set()
+    assert outcome().HasField("done")
+    assert "ends while loading" in caplog.text and "ready" not in capsys.readouterr().out
+
+
+def test_a_second_signal_while_it_loads_cuts_the_drain(bundles, half_loaded, caplog):
+    caplog.set_level("INFO", "nuwa.runtime")
+    server, begin, outcome = half_loaded
+    release = threading.Event()
+
+    def load():
+        begin()
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: "draining" in caplog.text)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert outcome() is grpc.StatusCode.UNAVAILABLE
+        bundles.opened[0].gate.set()
+        release.wait(30)
+
+    started = time.monotonic()
+    serve_until_signal(server, load=load, grace=60)
+    assert time.monotonic() - started < 20
+    release.set()
+    assert outcome() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_further_bundle_that_cannot_be_loaded_cuts_no_request(bundles, half_loaded, caplog):
+    server, begin, outcome = half_loaded
+    bundles.broken.add("b/x")
+
+    def load():
+        begin()
+        threading.Timer(0.5, bundles.opened[0].gate.set).start()
+        server.load("large", Path("b/x"))
+
+    with pytest.raises(BundleError, match="is not the file that was exported"):
+        serve_until_signal(server, load=load, grace=20)
+    assert outcome().HasField("done")
+    assert "a further bundle could not be loaded, so the server ends" in caplog.text
 
 
 def test_a_hangup_loads_what_has_changed(bundles, caplog):

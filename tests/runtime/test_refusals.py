@@ -5,12 +5,14 @@ from __future__ import annotations
 import grpc
 import numpy as np
 import pytest
+from grpc_status import rpc_status
 
 from nuwa.runtime import media
 from nuwa.runtime.convert import read_image_request
 from nuwa.runtime.errors import FieldError, RequestError
 from nuwa.runtime.server import SERVICE
 from nuwa.v1 import generation_pb2 as pb
+from nuwa.v1 import generation_pb2_grpc
 
 from .fake_engine import FakeEngine
 from .messages import (
@@ -337,17 +339,44 @@ def test_what_the_engine_refuses_is_the_callers_mistake(stub):
     assert failure.value.details() == "prompt 'refused' is refused"
 
 
+def blames_the_request_as_a_whole(error: grpc.RpcError) -> bool:
+    info, fields = details(error)
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    return info.reason == "INVALID_REQUEST" and list(fields) == [""]
+
+
+def test_a_call_without_a_request_is_the_callers_mistake(channel):
+    with pytest.raises(grpc.RpcError) as failure:
+        channel.stream_unary(f"/{SERVICE}/GenerateImage")(iter(()))
+    assert failure.value.details() == "the call has no request"
+    assert blames_the_request_as_a_whole(failure.value)
+
+
+def test_a_model_without_a_bundle_cannot_be_loaded_again(channel):
+    models = generation_pb2_grpc.ModelServiceStub(channel)
+    with pytest.raises(grpc.RpcError) as failure:
+        models.ReloadModel(pb.ReloadModelRequest(model="fake"))
+    assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    info, fields = details(failure.value)
+    assert info.reason == "INVALID_REQUEST"
+    assert fields == {"model": "model 'fake' was not loaded from a bundle"}
+
+
 @pytest.mark.parametrize("data", [b"\x1a\x02\xff\xfe", b"\x07garbage", b"\xff" * 1000])
 def test_bytes_that_are_no_message_are_the_callers_mistake(channel, stub, data):
     for method in ("GenerateImage", "GetModel"):
         call = channel.unary_unary(f"/{SERVICE}/{method}")
         with pytest.raises(grpc.RpcError) as failure:
             call(data if method == "GenerateImage" else b"\x07garbage")
-        assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert blames_the_request_as_a_whole(failure.value)
     stream = channel.unary_stream(f"/{SERVICE}/GenerateVideo")
     with pytest.raises(grpc.RpcError) as failure:
         list(stream(data))
-    assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert blames_the_request_as_a_whole(failure.value)
+    infer = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
+    with pytest.raises(grpc.RpcError) as failure:
+        list(infer(iter([b"\x07garbage"]), metadata=[("triton_grpc_error", "true")]))
+    assert blames_the_request_as_a_whole(failure.value)
     assert stub.GenerateImage(image()).frame.data
 
 
@@ -358,10 +387,31 @@ def test_messages_beyond_the_limit_are_refused(stub):
     assert stub.GenerateImage(image()).frame.data
 
 
-def test_unknown_methods_are_unimplemented(channel):
+@pytest.mark.parametrize(
+    "method",
+    [
+        f"/{SERVICE}/GenerateSound",
+        "/nuwa.v1.ModelService/ReloadModels",
+        "/inference.GRPCInferenceService/TraceSetting",
+    ],
+)
+def test_unknown_methods_are_unimplemented(channel, method):
     with pytest.raises(grpc.RpcError) as failure:
-        channel.unary_unary(f"/{SERVICE}/GenerateSound")(b"")
+        channel.unary_unary(method)(b"")
     assert failure.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert failure.value.details() == f"this server has no method {method!r}"
+    info, _ = details(failure.value)
+    assert (info.reason, info.domain) == ("UNIMPLEMENTED", "nuwa.v1")
+    with pytest.raises(grpc.RpcError) as failure:
+        list(channel.unary_stream(method)(b""))
+    assert details(failure.value)[0].reason == "UNIMPLEMENTED"
+
+
+def test_unknown_services_are_grpcs_to_refuse(channel):
+    with pytest.raises(grpc.RpcError) as failure:
+        channel.unary_unary("/other.Service/Method")(b"")
+    assert failure.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert rpc_status.from_call(failure.value) is None
 
 
 def test_long_messages_fit_into_headers(stub, engine, monkeypatch):

@@ -18,7 +18,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from nuwa.runtime.client import Client, ClientError
 from nuwa.runtime.errors import DeviceLostError
-from nuwa.runtime.server import SERVICE, Server
+from nuwa.runtime.server import MOST_CALLS, SERVICE, SLOW_READERS, Server, _most_calls
+from nuwa.runtime.settings import ServerSettings
 from nuwa.runtime.until_signal import serve_until_signal
 from nuwa.v1 import generation_pb2 as pb
 from nuwa.v1 import generation_pb2_grpc
@@ -128,6 +129,30 @@ def test_listening_beyond_loopback_needs_a_word_and_is_warned_about(caplog):
     with Server(FakeEngine(), host="0.0.0.0", insecure=True) as server:
         assert server.address.startswith("0.0.0.0:")
     assert "without encryption" in caplog.text
+
+
+def test_metrics_beyond_loopback_are_warned_about(caplog):
+    with Server(FakeEngine(), metrics_port=0):
+        pass
+    assert not caplog.records
+    with Server(FakeEngine(), metrics_port=0, metrics_host="0.0.0.0") as server:
+        assert server.metrics_address.startswith("0.0.0.0:")
+    [record] = [each for each in caplog.records if each.levelname == "WARNING"]
+    assert "metrics and the status page on 0.0.0.0, without encryption" in record.message
+
+
+def test_there_is_room_for_the_calls_of_every_bundle():
+    def most(**fields) -> int:
+        return _most_calls(ServerSettings(queue_size=64, slots=8, **fields))
+
+    one = 64 + 8 + SLOW_READERS
+    bundles = {f"m{n}": Path("b") for n in range(200)}
+    assert most() == one, "an engine that was given is the only one"
+    assert most(bundle=Path("b")) == 2 * one, "one version more, of a bundle that is loaded again"
+    assert most(bundle=Path("b"), bundles={"a": Path("b"), "c": Path("d")}) == 4 * one
+    assert most(bundles=bundles) == MOST_CALLS, "there are not thousands of threads"
+    large = ServerSettings(queue_size=5000, bundles=bundles)
+    assert _most_calls(large) == 5000 + 1 + SLOW_READERS, "unless one queue needs them"
 
 
 RUN = """

@@ -9,7 +9,7 @@ import pytest
 
 from nuwa.runtime.cli import main
 from nuwa.runtime.commands.arguments import TOKEN_VARIABLE
-from nuwa.runtime.server import _options
+from nuwa.runtime.server import AGE_GRACE, _options
 from nuwa.runtime.settings import OTHER_VARIABLES, ServerSettings, ignored, read
 
 
@@ -51,6 +51,10 @@ def test_what_is_printed_reads_back_as_the_same(tmp_path):
         ({}, {"NUWA_BUNDLES": "a=/x,b=/y, a=/z"}, "", r"\(NUWA_BUNDLES\): name 'a' is there twice"),
         ({}, {}, 'bundles = {"a/b" = "x"}', "name 'a/b' is not of letters, digits"),
         ({}, {}, "slots = ", "server.toml is not TOML"),
+        ({}, {}, "slots = true", r"slots True \(.*server.toml\): true and false are for"),
+        ({}, {}, "grace = false", "grace False .*true and false are for settings that are on or"),
+        ({"metrics_host": "::"}, {}, "", "metrics_host '::' needs metrics_port"),
+        ({}, {"NUWA_TRACE_ENDPOINT": "http://"}, "", "'http://' .NUWA_TRACE_ENDPOINT.: is not htt"),
         ({"backend": "x"}, {}, "", r"backend 'x' \(--backend\): choose one of auto, native-cpu"),
         ({"log_format": "xml"}, {}, "", "log_format 'xml' .*'text' or 'json'"),
         ({"tls_key": "k"}, {}, "", "tls_certificate and tls_key go together"),
@@ -83,6 +87,49 @@ def test_no_number_is_without_bounds(tmp_path, name, value):
         read({}, file, {})
 
 
+@pytest.mark.parametrize("name", NUMBERS)
+def test_no_number_is_true_or_false(name):
+    with pytest.raises(ValueError, match=f"{name} True .*true and false are for"):
+        read({name: True}, None, {})
+
+
+def test_what_is_on_or_off_is_true_or_false(tmp_path):
+    file = tmp_path / "server.toml"
+    file.write_text("reflection = false\ninsecure = true")
+    found = read({}, file, {})
+    assert found.insecure and not found.reflection
+    assert read({"reflection": True}, file, {"NUWA_INSECURE": "true"}).reflection
+
+
+def test_an_empty_variable_counts_as_not_given(tmp_path):
+    file = tmp_path / "server.toml"
+    file.write_text("metrics_port = 9400")
+    assert read({}, file, {"NUWA_METRICS_PORT": ""}).metrics_port == 9400
+
+
+def test_a_host_of_metrics_needs_their_port(tmp_path):
+    assert read({"metrics_host": "::", "metrics_port": "0"}, None, {}).metrics_host == "::"
+    with pytest.raises(ValueError, match="metrics_host '::' needs metrics_port"):
+        read({"metrics_host": "::"}, None, {"NUWA_METRICS_PORT": "tcp://10.0.0.7:9400"})
+    file = tmp_path / "printed.toml"
+    file.write_text(ServerSettings().to_toml())
+    assert read({}, file, {}) == ServerSettings(), "the file has the host, and no port"
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["localhost:4317", "http:", "http://", "http://:4317", "http://a:b", "ftp://a", "http://a b"],
+)
+def test_traces_need_a_collector(url):
+    with pytest.raises(ValueError, match=f"trace_endpoint '{url}' .*is not http://HOST:PORT"):
+        read({"trace_endpoint": url}, None, {})
+
+
+@pytest.mark.parametrize("url", ["http://localhost:4317", "https://a.b:1/", "http://[::1]:4317"])
+def test_collectors(url):
+    assert read({"trace_endpoint": url}, None, {}).trace_endpoint == url
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -110,6 +157,17 @@ def test_grpc_takes_what_is_at_the_bounds(end):
     server = grpc.server(None, options=_options(found))
     assert server.add_insecure_port("127.0.0.1:0") > 0
     server.stop(None)
+
+
+def test_it_is_said_how_long_calls_outlive_their_connections_age():
+    told = ServerSettings.model_fields["max_connection_age"].description
+    assert f"{AGE_GRACE:g} s more" in told
+    [grace] = [
+        value
+        for name, value in _options(ServerSettings(max_connection_age=1))
+        if name == "grpc.max_connection_age_grace_ms"
+    ]
+    assert grace == 1000 * AGE_GRACE
 
 
 def test_what_the_environment_has_no_setting_for_is_named():

@@ -14,7 +14,7 @@ from nuwa.runtime.tracing import Tracing
 from nuwa.v1 import generation_pb2_grpc
 
 from .fake_engine import FakeEngine
-from .messages import image, video
+from .messages import image, video, wait_until
 
 collector = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
 
@@ -91,6 +91,75 @@ def test_requests_are_spans_of_the_clients_trace(collected):
     assert values(failed)["nuwa.outcome"] == "engine" and failed.status.code == 2
     assert failed.trace_id.hex() != TRACE
     assert not any("a 3" in str(span) for span in spans), "no prompts"
+
+
+def test_calls_that_are_refused_are_spans_of_the_clients_trace(collected):
+    endpoint, spans = collected
+    parent = [("traceparent", f"00-{TRACE}-{SPAN}-01")]
+    engine = FakeEngine()
+    with (
+        Server(engine, queue_size=1, trace_endpoint=endpoint) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        wrong = [image(request_id="one", rank_by="x"), image(request_id="two", model="other")]
+        engine.gate.clear()
+        for request in wrong:
+            with pytest.raises(grpc.RpcError):
+                stub.GenerateImage(request, metadata=parent)
+        calls = [stub.GenerateImage.future(image())]
+        wait_until(lambda: server.scheduler.active == 1)
+        calls.append(stub.GenerateImage.future(image()))
+        wait_until(lambda: server.scheduler.queued == 1)
+        with pytest.raises(grpc.RpcError):
+            stub.GenerateImage(image(), metadata=parent)
+        engine.gate.set()
+        for call in calls:
+            call.result(20)
+    found = {values(span)["nuwa.reason"]: span for span in spans if span.name == "call"}
+    assert set(found) == {"INVALID_REQUEST", "NOT_FOUND", "QUEUE_FULL"}
+    for reason, span in found.items():
+        assert span.trace_id.hex() == TRACE and span.parent_span_id.hex() == SPAN
+        assert (span.status.code, span.status.message) == (2, reason)
+        assert values(span)["nuwa.method"].endswith("/GenerateImage")
+    told = values(found["INVALID_REQUEST"])
+    assert (told["nuwa.request_id"], told["nuwa.field"]) == ("one", "rank_by")
+    assert values(found["NOT_FOUND"])["nuwa.model"] == "other"
+
+
+def test_a_request_that_fails_has_no_second_span(collected):
+    endpoint, spans = collected
+    engine = FakeEngine()
+    engine.step_error = RuntimeError("a fault")
+    with (
+        Server(engine, trace_endpoint=endpoint) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        with pytest.raises(grpc.RpcError):
+            stub.GenerateImage(image())
+    assert sorted(span.name for span in spans) == ["generate", "generate t2i", "queue"]
+
+
+def test_an_answer_that_is_given_again_is_a_span(collected):
+    endpoint, spans = collected
+    with (
+        Server(FakeEngine(), trace_endpoint=endpoint) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        stub.GenerateImage(image(request_id="mine"))
+        parent = [("traceparent", f"00-{TRACE}-{SPAN}-01")]
+        stub.GenerateImage(image(request_id="mine"), metadata=parent)
+    [again] = [span for span in spans if span.name == "again t2i"]
+    assert again.trace_id.hex() == TRACE and again.status.code == 0
+    assert again.start_time_unix_nano <= again.end_time_unix_nano
+    assert values(again) == {
+        "nuwa.request_id": "mine",
+        "nuwa.model": "fake/1",
+        "nuwa.task": "t2i",
+        "nuwa.outcome": "kept",
+    }
 
 
 def test_a_collector_that_is_away_hinders_nobody():

@@ -128,7 +128,7 @@ def test_an_idle_server_is_well(server, health):
     assert health(SERVICE) == SERVING
 
 
-def test_a_client_that_does_not_read_is_cut_off_and_others_are_not(server, engine):
+def test_a_client_that_does_not_read_is_cut_off_and_others_are_not(server, engine, caplog):
     large = pb.Output(format=pb.IMAGE_FORMAT_RAW_RGB, scale_factor=8)  # 12 KiB a frame
     start = pb.Media(raw=pb.RawFrames(data=bytes(192), frame_count=1, height=8, width=8))
     request = pb.GenerateVideoRequest(task=pb.TASK_V2V, video=start, frame_count=1000, output=large)
@@ -145,6 +145,7 @@ def test_a_client_that_does_not_read_is_cut_off_and_others_are_not(server, engin
             for _ in idle:
                 pass
         assert caught.value.code() is grpc.StatusCode.CANCELLED
+        assert "its reader took nothing for 0.5 s: cancelled, of ipv4:127.0.0.1:" in caplog.text
         frames = [e for e in reader.GenerateVideo(video()) if e.HasField("frame")]
         assert len(frames) == 10
         other.close()
