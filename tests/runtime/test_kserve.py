@@ -342,7 +342,7 @@ def test_one_stream_answers_several_requests_side_by_side(stub, engine, server):
 
     def requests():
         yield from several
-        wait_until(lambda: server.scheduler.active == 2)  # and there is room in the queue
+        wait_until(lambda: server.scheduler.active >= 1)  # or the queue might be full
         yield ask("t2v", {"seed": -1}, PROMPT=text())
 
     answers = stub.ModelStreamInfer(requests())
