@@ -56,8 +56,9 @@ class Turns:
 
 
 class Leading(Turns):
-    """Of the run that starts the other one. In every other pair the other one's round comes first,
-    so that neither has more of what slowly changes.
+    """Of the run that starts the other one. Each round comes right after one of the other run, as
+    what it finds in caches is the other's then, for both. In the second half of the pairs the other
+    one's round comes first, so that neither has more of what slowly changes.
 
     command: given the other's `word`, which it makes a Following of, the command that starts it.
     """
@@ -95,10 +96,11 @@ class Leading(Turns):
             own = time.perf_counter() - self.waited - began
             if index >= signed_rank_needed() and extent.least <= 1 and own > extent.seconds:
                 break
-            if index % 2:
+            other_first = index >= extent.rounds // 2
+            if other_first:
                 self._others()
             yield each
-            if not index % 2:
+            if not other_first:
                 self._others()
         self._tell(OVER)
 
@@ -154,9 +156,11 @@ class Following(Turns):
             self._say(DONE)
 
     def finish(self) -> None:
-        """The leading one may have the last round."""
-        while os.read(self._hear, 1):
-            pass
+        """The leading one may have the last round; if it wants one of this run, there is none."""
+        while word := os.read(self._hear, 1):
+            if word == GO:
+                os.close(self._tell)
+                return
 
     def _say(self, word: bytes) -> None:
         try:

@@ -64,15 +64,15 @@ def write(log: Path, what: str) -> None:
         file.write(what)
 
 
-def test_each_goes_first_in_every_other_pair(tmp_path):
+def test_each_goes_first_in_half_of_the_pairs(tmp_path):
     log = tmp_path / "log"
-    turns = leading(log, 5)
+    turns = leading(log, 6)
     turns.begin()
-    for _ in turns.rounds(Extent(60.0, rounds=5)):
+    for _ in turns.rounds(Extent(60.0, rounds=6)):
         write(log, "a")
     write(log, "-")
     turns.end()
-    assert log.read_text() == "abbaabbaab-.", "the other one does nothing before all is over"
+    assert log.read_text() == "abababbababa-.", "the other one does nothing before all is over"
     assert turns.waited > 0
 
 
@@ -85,19 +85,29 @@ def test_slow_rounds_are_fewer(tmp_path):
         time.sleep(0.1)
         write(log, "a")
     turns.end()
-    assert log.read_text() == "abbaabbaabba."
+    assert log.read_text() == "ab" * 6 + "."
 
 
 def test_who_loses_the_other_goes_on_alone(tmp_path):
     log = tmp_path / "log"
-    turns = leading(log, 2)
+    turns = leading(log, 6)
     turns.begin()
-    for number, _ in enumerate(turns.rounds(Extent(60.0, rounds=5))):
+    for number, _ in enumerate(turns.rounds(Extent(60.0, rounds=6))):
         if number == 2:
             turns._process.kill()
         write(log, "a")
     turns.end()
-    assert log.read_text() == "abbaaaa"
+    assert log.read_text() == "ababaaaa"
+
+
+def test_who_has_more_rounds_than_the_other_goes_on_alone(tmp_path):
+    log = tmp_path / "log"
+    turns = leading(log, 2)
+    turns.begin()
+    for _ in turns.rounds(Extent(60.0, rounds=6)):
+        write(log, "a")
+    turns.end()
+    assert log.read_text().replace(".", "") == "ababaaaa", "the other one ends meanwhile"
 
 
 def test_the_other_ends_with_who_leads(tmp_path):
