@@ -80,8 +80,8 @@ def _drain(server: Server, grace: float) -> None:
     """Stops, in another thread, so that signals are noticed. Without a model there is nothing to
     give grace to.
     """
-    duck, started = server.settings.lame_duck, time.perf_counter()
-    if not server.host.running:
+    duck, started, running = server.settings.lame_duck, time.perf_counter(), server.host.running
+    if not running:
         grace = 0.0
     else:
         log.info("draining: %g s more for new calls, then %g s for those at hand", duck, grace)
@@ -90,7 +90,8 @@ def _drain(server: Server, grace: float) -> None:
         pass
     if stopping.failure is not None:
         raise stopping.failure
-    log.info("stopped after %.2f s", time.perf_counter() - started)
+    if running:
+        log.info("stopped after %.2f s", time.perf_counter() - started)
 
 
 class _InThread:

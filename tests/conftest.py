@@ -7,7 +7,9 @@ nor a ranker.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,16 @@ def make_tiny_checkpoint(
     if visual:
         save_ranker(ranker, folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def log_as_it_was() -> Iterator[None]:
+    """A test that runs a command also sets up the package's log, on a stderr that ends with it."""
+    log = logging.getLogger("nuwa")
+    handlers, propagate, level = log.handlers, log.propagate, log.level
+    yield
+    log.handlers, log.propagate = handlers, propagate
+    log.setLevel(level)
 
 
 @pytest.fixture(scope="session")

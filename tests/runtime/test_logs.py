@@ -16,16 +16,7 @@ from nuwa.v1 import generation_pb2 as pb
 from .messages import image, wait_until
 
 
-@pytest.fixture
-def own_log():
-    log = logging.getLogger("nuwa")
-    before = log.handlers, log.propagate, log.level
-    yield log
-    log.handlers, log.propagate = before[:2]
-    log.setLevel(before[2])
-
-
-def test_a_request_is_a_line_of_json_without_its_prompt(own_log, stub, capsys):
+def test_a_request_is_a_line_of_json_without_its_prompt(stub, capsys):
     logs.configure("json")
     stub.GenerateImage(image(request_id="mine"))
     with pytest.raises(grpc.RpcError):
@@ -41,7 +32,7 @@ def test_a_request_is_a_line_of_json_without_its_prompt(own_log, stub, capsys):
     assert not any("a 3" in json.dumps(line) for line in lines)
 
 
-def test_what_was_refused_can_be_found(own_log, stub, channel, capsys):
+def test_what_was_refused_can_be_found(stub, channel, capsys):
     logs.configure("json")
     with pytest.raises(grpc.RpcError):
         stub.GenerateImage(image(request_id="one", model="other"))
@@ -60,9 +51,7 @@ def test_what_was_refused_can_be_found(own_log, stub, channel, capsys):
     assert not any("a 3" in json.dumps(line) for line in lines)
 
 
-def test_a_request_that_ends_without_a_result_has_its_model_in_its_line(
-    own_log, stub, engine, capsys
-):
+def test_a_request_that_ends_without_a_result_has_its_model_in_its_line(stub, engine, capsys):
     logs.configure("json")
     engine.step_error = RuntimeError("a fault")
     with pytest.raises(grpc.RpcError):
@@ -72,7 +61,7 @@ def test_a_request_that_ends_without_a_result_has_its_model_in_its_line(
     assert (ended["outcome"], ended["model"]) == ("engine", "fake/1")
 
 
-def test_those_refused_by_a_full_queue_have_a_line_together(own_log, stub, server, engine, capsys):
+def test_those_refused_by_a_full_queue_have_a_line_together(stub, server, engine, capsys):
     logs.configure("json")
     engine.gate.clear()
     calls = [stub.GenerateImage.future(image())]
@@ -130,17 +119,17 @@ def test_refusals_have_a_line_every_ten_seconds_at_most(caplog):
     assert caplog.records[-1].message == "1 requests refused in 0.0 s: QUEUE_FULL 1"
 
 
-def test_errors_keep_their_traceback_in_one_line(own_log, capsys):
+def test_errors_keep_their_traceback_in_one_line(capsys):
     logs.configure("json")
     try:
         raise RuntimeError("a fault\nof two lines")
     except RuntimeError:
-        own_log.exception("it failed")
+        logging.getLogger("nuwa").exception("it failed")
     [line] = capsys.readouterr().err.splitlines()
     assert "a fault\nof two lines" in json.loads(line)["error"]
 
 
-def test_text_is_for_people(own_log, stub, capsys):
+def test_text_is_for_people(stub, capsys):
     logs.configure("text")
     stub.GenerateImage(image(request_id="mine"))
     assert " INFO mine t2i: 1 frames, 4 steps" in capsys.readouterr().err
