@@ -1,12 +1,12 @@
 """Does `nuwa bench --against` tell the truth here: `python benchmarks/compare_runs.py BUNDLE`?
 
-Again and again two comparisons in turns, each of two processes as people do it: of the same build
+Again and again two comparisons in turns, as people do it: of the same build
 with itself, of which nothing should be told "slower" or "faster", and of a build whose work takes a
 tenth longer, text, steps and pixels, with the plain one, which should be told "slower". What has to
 hold: each in 19 of 20 repetitions. The last line is JSON, with every verdict; exit status 1 if it
 does not hold.
 
-Beside it, of the same runs, the verdicts of comparisons that ignore that they took turns.
+Beside it, of the same runs, the verdicts of comparisons that ignore that there were launches.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ def slowed(share: float, words: list[str]) -> int:
     such switch.
     """
     from nuwa.runtime.cli import main as nuwa
+    from nuwa.runtime.commands import bench_against
     from nuwa.runtime.engine import Engine
 
     def slower(work: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,6 +56,7 @@ def slowed(share: float, words: list[str]) -> int:
 
     for name in ("prepare", "step", "pixels"):
         setattr(Engine, name, slower(getattr(Engine, name)))
+    bench_against.PYTHON = [sys.executable, __file__, SLOW_ENTRY, str(share)]
     return nuwa(words)
 
 
@@ -66,21 +68,30 @@ def compared(build: str, args: argparse.Namespace, folder: Path) -> dict[str, An
     words = ["bench", str(args.bundle), "--against", str(plain), "--task", args.task]
     words += ["--scenario", args.scenario, "--slots", str(args.slots), "--no-rates"]
     words += ["--seconds", str(args.seconds), "--rounds", str(args.rounds)]
+    words += ["--launches", str(args.launches)]
     words += ["--threshold", str(args.threshold), "--out", str(out), *args.further]
     program = PLAIN if build == SAME else [sys.executable, __file__, SLOW_ENTRY, str(args.slower)]
     ended = subprocess.run([*program, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    told = json.loads(ended.stdout.splitlines()[-1])["comparison"]
-    results = [schema.read(path / "result.json") for path in (out / "against", out)]
-    for result in results:
-        del result["turns"]
-    apart = compare.compare_results(*results, args.threshold)
+    told = json.loads(ended.stdout.splitlines()[-1])
+    launches = sorted(out.glob("launch-*"))[: told["launches"]]
+    pairs = [[schema.read(one / side / "result.json") for side in "ab"] for one in launches]
+    as_one = compare.compare_results(*map(joined, zip(*pairs, strict=True)), args.threshold)
     return {
         "build": build,
         "status": ended.returncode,
         "judged": judge({each["name"]: each["verdict"] for each in told["differences"]}),
-        "judged_without_turns": judge({each.name: each.verdict for each in apart}),
+        "judged_as_one_launch": judge({each.name: each.verdict for each in as_one}),
         "metrics": {each.pop("name"): each for each in told["differences"]},
     }
+
+
+def joined(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One result with the rounds of all, in which pairs are still pairs."""
+    rounds = {
+        name: [each for one in results for each in one["rounds"][name]]
+        for name in results[0]["rounds"]
+    }
+    return results[0] | {"rounds": rounds, "turns": {"id": "all"}}
 
 
 def judge(verdicts: dict[str, str]) -> str:
@@ -104,6 +115,7 @@ def main() -> int:
     parser.add_argument("--repetitions", type=int, default=20, help="(%(default)s)")
     parser.add_argument("--seconds", type=float, default=12.0, help="of each (%(default)s)")
     parser.add_argument("--rounds", type=int, default=200, help="of each (%(default)s)")
+    parser.add_argument("--launches", type=int, default=6, help="of each (%(default)s)")
     parser.add_argument("--threshold", type=float, default=0.05, help="(%(default)s)")
     parser.add_argument("--slower", type=float, default=0.1, metavar="SHARE", help="(%(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the JSON as a file, too")
@@ -128,8 +140,10 @@ def line(one: dict[str, Any]) -> str:
         for name, each in one["metrics"].items()
         if each["low"] is not None
     )
-    without = one["judged_without_turns"]
-    return f"{one['repetition']} {one['build']}: {', '.join(known)}; without turns {without}"
+    return (
+        f"{one['repetition']} {one['build']}: {', '.join(known)}; "
+        f"as one launch {one['judged_as_one_launch']}"
+    )
 
 
 def summed_up(told: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
@@ -142,13 +156,23 @@ def summed_up(told: list[dict[str, Any]], args: argparse.Namespace) -> dict[str,
         }
 
     verdicts, least = counted("judged"), math.ceil(SHARE * args.repetitions)
-    names = ("task", "scenario", "slots", "seconds", "rounds", "threshold", "slower", "further")
+    names = (
+        "task",
+        "scenario",
+        "slots",
+        "seconds",
+        "rounds",
+        "launches",
+        "threshold",
+        "slower",
+        "further",
+    )
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "settings": {name: getattr(args, name) for name in names},
+        "settings": {name: getattr(args, name) for name in (*names, "further")},
         "repetitions": args.repetitions,
         "verdicts": verdicts,
-        "verdicts_without_turns": counted("judged_without_turns"),
+        "verdicts_as_one_launch": counted("judged_as_one_launch"),
         "holds": {
             "the same build: no difference": verdicts[SAME]["no difference"] >= least,
             "slowed: found": verdicts[SLOWED]["slower"] >= least,

@@ -26,11 +26,13 @@ Verdict = Literal["slower", "faster", "no difference", "unknown"]
 Better = Literal["lower", "higher"]
 Rounds = Sequence[Sequence[float | None]]
 
+HEADS = ("metric", "a", "b", "b / a", "interval", "launches", "verdict")
 STYLES = {"slower": "red", "faster": "green", "no difference": "", "unknown": "yellow"}
 LEAST_ROUNDS = 2
 SCHEMA = "nuwa-bench-compare/1"
 RATE = "highest_rate"  # what a search is about
 WHOLE = "throughput"  # compared as one number where no metric has rounds
+NOT_ANSWERED = "not answered"  # the row of how many requests failed
 SAME = ("scenario", "workload", "task")  # parts of a result that must be
 LISTED = ("version", "model", "machine")  # parts that may differ
 # Names within SAME that may differ, too: how long it was measured, and what served it.
@@ -45,7 +47,8 @@ class Difference:
     """Of one metric. a, b: the values of the results in `unit`, each the geometric mean of its
     rounds' medians; ratio: b / a, of pairs what their ratios lie around, with its interval low,
     high. What is not known of these five is
-    None; reason says why a verdict is "unknown", or rests on less than rounds.
+    None; reason says why a verdict is "unknown", or rests on less than rounds. launches: of several
+    (launches.py) each one's ratio.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Difference:
     low: float | None = None
     high: float | None = None
     reason: str = ""
+    launches: tuple[float, ...] = ()
 
 
 def compare(
@@ -105,20 +109,24 @@ def compare(
     else:
         middle, half = _welch(*logs, confidence)
         low, high = middle - half, middle + half
-    apart = not low <= 0 <= high and abs(middle) > math.log1p(threshold)
-    worse = (middle > 0) == (better == "lower")
-    verdict: Verdict = "no difference" if not apart else "slower" if worse else "faster"
     return Difference(
         name,
         unit,
         better,
-        verdict,
+        judge(middle, low, high, threshold, better),
         a=math.exp(float(logs[0].mean())),
         b=math.exp(float(logs[1].mean())),
         ratio=math.exp(middle),
         low=math.exp(low),
         high=math.exp(high),
     )
+
+
+def judge(middle: float, low: float, high: float, threshold: float, better: Better) -> Verdict:
+    """On the logarithm of a ratio b / a, and its interval."""
+    if low <= 0 <= high or abs(middle) <= math.log1p(threshold):
+        return "no difference"
+    return "slower" if (middle > 0) == (better == "lower") else "faster"
 
 
 def compare_results(
@@ -157,7 +165,7 @@ def compare_results(
     if not found:
         raise ValueError("results that cannot be compared: no metric has rounds in both")
     told = a.get("outcomes") and b.get("outcomes")
-    return [*found, _failures(a, b, threshold)] if told else found
+    return [*found, compare_failures(a, b, threshold)] if told else found
 
 
 def unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -268,14 +276,14 @@ def _by_threshold(
     return Difference(name, unit, better, verdict, first, second, ratio, reason=reason)
 
 
-def _failures(a: Mapping[str, Any], b: Mapping[str, Any], threshold: float) -> Difference:
+def compare_failures(a: Mapping[str, Any], b: Mapping[str, Any], threshold: float) -> Difference:
     """The share of requests that were not answered; "slower" if it grew beyond the threshold."""
     first, second = _failed(a), _failed(b)
     grown = second - first
     verdict: Verdict = (
         "slower" if grown > threshold else "faster" if -grown > threshold else "no difference"
     )
-    return Difference("not answered", "", "lower", verdict, first, second)
+    return Difference(NOT_ANSWERED, "", "lower", verdict, first, second)
 
 
 def _failed(result: Mapping[str, Any]) -> float:
@@ -325,7 +333,7 @@ def to_json(
     return {
         "schema": SCHEMA,
         "threshold": threshold,
-        "differences": [asdict(each) for each in differences],
+        "differences": [asdict(each) | {"launches": [*each.launches]} for each in differences],
         "differs": list(differing),
     }
 
@@ -345,12 +353,14 @@ def print_differences(
 
     console = console or Console()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for head in ("metric", "a", "b", "b / a", "interval", "verdict"):
+    several = any(each.launches for each in differences)
+    for head in HEADS if several else (head for head in HEADS if head != "launches"):
         table.add_column(head, justify="left" if head in ("metric", "verdict") else "right")
     for each in differences:
         verdict = f"{each.verdict}: {each.reason}" if each.reason else each.verdict
         values = (quantity(value, each.unit) for value in (each.a, each.b))
-        cells = (each.name, *values, _number(each.ratio), _interval(each), verdict)
+        ratios = (_number(each.ratio), _interval(each), *((_spread(each),) if several else ()))
+        cells = (each.name, *values, *ratios, verdict)
         table.add_row(*map(Text, cells), style=STYLES[each.verdict])
     console.print(table)
     for line in differing:
@@ -361,7 +371,7 @@ def baseline_exit(differences: Sequence[Difference]) -> int:
     """The exit status of a comparison with a baseline: 1 if anything is slower than there, or if
     nothing could be told.
     """
-    verdicts = [each.verdict for each in differences if each.name != "not answered"]
+    verdicts = [each.verdict for each in differences if each.name != NOT_ANSWERED]
     slower = any(each.verdict == "slower" for each in differences)
     return int(slower or all(verdict == "unknown" for verdict in verdicts))
 
@@ -414,6 +424,11 @@ def _plain(value: Any) -> str:
 
 def _interval(each: Difference) -> str:
     return "" if each.low is None else f"{_number(each.low)} .. {_number(each.high)}"
+
+
+def _spread(each: Difference) -> str:
+    ratios = each.launches
+    return f"{_number(min(ratios))} .. {_number(max(ratios))}" if ratios else ""
 
 
 def _number(value: float | None) -> str:

@@ -60,7 +60,7 @@ class Settings:
             )
         least, most = statistics.signed_rank_needed(), self.extent.most
         if self.in_turns and min(self.extent.rounds, most or least) < least:
-            raise ValueError(f"a comparison in turns takes {least} rounds and queries at the least")
+            raise ValueError(f"turns take {least} rounds and queries of each launch at the least")
 
     @property
     def in_turns(self) -> bool:

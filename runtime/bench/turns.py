@@ -4,8 +4,9 @@ What a machine does in one minute differs from what it does in the next by more 
 Two runs one after the other compare these minutes, too; of two that take turns each round has one
 of the other right beside it, and those pairs are compared (compare.py).
 
-One run leads: it starts the other as a process of its own, which does a round when it is told to.
-They talk over two pipes, a byte each time. Posix only, as the other one inherits the pipes.
+Both are processes of their own, alike but for what they measure, and a third one, which measures
+nothing, tells each when it is its turn: over two pipes, a byte each time. Posix only, as they
+inherit the pipes.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ import contextlib
 import os
 import subprocess
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from .statistics import signed_rank_needed
 
@@ -55,82 +55,8 @@ class Turns:
             self.waited += time.perf_counter() - began
 
 
-class Leading(Turns):
-    """Of the run that starts the other one. Each round comes right after one of the other run, as
-    what it finds in caches is the other's then, for both. In the second half of the pairs the other
-    one's round comes first, so that neither has more of what slowly changes.
-
-    command: given the other's `word`, which it makes a Following of, the command that starts it.
-    """
-
-    def __init__(self, command: Callable[[str], Sequence[str]]) -> None:
-        super().__init__()
-        self.id = uuid.uuid4().hex
-        self._command, self._lost = command, False
-        self._process: subprocess.Popen[bytes] | None = None
-        self._heard, self._told = -1, -1
-
-    def begin(self) -> None:
-        """Starts the other one and waits until it has warmed up, too. ValueError if it ends."""
-        heard, tell = os.pipe()
-        hear, told = os.pipe()
-        self._heard, self._told = heard, told
-        try:
-            self._process = subprocess.Popen(
-                self._command(f"{hear}:{tell}:{self.id}"),
-                stdout=subprocess.DEVNULL,
-                pass_fds=(hear, tell),
-            )
-        finally:
-            os.close(hear)
-            os.close(tell)
-        if not self._hears(READY):
-            raise ValueError("the other run (--against) ended before it began; it said why")
-
-    def rounds(self, extent: Extent) -> Iterator[Extent]:
-        """Fewer where requests take longer than rounds and all of the time is over; but as many as
-        a comparison needs, and all where so many queries were asked for.
-        """
-        began = time.perf_counter() - self.waited
-        for index, each in enumerate(_rounds(extent)):
-            own = time.perf_counter() - self.waited - began
-            if index >= signed_rank_needed() and extent.least <= 1 and own > extent.seconds:
-                break
-            other_first = index >= extent.rounds // 2
-            if other_first:
-                self._others()
-            yield each
-            if not other_first:
-                self._others()
-        self._tell(OVER)
-
-    def end(self) -> None:
-        """Lets the other one write its result, and waits for that."""
-        for pipe in (self._heard, self._told):
-            if pipe >= 0:
-                os.close(pipe)
-        self._heard = self._told = -1
-        if self._process is not None:
-            self._process.wait()
-
-    def _others(self) -> None:
-        """If it is gone, this run goes on alone: what was measured is not thrown away."""
-        if self._lost:
-            return
-        with self._waiting():
-            self._tell(GO)
-            self._lost = not self._hears(DONE)
-
-    def _tell(self, word: bytes) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            os.write(self._told, word)
-
-    def _hears(self, word: bytes) -> bool:
-        return os.read(self._heard, 1) == word
-
-
 class Following(Turns):
-    """Of the run that was started. word: as Leading gave it; ValueError if it is none."""
+    """Of a run that is told when. word: as Run gave it; ValueError if it is none."""
 
     def __init__(self, word: str) -> None:
         super().__init__()
@@ -138,25 +64,25 @@ class Following(Turns):
             hear, tell, self.id = word.split(":")
             self._hear, self._tell = int(hear), int(tell)
         except ValueError:
-            raise ValueError(f"turns {word!r}: not what --against gives to the other run") from None
+            raise ValueError(f"turns {word!r}: not what --against gives to its runs") from None
 
     def begin(self) -> None:
         self._say(READY)
 
     def rounds(self, extent: Extent) -> Iterator[Extent]:
-        """As many as the leading run has."""
+        """As many as it is told to do."""
         for each in _rounds(extent):
             with self._waiting():
                 word = os.read(self._hear, 1)
             if word == OVER:
                 return
             if word != GO:
-                raise KeyboardInterrupt  # who leads was interrupted: what there is is the result
+                raise KeyboardInterrupt  # who tells it was interrupted: what there is is the result
             yield each
             self._say(DONE)
 
     def finish(self) -> None:
-        """The leading one may have the last round; if it wants one of this run, there is none."""
+        """The other one may have the last round; one more of this run there is not."""
         while word := os.read(self._hear, 1):
             if word == GO:
                 os.close(self._tell)
@@ -167,6 +93,96 @@ class Following(Turns):
             os.write(self._tell, word)
         except BrokenPipeError:
             raise KeyboardInterrupt from None
+
+
+class Run:
+    """One of the two, as who leads them sees it: starts it, and stops it at last.
+
+    command: given its `word`, which it makes a Following of, the command that starts it; said: what
+    it says on stderr is written there.
+    """
+
+    def __init__(self, command: Callable[[str], Sequence[str]], id: str, said: IO[str]) -> None:
+        heard, tell = os.pipe()
+        hear, told = os.pipe()
+        self._heard, self._told = heard, told
+        try:
+            self._process = subprocess.Popen(
+                command(f"{hear}:{tell}:{id}"),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+                pass_fds=(hear, tell),
+            )
+        except BaseException:
+            self._close()
+            raise
+        finally:
+            os.close(hear)
+            os.close(tell)
+
+    def warmed(self) -> bool:
+        """Waits until it has warmed up; False if it ended before."""
+        return self._hears(READY)
+
+    def round(self) -> bool:
+        """Has it do a round; False if it did not, as it is over."""
+        self._tell(GO)
+        return self._hears(DONE)
+
+    def over(self) -> None:
+        """Tells it that it has had its rounds."""
+        self._tell(OVER)
+
+    def end(self) -> int:
+        """Waits until it has written its result, and ended; its exit status."""
+        self._close()
+        return self._process.wait()
+
+    def kill(self) -> None:
+        """If it has not ended."""
+        self._close()
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+    def _close(self) -> None:
+        for pipe in (self._heard, self._told):
+            if pipe >= 0:
+                os.close(pipe)
+        self._heard = self._told = -1
+
+    def _tell(self, word: bytes) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._told, word)
+
+    def _hears(self, word: bytes) -> bool:
+        return os.read(self._heard, 1) == word
+
+
+def take_turns(extent: Extent, runs: Sequence[Run]) -> int:
+    """Has two runs do their rounds of the extent, and says how many pairs there were.
+
+    Each round comes right after one of the other run, as what it finds in caches is the other's
+    then, for both. The first run goes first in the first half of the pairs, the other one in the
+    second, so that neither has more of what slowly changes.
+
+    Rounds are fewer where requests take longer than rounds and all of the time is over; but as many
+    as a comparison needs, and all where so many queries were asked for. A run that is over ends it.
+    """
+    pairs, taken = 0, 0.0
+    for index, _ in enumerate(_rounds(extent)):
+        if index >= signed_rank_needed() and extent.least <= 1 and taken > 2 * extent.seconds:
+            break
+        order = runs if index < extent.rounds // 2 else runs[::-1]
+        began = time.perf_counter()
+        if not all(run.round() for run in order):
+            break
+        taken += time.perf_counter() - began
+        pairs += 1
+    for run in runs:
+        run.over()
+    return pairs
 
 
 def _rounds(extent: Extent) -> Iterator[Extent]:

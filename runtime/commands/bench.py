@@ -25,7 +25,7 @@ SWEEP = "sweep"
 INTERRUPTED = 130  # exit status
 # Rounds, where another run takes turns: short ones see the same machine, but those of many requests
 # under way begin and end with fewer.
-TURNS, TURNS_OFFLINE = 200, 30
+TURNS, TURNS_OFFLINE = 200, 36
 PROFILES: dict[str, dict[str, Any]] = {
     "edge": {"seconds": 30.0, "rounds": 6, "slots": 1, "queue_size": 4, "queries": 2000},
     "server": {"seconds": 120.0, "rounds": 10, "slots": 8, "queue_size": 256, "queries": None},
@@ -125,6 +125,13 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
         "bundle's folder, beside --server another HOST:PORT, or the `nuwa` program of another "
         "version; exit status 1 if this one is slower",
     )
+    parser.add_argument(
+        "--launches",
+        type=arguments.positive,
+        metavar="N",
+        help="of both, with --against; --seconds and --rounds are of all together (default: "
+        f"{bench_against.LAUNCHES}, of --server 1)",
+    )
     for word in (bench_against.WORD, bench_against.INSTEAD):
         parser.add_argument(word, help=argparse.SUPPRESS)
     what = parser.add_argument_group("what is asked for")
@@ -181,6 +188,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--threshold {args.threshold} is not at least 0")
     if args.against is not None and (args.compare or args.baseline):
         raise ValueError("--against compares by itself: no --compare or --baseline beside it")
+    if args.launches is not None and args.against is None:
+        raise ValueError("--launches is of --against")
     if args.compare:
         first, second = args.compare
         return _compare(first, second, args.threshold)
@@ -198,9 +207,9 @@ def run(args: argparse.Namespace) -> int:
     from . import bench_against
 
     if args.against is not None:
-        return bench_against.run(args, _measure)
+        return bench_against.run(args, _settings(args).extent, say)
     if args.instead is not None:
-        bench_against.replace(args)
+        bench_against.measure_instead(args)
     return _measure(args, _turns(args))
 
 
@@ -210,12 +219,7 @@ def _turns(args: argparse.Namespace) -> Turns:
     return Turns() if args.in_turns is None else Following(args.in_turns)
 
 
-def _measure(
-    args: argparse.Namespace, turns: Turns, other: Callable[[], dict[str, Any] | None] | None = None
-) -> int:
-    """other: where another run takes turns, ends it and gives its result, None if it has none;
-    what this one is compared with.
-    """
+def _measure(args: argparse.Namespace, turns: Turns) -> int:
     from ..bench import compare, memory, schema
     from ..bench.measure import measure
 
@@ -249,10 +253,7 @@ def _measure(
     told = dict(result)  # and what is only in the last line
     try:
         _report(result, args.out)
-        if other is not None and (before := other()) is None:
-            say("not compared: the other run (--against) has no result")
-            told["comparison"] = compare.to_json([], [], args.threshold) | {"status": 1}
-        if before is not None and (other is not None or not result.get("interrupted")):
+        if before is not None and not result.get("interrupted"):
             told["comparison"] = _compared(before, result, args.threshold)
     finally:  # whatever cannot be written or shown, it was measured
         print(schema.last_line(told), flush=True)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,15 +19,17 @@ import numpy as np
 import pytest
 
 from nuwa.runtime.bench import compare, measure, scenarios, schema, statistics
+from nuwa.runtime.bench.launches import compare_launches
 from nuwa.runtime.bench.observation import Observation
 from nuwa.runtime.bench.running import Settings
 from nuwa.runtime.bench.scenarios import Extent, Interrupted
 from nuwa.runtime.bench.targets import IN_PROCESS, Target
-from nuwa.runtime.bench.turns import Following, Leading, Turns
+from nuwa.runtime.bench.turns import Following, Run, Turns, take_turns
 from nuwa.runtime.bench.workload import Workload
 from nuwa.runtime.cli import main
 from nuwa.runtime.client import LocalClient
 from nuwa.runtime.commands import bench_against
+from nuwa.runtime.commands.bench_against import Side
 from nuwa.runtime.server import Server
 from nuwa.spec.tasks import Task
 
@@ -36,96 +39,96 @@ from .messages import wait_until
 
 FOLLOWER = """
 import sys
+import time
 from pathlib import Path
 from nuwa.runtime.bench.scenarios import Extent
 from nuwa.runtime.bench.turns import Following
 
-turns, log = Following(sys.argv[1]), Path(sys.argv[2])
-turns.begin()
-try:
-    for _ in turns.rounds(Extent(60.0, rounds=int(sys.argv[3]))):
-        with log.open("a") as file:
-            file.write("b")
-except KeyboardInterrupt:
-    with log.open("a") as file:
-        file.write("!")
-turns.finish()
-with log.open("a") as file:
-    file.write(".")
-"""
-
-
-def leading(log: Path, rounds: int) -> Leading:
-    return Leading(lambda word: [sys.executable, "-c", FOLLOWER, word, str(log), str(rounds)])
-
-
-def write(log: Path, what: str) -> None:
+turns, name, log = Following(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+def write(what):
     with log.open("a") as file:
         file.write(what)
 
+turns.begin()
+try:
+    for _ in turns.rounds(Extent(60.0, rounds=int(sys.argv[4]))):
+        time.sleep(float(sys.argv[5]))
+        write(name)
+except KeyboardInterrupt:
+    write("!")
+turns.finish()
+write(".")
+assert turns.waited > 0
+"""
+
+
+class Two:
+    """Runs a and b, which write into one log what they do. rounds: that each has at the most."""
+
+    def __init__(self, folder: Path, *rounds: int, takes: float = 0.0) -> None:
+        self.log = folder / "log"
+        self.runs = []
+        for name, most in zip("ab", rounds, strict=True):
+            words = [name, str(self.log), str(most), str(takes)]
+            command = [sys.executable, "-c", FOLLOWER]
+            with (folder / name).open("w") as said:
+                run = Run(lambda word, c=command, w=words: [*c, word, *w], "id", said)
+            assert run.warmed()
+            self.runs.append(run)
+
+    def take_turns(self, extent: Extent) -> tuple[int, str]:
+        """How many pairs, and what was done."""
+        pairs = take_turns(extent, self.runs)
+        self.statuses = [run.end() for run in self.runs]
+        return pairs, self.log.read_text()
+
 
 def test_each_goes_first_in_half_of_the_pairs(tmp_path):
-    log = tmp_path / "log"
-    turns = leading(log, 6)
-    turns.begin()
-    for _ in turns.rounds(Extent(60.0, rounds=6)):
-        write(log, "a")
-    write(log, "-")
-    turns.end()
-    assert log.read_text() == "abababbababa-.", "the other one does nothing before all is over"
-    assert turns.waited > 0
+    two = Two(tmp_path, 6, 6)
+    pairs, done = two.take_turns(Extent(60.0, rounds=6))
+    assert (pairs, done) == (6, "abababbababa..")
+    assert two.statuses == [0, 0]
 
 
 def test_slow_rounds_are_fewer(tmp_path):
-    """As soon as there are enough pairs and the time is over; the other one has as many."""
-    log = tmp_path / "log"
-    turns = leading(log, 50)
-    turns.begin()
-    for _ in turns.rounds(Extent(0.3, rounds=50)):
-        time.sleep(0.1)
-        write(log, "a")
-    turns.end()
-    assert log.read_text() == "ab" * 6 + "."
+    """As soon as there are enough pairs and the time of both is over."""
+    two = Two(tmp_path, 50, 50, takes=0.1)
+    assert two.take_turns(Extent(0.3, rounds=50)) == (6, "ab" * 6 + "..")
 
 
-def test_who_loses_the_other_goes_on_alone(tmp_path):
-    log = tmp_path / "log"
-    turns = leading(log, 6)
-    turns.begin()
-    for number, _ in enumerate(turns.rounds(Extent(60.0, rounds=6))):
-        if number == 2:
-            turns._process.kill()
-        write(log, "a")
-    turns.end()
-    assert log.read_text() == "ababaaaa"
+def test_who_was_asked_for_queries_has_all_of_its_rounds(tmp_path):
+    two = Two(tmp_path, 9, 9, takes=0.05)
+    assert two.take_turns(Extent(0.1, rounds=9, least=20))[0] == 9
 
 
-def test_who_has_more_rounds_than_the_other_goes_on_alone(tmp_path):
-    log = tmp_path / "log"
-    turns = leading(log, 2)
-    turns.begin()
-    for _ in turns.rounds(Extent(60.0, rounds=6)):
-        write(log, "a")
-    turns.end()
-    assert log.read_text().replace(".", "") == "ababaaaa", "the other one ends meanwhile"
+def test_if_one_is_gone_the_other_keeps_what_it_has(tmp_path):
+    two = Two(tmp_path, 6, 6)
+    two.runs[1]._process.kill()
+    pairs, done = two.take_turns(Extent(60.0, rounds=6))
+    assert (pairs, done) == (0, "a."), "it was told that this is all"
+    assert two.statuses[0] == 0
 
 
-def test_the_other_ends_with_who_leads(tmp_path):
-    log = tmp_path / "log"
-    turns = leading(log, 5)
-    turns.begin()
-    with pytest.raises(KeyboardInterrupt):
-        for _ in turns.rounds(Extent(60.0, rounds=5)):
-            raise KeyboardInterrupt
-    turns.end()
-    assert log.read_text() == "!.", "it was told that this is all"
+def test_who_has_fewer_rounds_ends_it(tmp_path):
+    two = Two(tmp_path, 6, 2)
+    pairs, done = two.take_turns(Extent(60.0, rounds=6))
+    assert (pairs, done.replace(".", "")) == (2, "ababa")
+    assert done.count(".") == 2 and two.statuses == [0, 0]
 
 
-def test_who_does_not_begin_is_told_of():
-    turns = Leading(lambda word: [sys.executable, "-c", ""])
-    with pytest.raises(ValueError, match="ended before it began"):
-        turns.begin()
-    turns.end()
+def test_they_end_with_who_leads(tmp_path):
+    two = Two(tmp_path, 5, 5)
+    for run in two.runs:
+        run.end()
+    assert two.log.read_text() == "!.!.", "what there is is the result"
+
+
+def test_who_does_not_begin_is_told_of(tmp_path):
+    with (tmp_path / "said").open("w") as said:
+        run = Run(lambda word: [sys.executable, "-c", ""], "id", said)
+        assert not run.warmed() and run.end() == 0
+        with pytest.raises(OSError):
+            Run(lambda word: [str(tmp_path / "nothing")], "id", said)
     with pytest.raises(ValueError, match="turns 'x': not what"):
         Following("x")
 
@@ -244,7 +247,7 @@ def test_what_takes_no_turns(tmp_path):
     with pytest.raises(ValueError, match="server scenario takes no turns"):
         Settings("server", bound=1.0, rate=1.0, turns=Sharing(0.0))
     for extent in (Extent(1.0, rounds=5), Extent(1.0, rounds=9, most=5)):
-        with pytest.raises(ValueError, match="takes 6 rounds and queries at the least"):
+        with pytest.raises(ValueError, match="take 6 rounds and queries of each launch"):
             Settings(extent=extent, turns=Sharing(0.0))
     with pytest.raises(ValueError, match="LoadGen takes no turns"):
         Settings(loadgen=tmp_path, turns=Sharing(0.0))
@@ -332,40 +335,93 @@ def test_the_signed_rank_interval_covers(count):
     assert 0.93 < covered < 0.98
 
 
-def words_of(words: str, against: str, server: str | None = None):
+def side_of(words: str, against: str, server: str | None = None) -> Side:
     args = SimpleNamespace(words=words.split(), against=against, server=server)
-    vars(args).update(seconds=3.0, rounds=9, slots=1, queue_size=4, queries=None)
-    program, told = bench_against.other_command(args)
-    always = told.index("--seconds")
-    expected = ["--queue-size", "4", "--slots", "1", "--rounds", "9", "--seconds", "3.0"]
-    assert told[always - 6 : always + 2] == expected
-    return program, told[: always - 6], told[always + 2 :]
+    vars(args).update(slots=1, queue_size=4)
+    return bench_against.other(args)
 
 
 def test_the_other_is_told_the_same_but_for_what_it_measures(tmp_path):
-    """With what are the defaults of this version."""
+    """With what are the defaults of this version; how long is said of each launch."""
     python = [sys.executable, "-m", "nuwa.runtime"]
-    folder = str(tmp_path)
-    told = f"--prompt b --task t2i b --against {folder} --out o --scores s --seconds=3"
-    found = python, ["--instead", folder], ["--prompt", "b", "--task", "t2i", "b", "--seconds=3"]
-    assert words_of(told, folder) == found
-    told = "--server h:1 b --against g:2 --metrics h:3 --model m --tls"
-    found = python, ["--instead", "g:2"], ["--server", "h:1", "b", "--model", "m", "--tls"]
-    assert words_of(told, "g:2", "h:1") == found
-    told = f"b --against={sys.executable} --task t2v"
-    assert words_of(told, sys.executable) == ([sys.executable], [], ["b", "--task", "t2v"])
+    folder, ours = str(tmp_path), ["--queue-size", "4", "--slots", "1"]
+    told = f"--prompt b --task t2i b --against {folder} --out o --scores s --seconds=3 --rounds 4"
+    side = side_of(told, folder)
+    assert side.program == python
+    assert side.words == ["--instead", folder, *ours, "--prompt", "b", "--task", "t2i", "b"]
+    side = side_of("--server h:1 b --against g:2 --metrics h:3 --model m --tls", "g:2", "h:1")
+    words = ["--server", "h:1", "b", "--model", "m", "--tls"]
+    assert side.program == python and side.words == ["--instead", "g:2", *ours, *words]
+    side = side_of(f"b --against={sys.executable} --launches 2 --task t2v", sys.executable)
+    assert (side.program, side.words) == ([sys.executable], [*ours, "b", "--task", "t2v"])
     for nothing in ("nothing", ""):
         with pytest.raises(ValueError, match="neither a bundle's folder nor a program"):
-            words_of("b", nothing)
+            side_of("b", nothing)
 
 
 def test_the_other_measures_what_it_was_told_to():
     args = SimpleNamespace(bundle=["b"], server=None, preset="base", precision="fp16", instead="x")
-    bench_against.replace(args)
+    bench_against.measure_instead(args)
     assert (args.bundle, args.server, args.preset, args.precision) == (["x"], None, None, None)
     args = SimpleNamespace(bundle=["b"], server="h:1", preset=None, precision=None, instead="g:2")
-    bench_against.replace(args)
+    bench_against.measure_instead(args)
     assert (args.bundle, args.server) == ([], "g:2")
+
+
+def result(ratios: list[float], answered: int = 9, **rounds: list) -> dict:
+    told = {"latency": [[each] for each in ratios]} | rounds
+    metrics = {name: {"unit": "s", "better": "lower"} for name in told}
+    outcomes = {"ok": answered, "INTERNAL": 10 - answered}
+    return {"metrics": metrics, "rounds": told, "turns": {"id": "x"}, "outcomes": outcomes}
+
+
+def test_launches_that_do_not_agree_tell_nothing():
+    """Each alone would be sure of its difference."""
+
+    def launches(*factors: float):
+        even = [1.0, 1.1, 0.9, 1.05, 0.95, 1.02, 0.98]
+        return [(result(even), result([factor * each for each in even])) for factor in factors]
+
+    for pair in launches(1.10, 1.12):
+        assert compare.compare_results(*pair)[0].verdict == "slower"
+    assert compare_launches(launches(1.1))[0] == compare.compare_results(*launches(1.1)[0])[0]
+    (apart, failed) = compare_launches(launches(1.2, 0.95, 1.1, 1.0))
+    assert apart.verdict == "no difference" and apart.launches == pytest.approx((1.2, 0.95, 1.1, 1))
+    assert apart.low < 1 < apart.ratio < apart.high and apart.ratio > 1.05
+    assert failed.verdict == "no difference" and failed.b == failed.a == pytest.approx(0.1)
+    (agreed, _) = compare_launches(launches(1.09, 1.11, 1.10))
+    assert agreed.verdict == "slower" and agreed.ratio == pytest.approx(1.1, rel=1e-4)
+    logs = np.log(agreed.launches)
+    half = 4.3027 * logs.std(ddof=1) / 3**0.5  # Student's t of 2 degrees of freedom
+    assert np.log(agreed.high) == pytest.approx(logs.mean() + half, rel=1e-4)
+    assert np.log(agreed.low) == pytest.approx(logs.mean() - half, rel=1e-3)
+    assert agreed.b / agreed.a == pytest.approx(1.1, rel=1e-3)
+
+
+def test_launches_that_know_too_little():
+    some = [1.0, 1.1, 0.9, 1.05, 0.95, 1.02]
+    pairs = [(result(some), result(some, 5)), (result(some), result(some[:5], 5))]
+    latency, failed = compare_launches(pairs)
+    assert latency.verdict == "unknown" and latency.launches == (1.0,)
+    assert latency.reason == "known of 1 of at least 2 launches: 5 of at least 6 pairs of rounds"
+    assert failed.verdict == "slower" and (failed.a, failed.b) == pytest.approx((0.1, 0.5))
+    with pytest.raises(ValueError, match="no launch has results of both"):
+        compare_launches([])
+
+
+def test_processes_that_differ_by_chance_are_told_for_the_same():
+    """Each launch of a build is some percent off, in all of its rounds."""
+    draw, told, as_one = random.Random(2), [], []
+    for _ in range(40):
+        pairs = []
+        for _ in range(bench_against.LAUNCHES):
+            own = [draw.gauss(1.0, 0.03) for _ in "ab"]
+            rounds = [[[draw.gauss(each, 0.02)] for _ in range(30)] for each in own]
+            pairs.append(tuple(result([], latency=each) for each in rounds))
+        told.append(compare_launches(pairs)[0].verdict)
+        as_one.append(compare.compare_results(*pairs[0], 0.02)[0].verdict)
+    assert told.count("no difference") >= 38
+    assert as_one.count("no difference") < 30, "one launch would do"
 
 
 def slow(seconds: float) -> FakeEngine:
@@ -382,15 +438,43 @@ def test_two_servers_in_turns(tmp_path, capsys):
     with Server(slow(0.005), queue_size=8) as a, Server(slow(0.05), queue_size=8) as b:
         words = ["--server", b.address, "--against", a.address, *SHORT, "--out", str(tmp_path)]
         status = main(["bench", *words])
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert status == 1, "this one is slower"
-    (latency, failed) = last["comparison"]["differences"]
-    assert latency["verdict"] == "slower" and latency["ratio"] > 1.05
+    printed = capsys.readouterr()
+    last = json.loads(printed.out.splitlines()[-1])
+    assert status == last["status"] == 1, "this one is slower"
+    (latency, failed) = last["differences"]
+    assert latency["verdict"] == "slower" and latency["ratio"] > 1.05 and latency["launches"] == []
     assert failed["verdict"] == "no difference"
-    written = schema.read(tmp_path / "result.json"), schema.read(tmp_path / "against/result.json")
-    assert compare.took_turns(*written) and last["turns"] == written[1]["turns"]
-    assert written[1]["workload"]["target"] == f"gRPC {a.address}"
-    assert [len(each["rounds"]["latency"]) for each in written] == [12, 12]
+    assert (last["a"], last["b"], last["launches"]) == (a.address, "this", 1)
+    assert "launch 1 of 1: 12 pairs of rounds" in printed.err
+    results = [schema.read(tmp_path / f"launch-1/{side}/result.json") for side in "ab"]
+    assert compare.took_turns(*results) and (tmp_path / "launch-1/a/report.html").exists()
+    assert [each["workload"]["target"] for each in results] == [
+        f"gRPC {a.address}",
+        f"gRPC {b.address}",
+    ]
+    assert [len(each["rounds"]["latency"]) for each in results] == [12, 12]
+    assert json.loads((tmp_path / "comparison.json").read_text()) == last
+
+
+def test_two_bundles_in_launches(tmp_path, capsys, tiny_bundle):
+    out = tmp_path / "out"
+    words = [str(tiny_bundle), "--against", str(tiny_bundle), "--no-rates", "--threshold", "9"]
+    words += ["--task", "t2i", "--seconds", "0.5", "--rounds", "12", "--launches", "2"]
+    assert main(["bench", *words, "--out", str(out)]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    latency = last["differences"][0]
+    assert latency["verdict"] == "no difference" and len(latency["launches"]) == 2
+    assert last["asked_launches"] == last["launches"] == 2 and last["differs"] == []
+    assert sorted(path.name for path in out.iterdir()) == [
+        "comparison.json",
+        "launch-1",
+        "launch-2",
+    ]
+    ids = {
+        schema.read(path)["turns"]["id"]: path.parent.parent.name
+        for path in out.glob("launch-*/*/result.json")
+    }
+    assert sorted(ids.values()) == ["launch-1", "launch-2"], "a pair of each"
 
 
 def test_ctrl_c_compares_what_there_is(tmp_path):
@@ -411,32 +495,33 @@ def test_ctrl_c_compares_what_there_is(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # as at a terminal both of them hear it
+            start_new_session=True,  # as at a terminal all of them hear it
         )
         try:
-            while process.stderr.readline().strip() != "single-stream":
-                assert process.poll() is None
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(2)
-            wait_until(lambda: len(a.host.loaded[0].engine.admitted) > 80, 60)
+            # Both have warmed up with a few of these.
+            wait_until(lambda: len(a.host.loaded[0].engine.admitted) > 120, 60)
             os.killpg(process.pid, signal.SIGINT)
             out, err = process.communicate(timeout=60)
         finally:
             process.kill()
     assert process.returncode == 130, err
     last = json.loads(out.splitlines()[-1])
-    assert last["interrupted"] and last["comparison"]["differences"][0]["verdict"] == "slower"
+    assert last["interrupted"] and last["differences"][0]["verdict"] == "slower"
 
 
-def test_if_the_other_ends_it_is_told(tmp_path, capsys, server):
+def test_what_cannot_be_compared_in_turns(tmp_path, capsys, server):
     words = ["bench", "--server", server.address, *SHORT]
     assert main([*words, "--against", "127.0.0.1:1"]) == 2
-    assert "ended before it began" in capsys.readouterr().err
-    assert main([*words, "--against", "127.0.0.1:1", "--loadgen", str(tmp_path)]) == 2
+    assert "127.0.0.1:1 ended before it began: nuwa bench: " in capsys.readouterr().err
+    assert main([*words, "--against", server.address, "--loadgen", str(tmp_path)]) == 2
     assert "LoadGen takes no turns" in capsys.readouterr().err
     for other in (["--baseline", "x"], ["--compare", "x", "y"]):
         assert main([*words, "--against", "127.0.0.1:1", *other]) == 2
         assert "--against compares by itself" in capsys.readouterr().err
+    assert main([*words, "--against", server.address, "--launches", "2"]) == 2
+    assert "--launches 2: servers are launched by who has them" in capsys.readouterr().err
+    assert main([*words, "--launches", "2"]) == 2
+    assert "--launches is of --against" in capsys.readouterr().err
     assert main(["bench", str(tmp_path / "b"), *SHORT, "--against", "none-such"]) == 2
     assert "neither a bundle's folder nor a program" in capsys.readouterr().err
 
@@ -450,13 +535,15 @@ def test_without_the_others_result_nothing_is_lost(tmp_path, capsys, server):
         "sys.exit(main(sys.argv[1:]))\n"
     )
     program.chmod(0o755)
-    words = ["--server", server.address, "--against", server.address, *SHORT]
-    args = ["bench", *words, "--out", str(tmp_path / "out")]
+    words = ["--server", server.address, *SHORT, "--out", str(tmp_path / "out")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_against, "PYTHON", [str(program)])
-        assert main(args) == 1
+        found = bench_against.other
+        patch.setattr(
+            bench_against, "other", lambda args: replace(found(args), program=[str(program)])
+        )
+        assert main(["bench", *words, "--against", server.address]) == 1
     printed = capsys.readouterr()
-    assert "not compared: the other run (--against) has no result" in printed.err
+    assert "not compared: no launch has results of both" in printed.err
     last = json.loads(printed.out.splitlines()[-1])
-    assert last["outcomes"]["ok"] and last["comparison"]["status"] == 1
-    assert schema.read(tmp_path / "out" / "result.json")["outcomes"] == last["outcomes"]
+    assert last["status"] == 1 and last["differences"] == [] and last["launches"] == 0
+    assert schema.read(tmp_path / "out/launch-1/b/result.json")["outcomes"]["ok"]
