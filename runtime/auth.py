@@ -14,14 +14,13 @@ from typing import Any
 import grpc
 
 from .errors import ForbiddenError, UnauthenticatedError
-from .lanes import ADMIN, refusal
+from .lanes import ADMIN, MAX_METHOD, Refuse, refusal
 from .logs import fields
 from .tokens import SCOPES, Tokens
 
 log = logging.getLogger("nuwa.runtime")
 
 OPEN = ("/grpc.health.v1.Health/",)  # probes of orchestrators have no token
-MAX_METHOD = 200  # characters of it in the log: a client may name any
 NO_TOKENS = (
     "to load and unload models over the network needs a token of the scope admin, and this server "
     "has no tokens (its setting 'tokens'); SIGHUP has it load again what has changed"
@@ -36,15 +35,12 @@ def scope_of(method: str) -> str | None:
 
 
 class AuthInterceptor(grpc.ServerInterceptor):
-    """refuse(error, context): ends a call with the error's status.
-
-    tokens: None where none are needed; then local says whether only this machine can connect.
-    """
+    """tokens: None where none are needed; then local says whether only this machine can connect."""
 
     def __init__(
         self,
         tokens: Tokens | None,
-        refuse: Callable[[Exception, grpc.ServicerContext], Any],
+        refuse: Refuse,
         *,
         local: bool = False,
     ) -> None:
@@ -66,11 +62,11 @@ class AuthInterceptor(grpc.ServerInterceptor):
         return _noted(handler, method, name) if scope == "admin" and handler else handler
 
     def _refusal(self, error: Exception, method: str, name: str) -> Any:
-        def refuse(error: Exception, context: grpc.ServicerContext) -> None:
+        def refuse(error: Exception, method: str, context: grpc.ServicerContext) -> None:
             _tell(f"was refused ({error})", method, name, context)
-            self._refuse(error, context)
+            self._refuse(error, method, context)
 
-        return refusal(refuse, error)
+        return refusal(refuse, error, method)
 
     def _name_of(self, metadata: Any) -> str:
         """Of the token, whatever it is for; "" where there is no good one."""

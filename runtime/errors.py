@@ -35,6 +35,10 @@ class NotFoundError(ValueError):
     """A name that the server does not have; the message says which it has."""
 
 
+class UnimplementedError(Exception):
+    """There is no such method."""
+
+
 class NotReadyError(Exception):
     """There is nothing yet that could take the request; there may be soon."""
 

@@ -33,8 +33,9 @@ from .errors import (
     RequestError,
     ShuttingDownError,
     UnauthenticatedError,
+    UnimplementedError,
 )
-from .lanes import refusal
+from .lanes import MAX_METHOD, STREAMS, refusal
 from .logs import fields
 from .refusals import Refusals
 from .tracing import Tracing
@@ -48,12 +49,6 @@ NO_RETRY = "-1"
 # A status travels in HTTP/2 headers, of which clients take 8 KiB: three copies, one of them with up
 # to three bytes a byte.
 MAX_MESSAGE_BYTES = 600
-MAX_METHOD = 200  # characters of it that are told: a client may name any
-
-
-class UnimplementedError(Exception):
-    """There is no such method."""
-
 
 # The first class that matches counts; anything else is INTERNAL.
 CODES: tuple[tuple[type[BaseException], grpc.StatusCode, str], ...] = (
@@ -109,12 +104,8 @@ class ErrorInterceptor(grpc.ServerInterceptor):
 
     def _unknown(self, method: str) -> Any:
         """For a method that our services do not have, of which gRPC itself would say less."""
-        method = method[:MAX_METHOD]
-
-        def refuse(error: Exception, context: grpc.ServicerContext) -> None:
-            self.abort(error, method, context)
-
-        return refusal(refuse, UnimplementedError(f"this server has no method {method!r}"))
+        error = UnimplementedError(f"this server has no method {method[:MAX_METHOD]!r}")
+        return refusal(self.abort, error, method)
 
     def _request(self, requests: Iterator[Any], context: grpc.ServicerContext, method: str) -> Any:
         try:
@@ -168,7 +159,7 @@ class ErrorInterceptor(grpc.ServerInterceptor):
         request: Any = None,
     ) -> NoReturn:
         """Ends a call with the status of `error`. request: what it asked for, if that is known."""
-        status, reason = self.status(error)
+        status, reason = self.status(error, method)
         known = _known(error, request)
         _log(error, status, method, context.peer(), known)
         if self._tracing is not None:
@@ -184,12 +175,13 @@ class ErrorInterceptor(grpc.ServerInterceptor):
 
     def told(self, error: Exception, request_id: str, peer: str) -> str:
         """The message of `error` for a client, as the answer to one request of its stream."""
-        status, _ = self.status(error)
-        _log(error, status, "a request of a stream", peer, _known(error, request_id=request_id))
+        [method] = STREAMS
+        status, _ = self.status(error, method)
+        _log(error, status, method, peer, _known(error, request_id=request_id))
         return status.message
 
-    def status(self, error: BaseException) -> tuple[status_pb2.Status, str]:
-        """What the client is told about `error`, and the reason in it."""
+    def status(self, error: BaseException, method: str) -> tuple[status_pb2.Status, str]:
+        """What the client of `method` is told about `error`, and the reason in it."""
         matching = (entry[1:] for entry in CODES if isinstance(error, entry[0]))
         code, reason = next(matching, (grpc.StatusCode.INTERNAL, "INTERNAL"))
         if code is grpc.StatusCode.INTERNAL:
@@ -198,7 +190,7 @@ class ErrorInterceptor(grpc.ServerInterceptor):
         else:
             message = _shorten(str(error))
         self._on_error(reason)
-        self.refusals.count(reason)
+        self.refusals.count(reason, method)
         info = error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)
         details: list[Message] = [info]
         if isinstance(error, UnsupportedTaskError):

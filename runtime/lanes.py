@@ -55,7 +55,11 @@ OTHER = "other"
 # Calls of a kind that may be open at a time, where no setting decides.
 SIZES = {"probes": 32, "reflections": 16, "loads": 4, OTHER: 32}
 REFUSING_THREADS = 16
+MAX_METHOD = 200  # characters of it that are told: a client may name any
 SILENT_SECONDS = 1.0  # after which a call without a request gives way to others
+
+# refuse(error, method, context): ends a call of that method with the error's status.
+Refuse = Callable[[Exception, str, grpc.ServicerContext], Any]
 
 
 def kind_of(method: str) -> str:
@@ -64,7 +68,7 @@ def kind_of(method: str) -> str:
 
 
 class Lanes(grpc.ServerInterceptor):
-    """Goes around what reads requests. sizes: by kind; refuse(error, context): ends a call with its
+    """Goes around what reads requests. sizes: by kind; on_refused: hears of generations' errors.
 
     `refusing` is the pool that the server itself is made with. close() when the server has ended.
     """
@@ -72,7 +76,7 @@ class Lanes(grpc.ServerInterceptor):
     def __init__(
         self,
         sizes: Mapping[str, int],
-        refuse: Callable[[Exception, grpc.ServicerContext], Any],
+        refuse: Refuse,
         on_refused: Callable[[Exception], None],
         patience: Patience,
     ) -> None:
@@ -89,7 +93,7 @@ class Lanes(grpc.ServerInterceptor):
             return lane.wrapped(handler)
         if details.method in GENERATING:
             self._on_refused(lane.full)
-        return refusal(self._refuse, lane.full)
+        return refusal(self._refuse, lane.full, details.method)
 
     def close(self) -> None:
         """Does not wait for calls that are still open."""
@@ -165,11 +169,11 @@ class _Lane:
         return leaving
 
 
-def refusal(refuse: Callable[[Exception, grpc.ServicerContext], Any], error: Exception) -> Any:
-    """A handler that ends its call with this error, and reads nothing before."""
+def refusal(refuse: Refuse, error: Exception, method: str) -> Any:
+    """A handler that ends its call, of this method, with this error, and reads nothing before."""
 
     def refusing(requests: Any, context: grpc.ServicerContext) -> Any:
-        refuse(error, context)
+        refuse(error, method[:MAX_METHOD], context)
         yield
 
     return grpc.stream_stream_rpc_method_handler(refusing)

@@ -122,7 +122,7 @@ class Server:
             "watches": settings.max_watches,
             "streams": settings.max_streams,
         }
-        self._lanes = Lanes(sizes, _refuse_with(errors), intake.refused, patience)
+        self._lanes = Lanes(sizes, errors.abort, intake.refused, patience)
         self._server = grpc.server(
             self._lanes.refusing,
             interceptors=_interceptors(self._lanes, errors, tokens, settings.host in LOOPBACK),
@@ -391,14 +391,7 @@ def _interceptors(
     lanes: Lanes, errors: ErrorInterceptor, tokens: Tokens | None, local: bool
 ) -> list[grpc.ServerInterceptor]:
     """The outermost first. local: whether only this machine reaches the server."""
-    return [AuthInterceptor(tokens, _refuse_with(errors), local=local), lanes, errors]
-
-
-def _refuse_with(errors: ErrorInterceptor) -> Callable[[Exception, grpc.ServicerContext], None]:
-    def refuse(error: Exception, context: grpc.ServicerContext) -> None:
-        errors.abort(error, "a call", context)
-
-    return refuse
+    return [AuthInterceptor(tokens, errors.abort, local=local), lanes, errors]
 
 
 def _named_by(tokens: Tokens) -> Callable[[grpc.ServicerContext], str]:

@@ -21,6 +21,7 @@ from .. import convert
 from ..convert import Job
 from ..core import ModelInfo
 from ..errors import FieldError
+from ..host import SEPARATOR
 from ..media import Limits
 from .models import TaskModel
 from .tensors import Tensor, read_inputs
@@ -76,6 +77,10 @@ def check_load(request: pb.RepositoryModelLoadRequest) -> None:
     """FieldError for whatever would have a bundle be loaded otherwise than it is."""
     refuse_unknown(request)
     _refuse_repository(request)
+    _check_name(request, "loaded")
+    if SEPARATOR in request.model_name:
+        name = request.model_name
+        raise FieldError("model_name", f"model_name {name!r} has a version; give it without")
     for name in request.parameters:
         raise FieldError(
             f"parameters.{name}",
@@ -84,9 +89,12 @@ def check_load(request: pb.RepositoryModelLoadRequest) -> None:
 
 
 def check_unload(request: pb.RepositoryModelUnloadRequest) -> None:
-    """FieldError for all but DEPENDENTS: as there are none, both its values mean the same."""
+    """FieldError without a name, and for all parameters but DEPENDENTS, of which there are none: so
+    both its values mean the same.
+    """
     refuse_unknown(request)
     _refuse_repository(request)
+    _check_name(request, "taken away")
     for name, parameter in request.parameters.items():
         field = f"parameters.{name}"
         if name != DEPENDENTS:
@@ -100,6 +108,12 @@ def _refuse_repository(request: Any) -> None:
             "repository_name",
             f"there is no repository {request.repository_name!r}, nor any other; leave it empty",
         )
+
+
+def _check_name(request: Any, done: str) -> None:
+    """FieldError for none: the default model of nuwa.v1 is nothing that this protocol knows."""
+    if not request.model_name:
+        raise FieldError("model_name", f"model_name is empty; say which model is to be {done}")
 
 
 def read_request(
@@ -123,7 +137,7 @@ def read_request(
     for name, tensor in inputs.items():
         _fill(message, name, tensor)
     timeout, empty_final = _parameters(request, message, model)
-    with _named():
+    with renamed():
         read: Callable = convert.read_video_request if video else convert.read_image_request
         job = read(message, info, limits)
     return InferJob(job, timeout, "TOKENS" in wanted, empty_final)
@@ -236,8 +250,10 @@ def _set(message: Any, path: str, value: Any, field: str) -> None:
 
 
 @contextmanager
-def _named() -> Iterator[None]:
-    """FieldErrors raised inside name tensors and parameters, not fields of nuwa.v1."""
+def renamed() -> Iterator[None]:
+    """FieldErrors raised inside name tensors, parameters and fields of this protocol, not those of
+    nuwa.v1.
+    """
     try:
         yield
     except FieldError as error:
@@ -247,7 +263,7 @@ def _named() -> Iterator[None]:
                 raise FieldError(f"parameters.{name}", str(error)) from error
         first = path.split(".")[0]
         name = TENSORS.get(first, first.upper() if first == "mask" else "")
-        where = {"request_id": "id"}.get(path, path)
+        where = {"request_id": "id", "model": "model_name"}.get(path, path)
         raise FieldError(f"inputs.{name}" if name else where, str(error)) from error
 
 

@@ -34,6 +34,7 @@ from .requests import (
     check_unload,
     read_request,
     refuse_unknown,
+    renamed,
 )
 from .stream import Failure, Stream
 from .tensors import add_output, set_parameters
@@ -131,7 +132,8 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: pb.RepositoryModelLoadRequest, context: grpc.ServicerContext
     ) -> pb.RepositoryModelLoadResponse:
         check_load(request)
-        self._host.reload(self._bundle(request.model_name))
+        with renamed():
+            self._host.reload(self._bundle(request.model_name))
         return pb.RepositoryModelLoadResponse()
 
     def RepositoryModelUnload(

@@ -548,6 +548,31 @@ def test_unloading_takes_one_parameter(bundled, name, given, message):
     assert titles(server) == ["fake/1"]
 
 
+def blames_the_name(call) -> str:
+    told, fields = refused(call)
+    assert fields == {"model_name": told}
+    return told
+
+
+@pytest.mark.parametrize("method", ["RepositoryModelLoad", "RepositoryModelUnload"])
+def test_loading_and_unloading_need_a_name(bundled, method):
+    stub, server = bundled
+    request = getattr(pb, f"{method}Request")()
+    told = blames_the_name(lambda: getattr(stub, method)(request))
+    assert told.startswith("model_name is empty; say which model is to be ")
+    assert titles(server) == ["fake/1"], "nothing was done to the default model"
+
+
+def test_what_cannot_be_loaded_is_told_by_the_name_of_its_field(bundled, stub):
+    ours, _ = bundled
+    request = pb.RepositoryModelLoadRequest(model_name="fake/1")
+    told = blames_the_name(lambda: ours.RepositoryModelLoad(request))
+    assert told == "model_name 'fake/1' has a version; give it without"
+    request = pb.RepositoryModelLoadRequest(model_name="fake_t2i")
+    told = blames_the_name(lambda: stub.RepositoryModelLoad(request))
+    assert told == "model 'fake' was not loaded from a bundle"
+
+
 @pytest.mark.parametrize("dependents", [True, False])
 def test_dependents_are_none_so_that_unloading_them_changes_nothing(bundled, dependents):
     stub, server = bundled

@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from nuwa.inference import grpc_service_pb2, grpc_service_pb2_grpc
 from nuwa.runtime import lanes
 from nuwa.runtime.lanes import SIZES, kind_of
+from nuwa.runtime.logs import FIELDS
 from nuwa.runtime.server import SLOW_READERS, Server
 from nuwa.v1 import generation_pb2 as pb
 from nuwa.v1 import generation_pb2_grpc
@@ -21,6 +22,7 @@ from .messages import details, image, wait_until
 
 IMAGE = "/nuwa.v1.GenerationService/GenerateImage"
 CHECK = "/grpc.health.v1.Health/Check"
+STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
 
 
 class Silent:
@@ -198,6 +200,21 @@ def test_a_full_lane_is_counted_as_refused(server, channel, silent):
     assert server.metrics.registry.get_sample_value("nuwa_requests_total", labels) == 3
     for call in calls:
         call.cancel()
+
+
+def test_what_a_full_lane_refuses_has_its_methods_name(server, channel, silent, caplog):
+    caplog.set_level("DEBUG", "nuwa.runtime")
+    infer = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+    number = server.settings.max_streams
+    streams = [infer.ModelStreamInfer(silent, timeout=20) for _ in range(number + 1)]
+    assert streams[-1].code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    for each in streams:
+        each.cancel()
+    server._refusals.tell()
+    told = [getattr(record, FIELDS, {}) for record in caplog.records]
+    [refusal] = [each for each in told if each.get("error_kind") == "QueueFullError"]
+    [together] = [each for each in told if "refused" in each]
+    assert refusal["method"] == STREAM and together["methods"] == {STREAM: 1}
 
 
 def test_probes_without_a_request_make_room_soon(server, channel, silent):

@@ -10,10 +10,12 @@ import pytest
 
 from nuwa.inference import grpc_service_pb2, grpc_service_pb2_grpc
 from nuwa.runtime import logs
-from nuwa.runtime.refusals import Refusals
+from nuwa.runtime.refusals import MOST_METHODS, Refusals
 from nuwa.v1 import generation_pb2 as pb
 
 from .messages import image, wait_until
+
+IMAGE = "/nuwa.v1.GenerationService/GenerateImage"
 
 
 def test_a_request_is_a_line_of_json_without_its_prompt(stub, capsys):
@@ -80,6 +82,7 @@ def test_those_refused_by_a_full_queue_have_a_line_together(stub, server, engine
     assert sum(line["refused"] for line in told) == sum(line["queue_full"] for line in told) == 3
     assert all(line["level"] == "warning" for line in told) and len(told) <= 2
     assert "requests refused in" in told[0]["message"]
+    assert {method for line in told for method in line["methods"]} == {IMAGE}
     assert not any(line.get("request_id") == "refused" for line in lines)
 
 
@@ -88,16 +91,16 @@ def test_refusals_have_a_line_every_ten_seconds_at_most(caplog):
     refusals = Refusals(now=lambda: clock[0])
     refusals.tell()
     for reason in ("QUEUE_FULL", "INVALID_REQUEST", "QUEUE_FULL"):
-        refusals.count(reason)
+        refusals.count(reason, "/a/B")
     clock[0] = 100.25
     refusals.tell()
     assert [record.message for record in caplog.records] == [
-        "2 requests refused in 0.2 s: QUEUE_FULL 2"
+        "2 requests refused in 0.2 s: QUEUE_FULL 2; of /a/B 2"
     ]
     caplog.clear()
     clock[0] = 101.0
-    for reason in ("DEADLINE_TOO_SHORT", "QUEUE_FULL"):
-        refusals.count(reason)
+    for reason, method in (("DEADLINE_TOO_SHORT", "/a/B"), ("QUEUE_FULL", "/a/C")):
+        refusals.count(reason, method)
     clock[0] = 110.0
     refusals.tell()
     assert caplog.records == [], "it is not time"
@@ -105,18 +108,32 @@ def test_refusals_have_a_line_every_ten_seconds_at_most(caplog):
     refusals.tell()
     refusals.tell()
     [record] = caplog.records
-    assert record.message == "2 requests refused in 9.5 s: QUEUE_FULL 1, DEADLINE_TOO_SHORT 1"
+    assert record.message == (
+        "2 requests refused in 9.5 s: QUEUE_FULL 1, DEADLINE_TOO_SHORT 1; of /a/B 1, /a/C 1"
+    )
     assert getattr(record, logs.FIELDS) == {
         "refused": 2,
         "seconds": 9.5,
         "queue_full": 1,
         "deadline_too_short": 1,
+        "methods": {"/a/B": 1, "/a/C": 1},
     }
     clock[0] = 111.0
-    refusals.count("QUEUE_FULL")
+    refusals.count("QUEUE_FULL", "/a/B")
     refusals.tell()
     refusals.tell(last=True)
-    assert caplog.records[-1].message == "1 requests refused in 0.0 s: QUEUE_FULL 1"
+    assert caplog.records[-1].message == "1 requests refused in 0.0 s: QUEUE_FULL 1; of /a/B 1"
+
+
+def test_a_line_of_refusals_names_so_many_methods_and_no_more(caplog):
+    refusals = Refusals()
+    for number in range(2 * MOST_METHODS):
+        refusals.count("QUEUE_FULL", f"/any/{number}")
+    refusals.count("QUEUE_FULL", "/any/0")
+    refusals.tell()
+    methods = getattr(caplog.records[0], logs.FIELDS)["methods"]
+    assert len(methods) == MOST_METHODS + 1
+    assert (methods["others"], methods["/any/0"]) == (MOST_METHODS, 2)
 
 
 def test_errors_keep_their_traceback_in_one_line(capsys):

@@ -191,6 +191,25 @@ def test_streams_need_them_too_and_health_does_not(token_file):
             assert len(client.generate_video("t2v", "a 3", frame_count=2).frames) == 2
 
 
+def test_the_log_names_the_method_that_a_token_is_missing_for(token_file, caplog):
+    caplog.set_level("INFO")
+    methods = (
+        "/nuwa.v1.GenerationService/GenerateImage",
+        "/inference.GRPCInferenceService/ModelStreamInfer",
+        "/other.Service/" + "M" * 1000,
+    )
+    with (
+        Server(FakeEngine(), tokens=token_file) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        for method in methods:
+            with pytest.raises(grpc.RpcError) as caught:
+                list(channel.stream_stream(method)(iter([b""])))
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    for told in said(caplog, "was refused"), said(caplog, "refused or stopped"):
+        assert [each["method"] for each in told] == [method[:200] for method in methods]
+
+
 def test_every_method_has_its_scope():
     assert scope_of("/grpc.health.v1.Health/Watch") is None
     assert scope_of("/nuwa.v1.GenerationService/GenerateVideo") == "infer"

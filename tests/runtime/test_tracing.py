@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import threading
 from concurrent import futures
 
 import grpc
 import pytest
 
+from nuwa.inference import grpc_service_pb2_grpc
 from nuwa.runtime.errors import UnavailableError
 from nuwa.runtime.server import Server
 from nuwa.runtime.tracing import Tracing
@@ -125,6 +127,32 @@ def test_calls_that_are_refused_are_spans_of_the_clients_trace(collected):
     told = values(found["INVALID_REQUEST"])
     assert (told["nuwa.request_id"], told["nuwa.field"]) == ("one", "rank_by")
     assert values(found["NOT_FOUND"])["nuwa.model"] == "other"
+
+
+def test_what_is_refused_before_its_handler_is_a_span_with_its_method(collected, tmp_path):
+    endpoint, spans = collected
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text('[[token]]\nname = "app"\ntoken = "a-token-for-apps-1"\nscopes = ["infer"]\n')
+    with (
+        Server(FakeEngine(), tokens=tokens, trace_endpoint=endpoint, max_streams=1) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        methods = generation_pb2_grpc.GenerationServiceStub(channel)
+        with pytest.raises(grpc.RpcError):
+            methods.GenerateImage(image())
+        infer = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer
+        end = threading.Event()
+        access = [("authorization", "Bearer a-token-for-apps-1")]
+        calls = [infer(iter(end.wait, True), metadata=access, timeout=20) for _ in range(2)]
+        assert calls[1].code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        calls[0].cancel()
+        end.set()
+    told = [values(span) for span in spans if span.name == "call"]
+    found = {each["nuwa.reason"]: each["nuwa.method"] for each in told}
+    assert found == {
+        "UNAUTHENTICATED": "/nuwa.v1.GenerationService/GenerateImage",
+        "QUEUE_FULL": "/inference.GRPCInferenceService/ModelStreamInfer",
+    }
 
 
 def test_a_request_that_fails_has_no_second_span(collected):
