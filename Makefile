@@ -47,8 +47,11 @@ build/clients:
 build/perf_analyzer:
 	-PYTHON=$(PYTHON) tests/interop/fetch_perf_analyzer.sh $@
 
+# Processes, each with whole files of tests, as what a file sets up it sets up once.
+JOBS ?= 2
+
 test: $(STAMP) $(TENSORRT_STAMP) build/onnxruntime build/clients build/perf_analyzer
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses $(JOBS) --dist loadfile
 
 # mypy cannot see through an editable install, so it checks a regular one.
 lint: $(STAMP)

@@ -19,23 +19,24 @@ from ..errors import DeviceLostError, UnavailableError
 
 ALIGNMENT = 256  # of what is allocated, and of what TensorRT reads and writes
 
-# After these a process can do nothing more with the GPU: every later call fails the same way.
-_STICKY = (
-    "cudaErrorIllegalAddress",
-    "cudaErrorLaunchFailure",
-    "cudaErrorLaunchTimeout",
-    "cudaErrorMisalignedAddress",
-    "cudaErrorIllegalInstruction",
-    "cudaErrorInvalidAddressSpace",
-    "cudaErrorInvalidPc",
-    "cudaErrorHardwareStackError",
-    "cudaErrorAssert",
-    "cudaErrorECCUncorrectable",
-    "cudaErrorNvlinkUncorrectable",
-    "cudaErrorContained",
-    "cudaErrorExternalDevice",
-    "cudaErrorTensorMemoryLeak",
-)
+# After these a process can do nothing more with the GPU: every later call fails the same way. With
+# the numbers that cudaError_t gives them.
+STICKY = {
+    "cudaErrorECCUncorrectable": 214,
+    "cudaErrorNvlinkUncorrectable": 220,
+    "cudaErrorContained": 226,
+    "cudaErrorIllegalAddress": 700,
+    "cudaErrorLaunchTimeout": 702,
+    "cudaErrorAssert": 710,
+    "cudaErrorHardwareStackError": 714,
+    "cudaErrorIllegalInstruction": 715,
+    "cudaErrorMisalignedAddress": 716,
+    "cudaErrorInvalidAddressSpace": 717,
+    "cudaErrorInvalidPc": 718,
+    "cudaErrorLaunchFailure": 719,
+    "cudaErrorTensorMemoryLeak": 721,
+    "cudaErrorExternalDevice": 911,
+}
 
 
 class Recording(Protocol):
@@ -231,7 +232,7 @@ class CudaMemory:
         message = f"{name}: {self._say(status)}"
         if status == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
             raise MemoryError(f"GPU {self.index} has no more memory ({message})")
-        if status.name in _STICKY:
+        if status.name in STICKY:
             raise DeviceLostError(f"GPU {self.index} is lost to this process ({message})")
         raise RuntimeError(message)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -41,9 +42,9 @@ from nuwa.spec.manifest import (
 
 from ..bundle import Bundle
 from ..core import Pixels
-from ..errors import UnavailableError
+from ..errors import DeviceLostError, UnavailableError
 from .base import ONNXRUNTIME_CUDA, Float, Part, Stream
-from .device_memory import CudaMemory, HostMemory
+from .device_memory import STICKY, CudaMemory, HostMemory
 from .device_rows import DeviceRows, Tensor
 from .host_tokens import HostTokens
 from .onnxruntime_graphs import cache_names
@@ -54,6 +55,8 @@ log = logging.getLogger("nuwa.runtime")
 _HEAD_DIMS, _MOST_NEIGHBOURS = (32, 64, 128), 8192  # of the kernels
 _STORAGE = {"fp32": np.float32, "fp16": np.float16}
 _CUDA = "CUDAExecutionProvider"
+# How ONNX Runtime tells of a call of CUDA that failed (its cuda_call.cc).
+_LOST = re.compile(rf"\bCUDA failure (?:{'|'.join(map(str, STICKY.values()))}):")
 
 
 class OnnxRuntimeCuda:
@@ -169,7 +172,9 @@ class OnnxRuntimeCuda:
             self._rows.commit()
             return self._rows.finish()
         batch = assemble(parts, self._rows.held, self._codebook_size, self._columns)
-        return self._rows.commit(parts, self._run(batch))
+        with self._device_checked():
+            tokens = self._run(batch)
+        return self._rows.commit(parts, tokens)
 
     def tokens(self, stream: Stream, first: int, count: int) -> Int:
         return self._rows.tokens(stream, first, count)
@@ -286,11 +291,16 @@ class OnnxRuntimeCuda:
     def _device_checked(self) -> Iterator[None]:
         """Where ONNX Runtime fails because the GPU is lost, DeviceLostError instead.
 
-        Only with cuda-python; ONNX Runtime's own errors are all of one kind.
+        Its errors are all of one kind, and those of libraries that CUDA failed in do not say why:
+        cuda-python is asked, too, where it is there.
         """
         try:
             yield
-        except Exception:
+        except Exception as error:
+            if _LOST.search(str(error)):
+                raise DeviceLostError(
+                    f"GPU {self.device_id} is lost to this process ({error})"
+                ) from error
             if isinstance(self._rows, DeviceRows):
                 self._rows.memory.wait()
             raise

@@ -354,6 +354,12 @@ def test_the_stand_in_has_the_names_of_cuda_python():
     assert set(re.findall(r"\bcuda[A-Z]\w+", source)) <= known
 
 
+def test_numbers_of_errors_are_those_of_cuda():
+    runtime = pytest.importorskip("cuda.bindings.runtime")
+    known = {name: int(getattr(runtime.cudaError_t, name)) for name in device_memory.STICKY}
+    assert known == device_memory.STICKY
+
+
 def test_cuda_python_takes_such_arguments():
     """Where there is no GPU every call says so, but only after it has looked at its arguments."""
     runtime = pytest.importorskip("cuda.bindings.runtime")
