@@ -1,4 +1,4 @@
-"""The CUDA backend, with the CPU as its device, when ONNX Runtime says that a call of CUDA failed."""
+"""The CUDA backend, on the CPU as its device, when ONNX Runtime says that a call of CUDA failed."""
 
 from __future__ import annotations
 
