@@ -240,7 +240,7 @@ def _measure(args: argparse.Namespace, turns: Turns) -> int:
             target,
             workload,
             settings,
-            command=command_line(),
+            command=command_line(args),
             frugal=args.profile == "edge",
             metrics_at=args.metrics,
             devices_before=on_devices,
@@ -417,8 +417,8 @@ def _random_bundle(preset: str, precision: str) -> Iterator[Path]:
         yield making.random_bundle(preset, Path(folder) / "bundle", precision)
 
 
-def command_line() -> str:
-    return shlex.join(["nuwa", *sys.argv[1:]])
+def command_line(args: argparse.Namespace) -> str:
+    return shlex.join(["nuwa", "bench", *args.words])
 
 
 def say(text: str) -> None:

@@ -178,7 +178,7 @@ def _result(
     return {
         "schema": sweep.SCHEMA,
         "when": began.isoformat(timespec="seconds"),
-        "command": command_line(),
+        "command": command_line(args),
         "notes": sweep.notes(outcomes),
         "interrupted": any(one.problem == sweep.INTERRUPTED for one in outcomes),
         "machine": machine.describe(),

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -192,7 +193,8 @@ def test_a_sweep_writes_what_it_found(tmp_path, capsys, monkeypatch):
     written = json.loads((tmp_path / "sweep.json").read_text())
     assert written == last and len(written["outcomes"]) == 3
     assert written["schema"] == "nuwa-bench-sweep/1" and written["machine"]["processor"]
-    assert written["command"].startswith("nuwa ") and written["when"] and not written["interrupted"]
+    assert written["command"] == shlex.join(["nuwa", "bench", *words])
+    assert written["when"] and not written["interrupted"]
 
 
 def test_a_sweep_of_which_nothing_could_be_measured_is_told_all_the_same(

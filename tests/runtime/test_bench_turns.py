@@ -445,14 +445,15 @@ def test_two_servers_in_turns(tmp_path, capsys):
     assert latency["verdict"] == "slower" and latency["ratio"] > 1.05 and latency["launches"] == []
     assert failed["verdict"] == "no difference"
     assert (last["a"], last["b"], last["launches"]) == (a.address, "this", 1)
-    assert "launch 1 of 1: 12 pairs of rounds" in printed.err
     results = [schema.read(tmp_path / f"launch-1/{side}/result.json") for side in "ab"]
     assert compare.took_turns(*results) and (tmp_path / "launch-1/a/report.html").exists()
     assert [each["workload"]["target"] for each in results] == [
         f"gRPC {a.address}",
         f"gRPC {b.address}",
     ]
-    assert [len(each["rounds"]["latency"]) for each in results] == [12, 12]
+    rounds = [len(each["rounds"]["latency"]) for each in results]
+    assert 6 <= rounds[0] == rounds[1] <= 12, "fewer where they took long"
+    assert f"launch 1 of 1: {rounds[0]} pairs of rounds" in printed.err
     assert json.loads((tmp_path / "comparison.json").read_text()) == last
 
 
