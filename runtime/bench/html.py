@@ -73,6 +73,7 @@ svg .halo { paint-order: stroke; stroke: var(--card); stroke-width: 5px; stroke-
 .dot.p50, .dot.step { fill: var(--blue); } .dot.p99 { fill: var(--orange); }
 .dot.step { fill-opacity: .8; }
 .dot.missed { fill: var(--card); stroke: var(--soft); stroke-width: 2; }
+.dot.undecided { opacity: 0.4; }
 .dot.p50.missed { stroke: var(--blue); } .dot.p99.missed { stroke: var(--orange); }
 .bar { fill: var(--pale); } .rest, .span { fill: var(--faint); }
 .failed { fill: var(--red); opacity: .55; }

@@ -170,6 +170,10 @@ def _curve(values: Sequence[float], x: Axis, y: Axis) -> str:
     return f'<path class="line curve" d="{begin}{"".join(steps)}H{RIGHT}"/>'
 
 
+# How dots of rates look that did not keep the bound, and what that says.
+MARKED = {" missed": "bound not kept", " undecided": "not decided"}
+
+
 def load(result: Part) -> Figure | None:
     """Latency over the rate of requests, with the bound that was to be kept."""
     points = [each for each in result.get("load") or () if each.get("rate") is not None]
@@ -188,8 +192,8 @@ def load(result: Part) -> Figure | None:
     flags = [(x.at(rate), f"{quantity(rate, '1/s')} kept", "mark") for rate in kept]
     kinds = dict(zip(fields, ("p50", "p99"), strict=False))
     key = [(f"line {kinds[name]}", name) for name in fields]
-    if any(each.get("met") is False for each in points):
-        key.append(("dot missed", "bound not kept"))
+    marked = {_marked(each) for each in points}
+    key += [(f"dot{mark}", said) for mark, said in MARKED.items() if mark in marked]
     frame = draw_beside(y) + draw_below(x, 48, 300, "requests offered, 1/s")
     marks = _flags(flags, 34, 48, 300)
     for name, field in fields.items():
@@ -206,10 +210,14 @@ def _series(points: Sequence[Part], name: str, field: str, kind: str, x: Axis, y
     for each, place in zip(known, places, strict=True):
         offered, achieved = (quantity(each.get(rate), "1/s") for rate in ("rate", "achieved"))
         tip = f"{offered} offered, {achieved} achieved: {name} {quantity(each[field], 's')}"
-        dots += draw_dot(
-            *place, 4, f"dot {kind}{' missed' if each.get('met') is False else ''}", tip
-        )
+        dots += draw_dot(*place, 4, f"dot {kind}{_marked(each)}", tip)
     return draw_path(places, f"line {kind}") + dots
+
+
+def _marked(point: Part) -> str:
+    """Of MARKED, or nothing: a rate that was asked for alone knows no bound."""
+    met = point.get("met", True)
+    return " undecided" if met is None else "" if met else " missed"
 
 
 def _bound(scenario: Part, y: Axis) -> str:

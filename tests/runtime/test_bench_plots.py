@@ -119,6 +119,18 @@ def test_load_rises_over_rate_and_the_bound_is_a_line():
     ]
 
 
+def test_a_rate_that_was_not_decided_does_not_look_kept():
+    result = made_up()
+    marked = [a["class"] for a, _ in figure(result, "Latency against load").of("circle")]
+    assert [each.split()[1:] for each in marked] == [
+        [kind, *more] for kind in ("p50", "p99") for more in ([], ["undecided"], ["missed"])
+    ]
+    assert ("dot undecided", "not decided") in plots.load(result).key
+    for each in result["load"]:
+        each["met"] = True
+    assert not any(name.startswith("dot") for name, _ in plots.load(result).key)
+
+
 def test_a_step_that_takes_its_floor_lies_on_the_roof():
     tags = figure(made_up(), "Steps below their roof")
     roof = points(tags.of("path", "line roof")[0][0]["d"] or "")

@@ -184,7 +184,7 @@ def test_a_quantile_that_was_asked_for_is_shown():
     assert load.heads == (*("requests offered", "achieved"), "p50", "p99", "p95", "target met")
     assert load.rows[0] == ("5.00 /s", "4.90 /s", "35.0 ms", "60.0 ms", "54.0 ms", "yes")
     drawn = next(each for each in plots.figures(result) if each.title == "Latency against load")
-    assert [name for _, name in drawn.key] == ["p50", "p95", "bound not kept"]
+    assert [name for _, name in drawn.key] == ["p50", "p95", "bound not kept", "not decided"]
     assert "p95 54.0 ms" in drawn.svg and ": p99 " not in drawn.svg
 
 
