@@ -478,6 +478,27 @@ def test_two_bundles_in_launches(tmp_path, capsys, tiny_bundle):
     assert sorted(ids.values()) == ["launch-1", "launch-2"], "a pair of each"
 
 
+def test_a_launch_that_fails_leaves_those_before_it(tmp_path, capsys, tiny_bundle):
+    """The other program does not start a third time."""
+    program, starts = tmp_path / "nuwa-of-before", tmp_path / "starts"
+    program.write_text(
+        f"#!{sys.executable}\nimport sys\nfrom pathlib import Path\n"
+        "from nuwa.runtime.cli import main\n"
+        f"starts = Path({str(starts)!r})\nstarts.open('a').write('.')\n"
+        "sys.exit('no memory') if len(starts.read_text()) == 3 else sys.exit(main(sys.argv[1:]))\n"
+    )
+    program.chmod(0o755)
+    words = [str(tiny_bundle), "--against", str(program), "--no-rates", "--threshold", "9"]
+    words += ["--task", "t2i", "--seconds", "0.5", "--rounds", "18", "--launches", "3"]
+    assert main(["bench", *words, "--out", str(tmp_path / "out")]) == 1
+    printed = capsys.readouterr()
+    assert f"{program} ended before it began: no memory" in printed.err
+    last = json.loads(printed.out.splitlines()[-1])
+    assert (last["asked_launches"], last["launches"], last["status"]) == (3, 2, 1)
+    assert not last["interrupted"] and len(last["differences"][0]["launches"]) == 2
+    assert starts.read_text() == "..."
+
+
 def test_ctrl_c_compares_what_there_is(tmp_path):
     with Server(slow(0.005), queue_size=8) as a, Server(slow(0.05), queue_size=8) as b:
         words = ["--server", b.address, "--against", a.address, "--task", "t2i"]
