@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from nuwa.spec.tasks import Task
 from nuwa.spec.text import TextTokenizer
 
 from .nuwa import NUWA
-from .ranker import Ranker, load_ranker
+from .ranker import Ranker, load_ranker, save_ranker
 from .vqgan import VQGAN
 
 CONFIG = "config.json"
@@ -86,8 +87,13 @@ def save_checkpoint(
     dtype: torch.dtype = torch.float16,
     *,
     sketch_vqgan: VQGAN | None = None,
+    ranker: Ranker | None = None,
+    sampling: Mapping[Task, Sampling] | None = None,
 ) -> None:
-    """Writes a whole checkpoint; config.json last, so that a folder with it is complete."""
+    """Writes a whole checkpoint; config.json last, so that a folder with it is complete.
+
+    What there is not of ranker and sampling a folder of before may still have.
+    """
     if (sketch_vqgan is None) != (config.sketch is None):
         raise ValueError(
             "the config and the weights disagree on whether there is a sketch tokenizer"
@@ -97,6 +103,11 @@ def save_checkpoint(
         save_tokenizer(sketch_vqgan, folder, dtype, SKETCH_TOKENIZER)
     _save_weights(nuwa, folder / MODEL_WEIGHTS, dtype)
     text_tokenizer.save(folder / TEXT_TOKENIZER)
+    if ranker is not None:
+        save_ranker(ranker, folder, dtype)
+    if sampling:
+        defaults = {str(task): dataclasses.asdict(each) for task, each in sampling.items()}
+        (folder / SAMPLING).write_text(json.dumps(defaults, indent=2) + "\n")
     if provenance is not None:
         (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
     (folder / CONFIG).write_text(config.to_json() + "\n")

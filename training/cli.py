@@ -18,10 +18,13 @@ examples:
       --emphasis 4 --square 4 --run runs/tokenizer
   nuwa train sketch-tokenizer --steps 800 --emphasis 2 --run runs/sketch-tokenizer
   nuwa train prune --tokenizer runs/tokenizer/checkpoint --out runs/pruned
-  nuwa train model --tokenizer runs/pruned --run runs/model
+  nuwa train model --tokenizer runs/pruned --sketch-tokenizer runs/sketch-tokenizer/checkpoint \\
+      --images 56 --sketch-images 16 --hidden-images 24 --clips 4 --sketch-clips 2 \\
+      --hidden-clips 2 --run runs/model
   nuwa evaluate my-bundle --evaluator rollouts --split train --samples 256 --out runs/rollouts
-  nuwa train model --tokenizer runs/pruned --start runs/model/checkpoint --run runs/model-2 \\
-      --rollouts runs/rollouts/rollouts.npz --rolled-clips 0.5
+  nuwa train model --start runs/model/checkpoint --rollouts runs/rollouts/rollouts.npz \\
+      --rolled-clips 0.5 --none-clips 0.8 --images 24 --sketch-images 16 --hidden-images 32 \\
+      --clips 8 --sketch-clips 2 --hidden-clips 2 --run runs/model-2
   nuwa train ranker --tokenizer runs/pruned --text runs/model/tokenizer.json --run runs/ranker
   nuwa train judge --out checkpoints/judge-digits
 

@@ -18,6 +18,7 @@ from .evaluation.long import PARTS as LONG_PARTS
 from .evaluation.long import Reconstruct, long_clips
 from .evaluation.measuring import Measuring
 from .evaluation.parts import TASKS, parts_of
+from .evaluation.prediction import GIVEN
 from .judge import Judge
 from .published import Published
 from .report_folder import ReportFolder
@@ -27,7 +28,7 @@ from .sprites.world import SpriteWorld
 
 __all__ = ["TASKS", "evaluate", "find_judge"]
 
-VERSION = 3  # of what is asked and how it is scored: raise it when a score's meaning changes
+VERSION = 4  # of what is asked and how it is scored: raise it when a score's meaning changes
 
 
 def evaluate(
@@ -47,6 +48,7 @@ def evaluate(
     ranking: Mapping[str, Any] | None = None,
     long: int = 0,
     sketch_prompt: str = "caption",
+    given: str = str(GIVEN),
     weights: Mapping[str, Path] | None = None,
 ) -> dict:
     """JSON-able report on the first `samples` questions of each part of `tasks`.
@@ -60,6 +62,7 @@ def evaluate(
     long: number of 100-frame clips that V2V is to predict, without a prompt and with the caption of
     an image; 0 for none.
     sketch_prompt: "caption" or "none": what S2I and S2V are given beside the class maps.
+    given: frames that V2V goes on from, 1 to 9; the 100-frame clips always two.
     weights: files for metrics with published names, by network; see `published`.
     out: folder that receives report.json, report.md and one contact sheet a part, as each part is
     done. Parts that a report of the same settings in it has are kept and not asked again.
@@ -67,7 +70,7 @@ def evaluate(
     ValueError for unknown names, for less than 2 samples, and for wrongly shaped answers.
     """
     source = SpriteWorld(level, split)
-    parts = parts_of(tasks, source, sketch_prompt=sketch_prompt)
+    parts = parts_of(tasks, source, sketch_prompt=sketch_prompt, given=_frames(given))
     if samples < 2:
         raise ValueError(f"samples is {samples}; scores need at least 2")
     if long and "v2v" not in tasks:
@@ -88,6 +91,7 @@ def evaluate(
         "about": dict(about or {}),
         "ranking": dict(ranking) if ranking else None,
         "sketch_prompt": sketch_prompt,
+        "given": given,
         "reconstructed": reconstruct is not None,
         "judge": judge.source | judge.metadata,
         "published_weights": published.files,
@@ -132,6 +136,13 @@ def evaluate(
     if folder is not None:
         folder.write(report)
     return report
+
+
+def _frames(given: str) -> int:
+    try:
+        return int(given)
+    except ValueError:
+        raise ValueError(f"given {given!r} is not a number of frames") from None
 
 
 def _earlier(folder: ReportFolder | None, settings: dict[str, Any], long: int) -> dict[str, Any]:

@@ -203,6 +203,10 @@ class Ranker(nn.Module):
         """`embed_frames`' vectors [B, F, d] of clips -> unit vectors fp32 [B, E]."""
         return F.normalize(self.clip(features_BFd.transpose(1, 2)).float(), dim=-1)
 
+    def reads(self, tokenizer: TextTokenizer) -> bool:
+        """Whether it was trained on this text tokenizer, as far as it knows."""
+        return self.config.tokenizer in ("", tokenizer_digest(tokenizer))
+
     def scale(self) -> Tensor:
         """The learned inverse temperature of training; scores do not have it."""
         return self.log_scale.exp().clamp(max=LARGEST_SCALE)
@@ -252,7 +256,12 @@ def load_ranker(folder: Path) -> Ranker | None:
         raise ValueError(f"{weights} is not a readable safetensors file: {error}") from None
     except RuntimeError as error:
         raise ValueError(f"{weights} does not fit {path}: {error}") from None
-    _check_tokenizer(config, folder / TEXT_TOKENIZER)
+    text = folder / TEXT_TOKENIZER
+    if text.exists() and not ranker.reads(TextTokenizer.from_file(text)):
+        raise ValueError(
+            f"the ranker in {folder} was trained on another text tokenizer than {text}; "
+            f"train it again with --text {text}"
+        )
     return ranker.eval()
 
 
@@ -268,13 +277,3 @@ def _read(path: Path) -> tuple[RankerConfig, dict]:
         return RankerConfig(**fields), data["training"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} describes no ranker: {error!r}") from None
-
-
-def _check_tokenizer(config: RankerConfig, path: Path) -> None:
-    if not (config.tokenizer and path.exists()):
-        return
-    if tokenizer_digest(TextTokenizer.from_file(path)) != config.tokenizer:
-        raise ValueError(
-            f"the ranker in {path.parent} was trained on another text tokenizer than {path}; "
-            f"train it again with --text {path}"
-        )

@@ -151,7 +151,9 @@ def damage(frames_FSS3: Pixels, draw: np.random.Generator, share: float) -> Pixe
 
 
 @torch.no_grad()
-def reconstructions(vqgan: VQGAN, world: SpriteWorld, count: int, cache: Path) -> Pixels:
+def reconstructions(
+    vqgan: VQGAN, world: SpriteWorld, count: int, cache: Path, *, bf16: bool
+) -> Pixels:
     """uint8 [count, F, S, S, 3]: the first clips of `world` as the VQ-GAN gives them back.
 
     cache: a .npy file, read if it holds just those; a .json beside it says what it holds.
@@ -162,6 +164,7 @@ def reconstructions(vqgan: VQGAN, world: SpriteWorld, count: int, cache: Path) -
         "level": world.level,
         "split": world.split,
         "count": count,
+        "bf16": bf16,
     }
     label = cache.with_suffix(".json")
     if cache.exists() and label.exists() and json.loads(label.read_text()) == identity:
@@ -169,7 +172,7 @@ def reconstructions(vqgan: VQGAN, world: SpriteWorld, count: int, cache: Path) -
     clips = []
     for index in track(range(count), f"reconstructing {count} clips of {world.split}"):
         frames = torch.from_numpy(world.sample(index).frames)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
             pixels = vqgan.decode(vqgan.encode(to_signed(frames)).codes)
         clips.append(to_bytes(pixels).numpy())
     cache.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nuwa.spec.config import ModelConfig
 from nuwa.spec.grid import Grid
-from nuwa.spec.tasks import UNCONDITIONAL_PROMPT
+from nuwa.spec.tasks import UNCONDITIONAL_PROMPT, Task
 from nuwa.spec.text import TextTokenizer
 
 from .averaging import WeightAverage
@@ -95,6 +95,20 @@ class NUWAOptions:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} {getattr(self, name)} is not in [0, 1]")
 
+    def trains(self, task: Task) -> bool:
+        """Whether rows of a step are of this task."""
+        rows = {
+            Task.T2I: self.images,
+            Task.S2I: self.sketch_images,
+            Task.I2I: self.hidden_images,
+            Task.TI2I: self.hidden_images,
+            Task.T2V: self.clips,
+            Task.S2V: self.sketch_clips,
+            Task.V2V: self.clips,
+            Task.TV2V: self.hidden_clips,
+        }
+        return rows[task] > 0
+
 
 class NUWARecipe:
     """See trainer.Recipe."""
@@ -135,7 +149,8 @@ class NUWARecipe:
             load_start(self.model, vqgan, sketch_vqgan, start, clips.source)
         self.average = WeightAverage(self.model, options.average)
         self.optimizers = _optimizers(self.model, options)
-        self._length = max(len(self._ids(c)) for c in _some_captions(clips)) + 2
+        self._length = max(len(self._ids(text)) for text in clips.source.captions()) + 2
+        self._start = start
 
     def step(self, step: int, lr_factor: float) -> dict[str, float]:
         options = self.options
@@ -254,12 +269,13 @@ class NUWARecipe:
         """Captioned images, two rows, above four clips if there are any; guided."""
         grid, length = self.config.decoder.grid, self.clips.source.frames
         columns = length if length > 1 else 8
+        model = copy.deepcopy(self.average.model).cpu()  # as `generate` and the tokenizers are
         sheets = []
         for count, frames in ((2 * columns, 1), *([(4, length)] if length > 1 else [])):
             volume = Grid(frames, grid.height, grid.width)
             captions = [self.clips.source.caption(i, video=frames > 1) for i in range(count)]
             tokens = generate(
-                self.average.model,
+                model,
                 self.encode(captions),
                 volume,
                 seeds=list(range(count)),
@@ -273,6 +289,14 @@ class NUWARecipe:
         save_png(path, contact_sheet(pictures, columns, scale=2))
 
     def export(self, folder: Path) -> None:
+        """With the sampling defaults, and the ranker, of the checkpoint that it began at."""
+        ranker, sampling = None, {}
+        if self._start is not None:
+            tasks = self.config.tasks
+            sampling = {t: each for t, each in self._start.sampling.items() if t in tasks}
+            ranker = self._start.ranker
+        if ranker is not None and not ranker.reads(self.text_tokenizer):
+            ranker = None
         save_checkpoint(
             folder,
             self.config,
@@ -281,6 +305,8 @@ class NUWARecipe:
             self.text_tokenizer,
             self.provenance,
             sketch_vqgan=self.sketch_vqgan,
+            ranker=ranker,
+            sampling=sampling,
         )
 
 
@@ -338,9 +364,3 @@ def _optimizers(model: NUWA, options: NUWAOptions) -> list[torch.optim.Optimizer
         torch.optim.AdamW(rest, options.adam_lr, (0.9, 0.98), weight_decay=0.0),
         Muon(matrices, options.lr, weight_decay=0.01),
     ]
-
-
-def _some_captions(clips: Clips) -> list[str]:
-    """Enough captions to meet the longest of a templated world."""
-    count = min(clips.count, 2000)
-    return [clips.source.caption(i, video=True) for i in range(count)] + [UNCONDITIONAL_PROMPT]

@@ -47,6 +47,8 @@ examples:
   nuwa evaluate demo/bundle --tasks v2v --long 128 --out report --strict
   nuwa evaluate demo/bundle --tasks t2v --samples-per-prompt 16 --rank-by clip
   nuwa evaluate demo/bundle --set level=full --set sketch_prompt=none --json > report.json
+  nuwa evaluate demo/bundle --tasks v2v --set given=9
+  nuwa evaluate demo/bundle --split val --tasks s2i --temperature 0.3 --out tuning/s2i-0.3
   nuwa evaluate demo/bundle --evaluator rollouts --split train --samples 256 --out rollouts
   nuwa evaluate demo/bundle --inception-weights pt_inception-2015-12-05-6726825d.pth
 """

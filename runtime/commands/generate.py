@@ -33,23 +33,32 @@ tasks, and what each needs:
   v2v          --video FILE, the first frames of the result: go on from there; --prompt if you like
   tv2v         --video FILE, --mask or --box, --prompt: change the masked part of every frame
 
+what the shipped model was trained on, and nothing else:
+  "a COLOUR DIGIT on a black background ." with red, green, blue or yellow and 0 to 9; of clips
+  "... on a black background moving MOTION ." with left, right, up or down, or one of them "then"
+  the opposite one
+
 examples:
-  nuwa generate demo/bundle --task t2i --prompt "a red 3" --seed 7 --scale 4 --out three.png
-  nuwa generate demo/bundle --task s2i --sketch classes.png --prompt "a red 3" --out drawn.png
+  nuwa generate demo/bundle --task t2i --prompt "a red 3 on a black background ." --seed 7 \\
+      --scale 4 --out three.png
+  nuwa generate demo/bundle --task s2i --sketch classes.png --out drawn.png \\
+      --prompt "a red 3 on a black background ."
   nuwa generate demo/bundle --task i2i --image three.png --box 0,0,32,64 --out filled.png
-  nuwa generate demo/bundle --task ti2i --image three.png --mask mask.png --prompt "a blue 3" \\
-      --out blue.png
-  nuwa generate demo/bundle --task t2v --prompt "a red 3 moves left" --out clip.webp
+  nuwa generate demo/bundle --task ti2i --image three.png --mask mask.png --out blue.png \\
+      --prompt "a blue 3 on a black background ."
+  nuwa generate demo/bundle --task t2v --out clip.webp \\
+      --prompt "a red 3 on a black background moving left ."
   nuwa generate demo/bundle --task s2v --sketch classes.webp --out drawn.webp
   nuwa generate demo/bundle --task v2v --video clip.webp --keep-last 4 --frames 100 \\
       --out long.webp
   nuwa generate demo/bundle --task tv2v --video clip.webp --box 0,0,64,32 --box 16,32,8,8 \\
-      --prompt "a blue 3 moves left" --out edited.webp
+      --prompt "a blue 3 on a black background moving left ." --out edited.webp
 
 the best of many, and a server:
-  nuwa generate demo/bundle --task t2v --prompt "a red 3 moves left" --samples 16 --rank-by clip \\
-      --return 2 --out best.webp
-  nuwa generate --server 127.0.0.1:50051 --task t2v --prompt "a red 3" --out clip.webp
+  nuwa generate demo/bundle --task t2v --samples 16 --rank-by clip --return 2 --out best.webp \\
+      --prompt "a red 3 on a black background moving left then right ."
+  nuwa generate --server 127.0.0.1:50051 --task t2v --out clip.webp \\
+      --prompt "a red 3 on a black background moving up ."
 """
 
 LOCAL_SLOTS = 4  # samples that a bundle loaded here decodes side by side

@@ -7,9 +7,11 @@ meet every bar; the others spoil its answers in one known way, and must miss the
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from nuwa.training.metrics import mean_iou, wilson_interval
 from nuwa.training.report import format_report
 from nuwa.training.sprites.world import SpriteWorld
 
+SCORES = Path(__file__).parents[2] / "benchmarks" / "scores.py"
 SAMPLES, SEED = 9, 100
 WORLD = SpriteWorld("digits", "test")
 PARTS = {part.name: part for part in parts_of(TASKS, WORLD, sketch_prompt="caption")}
@@ -143,9 +146,27 @@ def test_what_the_generator_is_asked_for(perfect):
     assert first["t2v"]["frames"] is first["t2v"]["mask"] is first["t2v"]["sketch"] is None
     np.testing.assert_array_equal(first["s2v"]["sketch"], sample.segmentation)
     np.testing.assert_array_equal(first["v2v"]["frames"], sample.frames[:2])
-    np.testing.assert_array_equal(first["tv2v"]["frames"], sample.frames)
+    box, given = first["tv2v"]["mask"], first["tv2v"]["frames"]
+    np.testing.assert_array_equal(given, np.where(box[..., None], 0, sample.frames))
     hidden = first["i2i"]["mask"]
     assert hidden.sum() == 64 * 32 and not first["i2i"]["frames"][0][hidden].any()
+
+
+def test_readmes_tables(perfect):
+    """benchmarks/scores.py: every bar that was measured, and each score in one of the two."""
+    spec = importlib.util.spec_from_file_location("scores", SCORES)
+    scores = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(scores)
+    _, report = perfect
+    bars, further = scores.bars(report), scores.further(report)
+    for table in (bars, further):
+        assert len({line.count("|") for line in table}) == 1
+    assert any(line.startswith("| V2V with caption | psnr | 100.0 | ") for line in bars)
+    visible = report["tasks"]["i2i"]["scores"]["class"]["visible"]
+    assert any(f"> visible, which is {visible:.3f} | yes" in line for line in bars)
+    assert any(line.startswith("| T2V | fvd judge | ") for line in further)
+    assert not any("psnr one way" in line for line in further), "it has a bar"
+    assert not any("known identical" in line for line in bars + further)
 
 
 def test_black_frames_miss_everything_but_what_is_given():
@@ -210,10 +231,15 @@ def test_a_still_clip_costs_motion_and_psnr_and_not_identity():
 
 def test_ignored_edits_miss_the_edited_factor_only():
     class Original(Perfect):
-        """Gives back what it was given."""
+        """Gives back the clip of which it was given the part that is not hidden."""
 
         def __call__(self, **request):
-            return request["frames"]
+            index, given = request["seed"] - SEED, request["frames"]
+            assert not given[:, request["mask"]].any(), "nothing hidden is given away"
+            frames = WORLD.sample(index).frames
+            original = frames if len(given) > 1 else frames[index % 10][None]
+            assert (original == given)[:, ~request["mask"]].all()
+            return original
 
     missed = _missed(_evaluate(Original(), tasks=["ti2i", "tv2v"], samples=16))
     assert missed == {
@@ -267,6 +293,25 @@ def test_sketches_without_a_caption_are_not_blamed_for_the_colour():
     assert {request["prompt"] for request in generate.requests} == {""}
     assert not _missed(report) and "colour" not in _model(report, "s2i")
     assert report["sketch_prompt"] == "none"
+
+
+@pytest.mark.parametrize("given", [1, 9])
+def test_prediction_from_fewer_or_more_frames(given):
+    generate = Perfect()
+    report = _evaluate(generate, tasks=["v2v"], given=str(given), reconstruct=lambda clip: clip)
+    assert {len(request["frames"]) for request in generate.requests} == {given}
+    bars = {(bar["part"], bar["score"]) for bar in report["bars"]}
+    assert (("v2v", "psnr_one_way") in bars) == (given > 1), "one frame does not tell"
+    assert ("v2v_captioned", "psnr") in bars and not _missed(report)
+    assert _model(report, "v2v")["identity"] == _real(report, "v2v", "identity")
+    assert report["given"] == str(given)
+    assert ("first frame," if given == 1 else "first 9 frames") in report["tasks"]["v2v"]["asks"]
+
+
+@pytest.mark.parametrize("given", ["0", "10", "two"])
+def test_prediction_needs_one_to_nine_frames(given):
+    with pytest.raises(ValueError, match=f"given '?{given}'? is not "):
+        _evaluate(Perfect(), tasks=["v2v"], given=given)
 
 
 def test_the_same_whatever_the_concurrency():

@@ -1,5 +1,6 @@
 """Training runs: killed and resumed they repeat an unbroken run; bad settings are refused."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -13,8 +14,17 @@ import torch
 
 from nuwa.spec.config import DecoderConfig, ModelConfig, TextConfig, VisualConfig
 from nuwa.spec.grid import Extent, Grid
+from nuwa.spec.sampling import Sampling
 from nuwa.spec.tasks import Task
-from nuwa.training.checkpoint import load_checkpoint, load_tokenizer, save_tokenizer
+from nuwa.training import cli
+from nuwa.training.checkpoint import (
+    load_checkpoint,
+    load_tokenizer,
+    save_checkpoint,
+    save_tokenizer,
+)
+from nuwa.training.commands import record
+from nuwa.training.ranker import Ranker, RankerConfig, tokenizer_digest
 from nuwa.training.trainer import TrainerOptions, train
 from nuwa.training.vqgan import VQGAN
 
@@ -127,7 +137,7 @@ def test_two_processes_train_one_model(folder):
     assert [step for step, _ in losses(run)] == list(range(STEPS))
     load_checkpoint(run / "checkpoint")
     alone = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert "begun with other settings (processes differ)" in alone.stderr
+    assert "begun with other settings (processes was 2, is 1)" in alone.stderr
     tokenizer = command(folder, "tokenizer", folder / "no")
     refused = subprocess.run([*launcher, *tokenizer], capture_output=True, text=True, check=False)
     assert "tokenizer is trained by one process, not by 2" in refused.stderr
@@ -142,7 +152,89 @@ def test_other_settings_on_the_same_run_are_refused(folder):
     words = [w if w != str(STEPS) else "15" for w in command(folder, "model", run)]
     result = subprocess.run(words, capture_output=True, text=True, check=False)
     assert result.returncode != 0
-    assert "begun with other settings (steps differ)" in result.stderr
+    assert f"begun with other settings (steps was {STEPS}, is 15)" in result.stderr
+
+
+def test_what_a_run_was_begun_with(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        lr: float = 0.5
+        new: int = 3
+
+    weights, run = tmp_path / "weights", tmp_path / "run"
+    weights.mkdir()
+    (weights / "nuwa.safetensors").write_bytes(b"one")
+    args = argparse.Namespace(kind="model", level="digits", steps=9, seed=0, run=run)
+
+    def begin(options: Options, **more) -> None:
+        said = {"weights": record.weights(start=weights, tokenizer=None), "data": {"side": 8}}
+        record.remember(args, options, said | more)
+
+    begin(Options(lr=0.1))
+    begin(Options(lr=0.1))
+    with pytest.raises(
+        ValueError, match=r"\(options.lr was 0.1, is 0.5; options.new was 3, is 4\)"
+    ):
+        begin(Options(new=4))
+    with pytest.raises(ValueError, match=r"\(data.side was 8, is 16\)"):
+        begin(Options(lr=0.1), data={"side": 16})
+    (weights / "nuwa.safetensors").write_bytes(b"two")
+    with pytest.raises(ValueError, match=r"\(weights.start.nuwa.safetensors was "):
+        begin(Options(lr=0.1))
+    # An earlier version knew no `new`, and did not write down which weights.
+    said = json.loads((run / "run.json").read_text())
+    del said["options"]["new"], said["weights"]
+    (run / "run.json").write_text(json.dumps(said))
+    begin(Options(lr=0.1))
+    with pytest.raises(ValueError, match=r"options.new was 3, is 4"):
+        begin(Options(lr=0.1, new=4))
+
+
+def test_tasks_without_rows_are_left_out(folder, tmp_path, capsys):
+    """But for those that the checkpoint did at which it began, whose defaults go with it."""
+    run, start = tmp_path / "run", tmp_path / "start"
+    words = command(folder, "model", run)[4:]
+    for name in ("--hidden-images", "--sketch-clips", "--clips"):
+        words[words.index(name) + 1] = "0"
+    words[words.index("--steps") + 1] = "1"
+    words[words.index("--visual-from") + 1] = "0"
+    parser = argparse.ArgumentParser()
+    run_command = cli.command(parser)
+    run_command(parser.parse_args(["model", *words]))
+    said = "no row of a step is of i2i, ti2i, t2v, s2v, v2v: the model will not do these"
+    assert said in capsys.readouterr().out
+    made = load_checkpoint(run / "checkpoint")
+    assert set(made.config.tasks) == {Task.T2I, Task.S2I, Task.TV2V}
+    assert made.ranker is None and made.sampling == {}
+    sampling = {Task.TV2V: Sampling(temperature=0.5), Task.T2I: Sampling(guidance_scale=2.0)}
+    ranker = Ranker(RankerConfig(tokenizer=tokenizer_digest(made.text_tokenizer)))
+    save_checkpoint(
+        start,
+        made.config,
+        made.vqgan,
+        made.nuwa,
+        made.text_tokenizer,
+        {"data": "none"},
+        sketch_vqgan=made.sketch_vqgan,
+        ranker=ranker,
+        sampling=sampling,
+    )
+    words[words.index("--run") + 1] = str(tmp_path / "again")
+    words[words.index("--hidden-clips") + 1] = "0"
+    run_command(parser.parse_args(["model", *words, "--start", str(start)]))
+    again = load_checkpoint(tmp_path / "again" / "checkpoint")
+    assert set(again.config.tasks) == set(made.config.tasks), "TV2V too"
+    assert again.sampling == sampling and again.ranker is not None
+    assert again.provenance["start"] == {"data": "none"} and again.provenance["processes"] == 1
+
+
+def test_pruning_says_where_the_codes_come_from(folder, tmp_path):
+    parser = argparse.ArgumentParser()
+    run_command = cli.command(parser)
+    words = ["--tokenizer", str(folder / "vqgan"), "--dataset-clips", "2", "--threshold", "0.5"]
+    run_command(parser.parse_args(["prune", *words, "--out", str(tmp_path / "pruned")]))
+    said = record.run_of(tmp_path / "pruned")
+    assert said["kind"] == "prune" and said["threshold"] == 0.5 and "level digits" in said["data"]
 
 
 class Counting:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nuwa.spec.config import ModelConfig
+from nuwa.spec.tasks import Task
 from nuwa.spec.text import TextTokenizer
 
 from ..sources import Source
@@ -16,6 +17,7 @@ from . import arguments, record
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
+    from ..train_nuwa import NUWAOptions
     from ..vqgan import VQGAN
 
 
@@ -68,20 +70,29 @@ def train_model(args: argparse.Namespace) -> int:
         tasks=tuple(t for t in config.tasks if sketch_vqgan is not None or not t.needs_sketch),
     )
     options = arguments.options(args, NUWAOptions)
+    config, left_out = _trained(config, options, start)
+    if left_out and team.leads:
+        print(f"no row of a step is of {', '.join(left_out)}: the model will not do these")
     rollouts = None
     if args.rollouts is not None:
         rollouts = load_rollouts(args.rollouts, source, partial(encode_frames, vqgan))
     settings = {
-        "options": dataclasses.asdict(options),
-        "start": record.start(args),
+        "start": record.path(args.start),
+        "rollouts": record.path(args.rollouts),
+        "weights": record.weights(
+            tokenizer=args.tokenizer,
+            sketch_tokenizer=args.sketch_tokenizer,
+            start=args.start,
+            rollouts=args.rollouts,
+        ),
         "config": record.plain(config),
         "data": record.data(args),
-        "rollouts": None if args.rollouts is None else str(args.rollouts),
+        "dataset_clips": args.dataset_clips,
         "processes": team.size,
     }
     clips: Clips
     with team.leader_first():
-        record.remember(args, settings)
+        record.remember(args, options, settings)
         if args.dataset_clips is None and source.count is None:
             clips = FreshClips(vqgan, source, sketch_vqgan, device=team.device)
         else:
@@ -101,7 +112,13 @@ def train_model(args: argparse.Namespace) -> int:
         sketch_vqgan=sketch_vqgan,
         start=start,
         rollouts=rollouts,
-        provenance=record.provenance(args, options, source),
+        provenance=record.provenance(
+            args,
+            options,
+            source,
+            rollouts=None if rollouts is None else rollouts.settings,
+            processes=team.size,
+        ),
         team=team,
         seed=args.seed,
     )
@@ -124,6 +141,16 @@ def _tokenizers(args: argparse.Namespace, start: Checkpoint | None) -> tuple[VQG
         sketch_vqgan = load_tokenizer(args.sketch_tokenizer)
     assert vqgan is not None
     return vqgan, sketch_vqgan
+
+
+def _trained(
+    config: ModelConfig, options: NUWAOptions, start: Checkpoint | None
+) -> tuple[ModelConfig, list[Task]]:
+    """The config with those of its tasks that are trained or were before, and the others."""
+    before = () if start is None else start.config.tasks
+    tasks = tuple(task for task in config.tasks if options.trains(task) or task in before)
+    left_out = [task for task in config.tasks if task not in tasks]
+    return dataclasses.replace(config, tasks=tasks), left_out
 
 
 def _text_tokenizer(run: Path, config: ModelConfig, source: Source) -> TextTokenizer:

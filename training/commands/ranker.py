@@ -44,15 +44,15 @@ def train_ranker(args: argparse.Namespace) -> int:
         tokenizer=tokenizer_digest(text),
     )
     options = arguments.options(args, RankerOptions)
-    settings = {"options": dataclasses.asdict(options), "config": record.plain(config)}
-    record.remember(args, {**settings, "tokenizer": str(args.tokenizer or "")})
+    settings = {"config": record.plain(config), "tokenizer": str(args.tokenizer or "")}
+    record.remember(args, options, settings)
     seen: dict[str, np.ndarray] = {}
     if args.tokenizer is not None and options.reconstructed:
         vqgan = load_tokenizer(args.tokenizer)
         for split, count in (("train", options.reconstructed), ("val", VALIDATED)):
             cache = args.run / f"{split}.npy"
             world = SpriteWorld(args.level, split)
-            seen[f"{split}_seen"] = reconstructions(vqgan, world, count, cache)
+            seen[f"{split}_seen"] = reconstructions(vqgan, world, count, cache, bf16=options.bf16)
     shipped = {
         "steps": args.steps,
         "seed": args.seed,

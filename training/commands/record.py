@@ -8,32 +8,66 @@ import json
 import platform
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nuwa.spec.manifest import file_hash
+
 from ..sources import Pictures, Source
 
+RUN = "run.json"
 
-def remember(args: argparse.Namespace, settings: dict) -> None:
-    """Writes run.json, or refuses to go on with other settings than the run was begun with."""
+
+def remember(args: argparse.Namespace, options: Any, settings: dict) -> None:
+    """Writes run.json, or refuses to go on with other settings than the run was begun with.
+
+    options: a dataclass; what a run of an earlier version did not know of counts as its default.
+    """
     settings = {
         "kind": args.kind,
         "level": args.level,
         "steps": args.steps,
         "seed": args.seed,
+        "options": dataclasses.asdict(options),
         **settings,
     }
-    path = args.run / "run.json"
+    path = args.run / RUN
     if path.exists():
         before = json.loads(path.read_text())
-        changed = sorted(key for key in settings if settings[key] != before.get(key))
-        if changed:
+        before["options"] = dataclasses.asdict(type(options)()) | before.get("options", {})
+        if changed := sorted(_differences(before, settings)):
             raise ValueError(
-                f"{args.run} was begun with other settings ({', '.join(changed)} differ); "
-                f"give the same ones, or another --run"
+                f"{args.run} was begun with other settings ({'; '.join(changed)}); give the same "
+                f"ones, or another --run"
             )
     args.run.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Of nested settings, those of `now` that were written down otherwise before."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in now.keys() & before.keys():
+            yield from _differences(before[key], now[key], f"{name}.{key}" if name else key)
+    elif before != now:
+        yield f"{name} was {json.dumps(before)}, is {json.dumps(now)}"
+
+
+def weights(**named: Path | None) -> dict[str, Any]:
+    """SHA-256 of files, or of the weights in folders, by name: a path does not tell what is there.
+
+    None for what is not there.
+    """
+    return {name: _hashed(path) for name, path in named.items()}
+
+
+def _hashed(path: Path | None) -> Any:
+    if path is None:
+        return None
+    if path.is_dir():
+        return {each.name: file_hash(each) for each in sorted(path.glob("*.safetensors"))}
+    return file_hash(path) if path.exists() else None
 
 
 def plain(config: Any) -> Any:
@@ -41,8 +75,8 @@ def plain(config: Any) -> Any:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def start(args: argparse.Namespace) -> str | None:
-    return None if args.start is None else str(args.start)
+def path(named: Path | None) -> str | None:
+    return None if named is None else str(named)
 
 
 def data(args: argparse.Namespace) -> dict | None:
@@ -50,8 +84,13 @@ def data(args: argparse.Namespace) -> dict | None:
     return None if args.data is None else Pictures(args.data).folder.data
 
 
-def provenance(args: argparse.Namespace, options: Any, source: Source) -> dict:
-    """Of a model: its data, settings and tokenizers, and where it was trained."""
+def provenance(
+    args: argparse.Namespace, options: Any, source: Source, *, rollouts: Any, processes: int
+) -> dict:
+    """Of a model: its data, settings and tokenizers, and where it was trained.
+
+    rollouts: what they say of how they were made, or None.
+    """
     import torch
 
     return {
@@ -60,24 +99,35 @@ def provenance(args: argparse.Namespace, options: Any, source: Source) -> dict:
         "seed": args.seed,
         "dataset_clips": args.dataset_clips,
         "options": dataclasses.asdict(options),
-        "tokenizer_run": _run_of(args.tokenizer),
-        "sketch_tokenizer_run": _run_of(args.sketch_tokenizer),
-        "start": None if args.start is None else _run_of(args.start),
+        "tokenizer_run": run_of(args.tokenizer),
+        "sketch_tokenizer_run": run_of(args.sketch_tokenizer),
+        "start": None if args.start is None else run_of(args.start),
+        "rollouts": rollouts,
+        "processes": processes,
         "torch": torch.__version__,
         "machine": platform.machine(),
         "command": command_line(),
     }
 
 
+def write_provenance(folder: Path, said: dict) -> None:
+    """Beside weights that come from no run."""
+    from ..checkpoint import PROVENANCE
+
+    (folder / PROVENANCE).write_text(json.dumps(said, indent=2) + "\n")
+
+
 def command_line() -> str:
     return shlex.join(["nuwa", *sys.argv[1:]])
 
 
-def _run_of(checkpoint: Path | None) -> dict:
-    """run.json beside this folder, else what a checkpoint says of itself, or nothing."""
+def run_of(checkpoint: Path | None) -> dict:
+    """What a folder of weights says of itself, else run.json beside it, or nothing."""
+    from ..checkpoint import PROVENANCE
+
     if checkpoint is None:
         return {}
-    for path in (checkpoint.parent / "run.json", checkpoint / "training.json"):
+    for path in (checkpoint / PROVENANCE, checkpoint.parent / RUN):
         if path.exists():
             found: dict = json.loads(path.read_text())
             return found

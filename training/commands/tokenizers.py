@@ -78,6 +78,18 @@ def prune(args: argparse.Namespace) -> int:
     counted = track(clips, "counting codes", total=args.dataset_clips)
     after = prune_codebook(before, counted, threshold=args.threshold)
     save_tokenizer(after, args.out)
+    record.write_provenance(
+        args.out,
+        {
+            **source.provenance,
+            "kind": args.kind,
+            "dataset_clips": args.dataset_clips,
+            "threshold": args.threshold,
+            "seed": args.seed,
+            "tokenizer_run": record.run_of(args.tokenizer),
+            "command": record.command_line(),
+        },
+    )
     print(f"VQ-GAN: {args.out}, {after.config.codebook_size} codes of", end=" ")
     print(before.config.codebook_size)
     return 0
@@ -107,13 +119,13 @@ def _train(
     options = arguments.options(args, VQGANOptions)
     start = None if args.start is None else load_tokenizer(args.start)
     settings = {
-        "options": dataclasses.asdict(options),
         "content": content,
-        "start": record.start(args),
+        "start": record.path(args.start),
+        "weights": record.weights(start=args.start),
         "config": record.plain(config),
         "data": record.data(args),
     }
-    record.remember(args, settings)
+    record.remember(args, options, settings)
     recipe = VQGANRecipe(
         config,
         options,

@@ -54,11 +54,13 @@ class Manipulation(Part):
         mask = np.zeros((SIDE, SIDE), bool)
         mask[top:bottom, left:right] = True
         frames = slice(at.start, at.stop)
+        # What is hidden is wiped, so it cannot help by mistake.
+        shown = np.where(mask[..., None], np.uint8(0), given.frames[frames])
         return Question(
             wanted.frames[frames],
             wanted.factors,
             wanted.video_caption if self.task == "tv2v" else wanted.image_caption,
-            frames=given.frames[frames],
+            frames=shown,
             mask=mask,
             edited=factor,
         )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..sprites.world import SpriteWorld
 from .completion import Completion
 from .manipulation import Manipulation
-from .prediction import CaptionedPrediction, Prediction
+from .prediction import GIVEN, CaptionedPrediction, Prediction
 from .question import Part
 from .sketch import FromSketch
 from .text import FromText
@@ -15,7 +15,9 @@ from .text import FromText
 TASKS = ("t2i", "s2i", "i2i", "ti2i", "t2v", "s2v", "v2v", "tv2v")
 
 
-def parts_of(tasks: Sequence[str], world: SpriteWorld, *, sketch_prompt: str) -> list[Part]:
+def parts_of(
+    tasks: Sequence[str], world: SpriteWorld, *, sketch_prompt: str, given: int = GIVEN
+) -> list[Part]:
     """The parts of `tasks`, in their order, each once; ValueError for an unknown task."""
     parts: list[Part] = []
     for task in dict.fromkeys(tasks):
@@ -29,7 +31,7 @@ def parts_of(tasks: Sequence[str], world: SpriteWorld, *, sketch_prompt: str) ->
             case "ti2i" | "tv2v":
                 parts.append(Manipulation(world, task))
             case "v2v":
-                parts += [Prediction(world), CaptionedPrediction(world)]
+                parts += [Prediction(world, given), CaptionedPrediction(world, given)]
             case _:
                 raise ValueError(f"cannot evaluate task {task!r}; choose from {', '.join(TASKS)}")
     return parts

@@ -1,4 +1,4 @@
-"""V2V: a clip goes on from its first two frames.
+"""V2V: a clip goes on from its first frames, two unless it is said.
 
 Two frames tell what the sprite is and where it goes. Whether it will turn they tell in part: at
 level digits a clip that does not turn runs over nearly all of the canvas, so it starts within 4
@@ -14,7 +14,7 @@ import numpy as np
 from ..judge import Verdict
 from ..metrics import ssim
 from ..readers import locate, read_motion
-from ..sprites.world import DIRECTIONS, SpriteWorld
+from ..sprites.world import DIRECTIONS, FRAMES, SpriteWorld
 from .bars import Bar
 from .quality import capped_psnr
 from .question import Part, Question
@@ -24,27 +24,35 @@ GIVEN = 2
 
 
 class Prediction(Part):
-    """Without a prompt, on all motions."""
+    """Without a prompt, on all motions. given: frames, in [1, FRAMES - 1]."""
 
     name = task = "v2v"
-    asks = (
-        f"a clip from its first {GIVEN} frames, without a prompt; identity: class, colour and "
-        "background of the predicted frames are right; psnr_one_way and ssim_one_way: of the "
-        "clips that do not turn, which only the place where the sprite starts tells"
-    )
     factors = ("class", "colour", "background")
     whole = "identity"
 
+    def __init__(self, world: SpriteWorld, given: int = GIVEN) -> None:
+        super().__init__(world)
+        if not 1 <= given < FRAMES:
+            raise ValueError(f"given {given} is not in [1, {FRAMES - 1}]")
+        self.given = given
+        self.asks = (
+            f"a clip from its first {_frames(given)}, without a prompt; identity: class, colour "
+            "and background of the predicted frames are right; psnr_one_way and ssim_one_way: of "
+            "the clips that do not turn, which only the place where the sprite starts tells"
+        )
+
     @property
     def bars(self) -> tuple[Bar, ...]:
-        return (Bar("identity", 0.95), Bar("psnr_one_way", 2.0, "decibels"))
+        """One frame does not tell where a sprite goes."""
+        identity = Bar("identity", 0.95)
+        return (identity, Bar("psnr_one_way", 2.0, "decibels")) if self.given > 1 else (identity,)
 
     def question(self, index: int) -> Question:
         sample = self.world.sample(index)
-        return Question(sample.frames, sample.factors, frames=sample.frames[:GIVEN])
+        return Question(sample.frames, sample.factors, frames=sample.frames[: self.given])
 
     def judged(self, clip: np.ndarray) -> np.ndarray:
-        return clip[GIVEN:]
+        return clip[self.given :]
 
     def scores(self, question: Question, clip: np.ndarray, verdict: Verdict) -> dict[str, Score]:
         scores = super().scores(question, clip, verdict)
@@ -62,10 +70,10 @@ class CaptionedPrediction(Prediction):
     """With the caption, on the samples whose motion is one-way: `question(i)` is on the i-th."""
 
     name = "v2v_captioned"
-    asks = f"a clip of one-way motion from its first {GIVEN} frames and its caption"
 
-    def __init__(self, world: SpriteWorld) -> None:
-        super().__init__(world)
+    def __init__(self, world: SpriteWorld, given: int = GIVEN) -> None:
+        super().__init__(world, given)
+        self.asks = f"a clip of one-way motion from its first {_frames(given)} and its caption"
         self._one_way: list[int] = []
 
     @property
@@ -75,7 +83,7 @@ class CaptionedPrediction(Prediction):
     def question(self, index: int) -> Question:
         sample = self.world.sample(self._sample_index(index))
         frames = sample.frames
-        return Question(frames, sample.factors, sample.video_caption, frames=frames[:GIVEN])
+        return Question(frames, sample.factors, sample.video_caption, frames=frames[: self.given])
 
     def _quality(self, made: np.ndarray, real: np.ndarray) -> dict[str, float]:
         return {"psnr": capped_psnr(made, real), "ssim": ssim(made, real)}
@@ -87,3 +95,7 @@ class CaptionedPrediction(Prediction):
                 candidate += 1
             self._one_way.append(candidate)
         return self._one_way[index]
+
+
+def _frames(count: int) -> str:
+    return "frame" if count == 1 else f"{count} frames"
