@@ -38,6 +38,8 @@ Bool = npt.NDArray[np.bool_]
 # How often a box of whole patches around the object has 0, 1, 2 of them to spare on a side. People
 # draw tight boxes, and in those a model that begins one patch too late has no room left.
 SPARE = (0.6, 0.25, 0.15)
+# Shares of an object that a half hides which cuts through it.
+CUT = (0.1, 0.6)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ class Rows:
 
     captioned_sketches, captioned_hidden: shares of those rows whose prompt is the caption, not
     "none"; captioned_covered: the same where the mask leaves nothing of the object, so that only a
-    caption tells what to draw; none: share of the text rows whose prompt is "none". Of these, where
+    caption tells what to draw; cut: share of the hidden rows in which a half hides a part of the
+    object, and no caption says what it is: few masks of others do; none: share of the text rows
+    whose prompt is "none". Of these, where
     they are clips: anywhere: share that is cut from anywhere in a longer clip; steady: share of all
     that is chosen from steady clips; own: the most of a row's tokens that the model draws;
     named: share of those from anywhere whose prompt is the caption of an image of them instead;
@@ -76,6 +80,7 @@ class Rows:
     captioned_sketches: float = 0.7
     captioned_hidden: float = 0.4
     captioned_covered: float = 0.9
+    cut: float = 0.0
     none: float = 0.1
     anywhere: float = 0.5
     steady: float = 0.0
@@ -125,6 +130,11 @@ class Batches:
         for row in np.flatnonzero(predicted & ~rolled).tolist():
             index[row] = self._predictable(draw, steady=bool(steady[row]))
         frame = draw.integers(frames, size=total)
+        cut = np.zeros(total, bool)
+        cut[rows.sketches : text.start] = draw.random(rows.hidden) < rows.cut
+        none |= cut
+        for row in np.flatnonzero(cut).tolist():
+            index[row], frame[row] = self._cuttable(draw, video=video)
         parts = [range(frames) if video else range(f, f + 1) for f in frame.tolist()]
         spans = list(zip(index.tolist(), parts, strict=True))
         target = self.clips.codes(spans)
@@ -134,7 +144,7 @@ class Batches:
             codes = self.clips.sketches(spans[: rows.sketches])
             visual += list(codes + self.config.image.codebook_size)
         for row in range(rows.sketches, text.start):
-            known, codes, edges, covered = self._hide(draw, *spans[row])
+            known, codes, edges, covered = self._hide(draw, *spans[row], cut=bool(cut[row]))
             if covered:
                 none[row] = draw.random() >= rows.captioned_covered
             fed[row] = np.where(known, codes, target[row])
@@ -179,6 +189,23 @@ class Batches:
         what = "goes on as it begins; train with --steady-clips 0" if steady else "may be predicted"
         raise ValueError(f"none of 1000 clips drawn from {self.clips.count} {what}")
 
+    def _cuttable(self, draw: Draw, *, video: bool) -> tuple[int, int]:
+        """(clip, frame) in which there is an object that a half can cut through; or ValueError."""
+        frames = self.clips.source.frames
+        for _ in range(1000):
+            index, frame = int(draw.integers(self.clips.count)), int(draw.integers(frames))
+            span = range(frames) if video else range(frame, frame + 1)
+            if cutting_halves(self._shown(index, span)):
+                return index, frame
+        raise ValueError(
+            f"in none of 1000 clips drawn from {self.clips.count} does a half of the canvas cut "
+            f"through an object; train with --cut-images 0"
+        )
+
+    def _shown(self, index: int, span: range) -> Bool:
+        """bool [H, W]: where there is an object in any of these frames."""
+        return np.asarray(self.clips.source.clip(index, span)[1].any(axis=0))
+
     def _window(self, draw: Draw, index: int) -> np.ndarray:
         """Tokens [F, C] of frames from anywhere in a clip that goes on for ever."""
         source = self.clips.source
@@ -195,18 +222,20 @@ class Batches:
         return clip, made, encode_frames(self.vqgan, pixels).astype(np.int64)
 
     def _hide(
-        self, draw: Draw, index: int, span: range
+        self, draw: Draw, index: int, span: range, *, cut: bool
     ) -> tuple[Bool, np.ndarray, np.ndarray, bool]:
         """Which tokens of a clip stay known [F, C], the tokens once the rest is blanked.
 
         Also the hidden_edges of one frame [C], and whether nothing of the object is left.
         """
         pixels, shown = self.clips.source.clip(index, span)
-        classes = shown
         grid = self.config.decoder.grid
-        if draw.random() < 0.5:  # room for the object wherever its clip takes it
-            _, classes = self.clips.source.clip(index, range(self.clips.source.frames))
-        mask = draw_mask(draw, np.asarray(classes.any(axis=0)), pixels.shape[1] // grid.height)
+        if cut:
+            mask = draw.choice(cutting_halves(np.asarray(shown.any(axis=0))))
+        else:
+            # For half of them room for the object wherever its clip takes it.
+            whole = range(self.clips.source.frames) if draw.random() < 0.5 else span
+            mask = draw_mask(draw, self._shown(index, whole), pixels.shape[1] // grid.height)
         known_hw = known_cells(mask, grid.height, grid.width)
         assert self.config.visual is not None, "without a visual encoder nothing is hidden"
         levels = self.config.visual.edge_levels
@@ -215,6 +244,22 @@ class Batches:
         codes = encode_frames(self.vqgan, blank_hidden(pixels, known)).astype(np.int64)
         covered = not (shown.astype(bool) & ~mask).any()
         return known.reshape(len(span), -1), codes, edges, covered
+
+
+def halves(height: int, width: int) -> Bool:
+    """bool [4, H, W]: the upper, the lower, the left and the right one."""
+    masks = np.zeros((4, height, width), bool)
+    masks[0, : height // 2] = masks[1, height // 2 :] = True
+    masks[2, :, : width // 2] = masks[3, :, width // 2 :] = True
+    return masks
+
+
+def cutting_halves(inside_HW: Bool) -> list[Bool]:
+    """Those that hide a share of the object within CUT."""
+    low, high = CUT
+    whole = max(int(inside_HW.sum()), 1)
+    masks = halves(*inside_HW.shape)
+    return [mask for mask in masks if low <= (mask & inside_HW).sum() / whole <= high]
 
 
 def draw_mask(draw: Draw, inside_HW: Bool, patch: int) -> Bool:
@@ -226,10 +271,7 @@ def draw_mask(draw: Draw, inside_HW: Bool, patch: int) -> Bool:
     mask = np.zeros((height, width), bool)
     kind, step = draw.random(), patch if draw.random() < 0.5 else 1
     if kind < 0.3:
-        side = draw.integers(4)
-        half = (slice(None, height // 2), slice(height // 2, None))[side % 2]
-        mask[half if side < 2 else (slice(None), half)] = True
-        return mask
+        return halves(height, width)[draw.integers(4)]
     anywhere = kind < 0.45 or not inside_HW.any()
     spans = []
     for axis, size in ((1, height), (0, width)):

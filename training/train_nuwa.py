@@ -45,8 +45,10 @@ class NUWAOptions:
     sketch_images, sketch_clips, hidden_images, hidden_clips: further rows, for S2I, S2V, for I2I
     and TI2I, for TV2V; they join at `visual_from`. optimizer: "adam" as in the paper, or "muon"
     (orthogonalised momentum for the blocks' matrices, Adam for the rest), which learns more from
-    few steps; none_images and none_clips: share of captions replaced by "none"; average: decay of
-    the weight average that is shipped.
+    few steps; cut_images: share of the images with a hidden part in which a half hides a part of
+    the object and no caption says what it is, as completion has it and other masks seldom do;
+    none_images and none_clips: share of captions replaced by "none"; average: decay of the weight
+    average that is shipped.
 
     Of the clips without a caption: anywhere_clips: the share that is cut from anywhere in a longer
     clip; steady_clips: the share of all that is chosen from clips that end as they begin;
@@ -69,6 +71,7 @@ class NUWAOptions:
     optimizer: str = "muon"
     lr: float = 2e-3
     adam_lr: float = 1e-3
+    cut_images: float = 0.0
     none_images: float = 0.1
     none_clips: float = 0.25
     anywhere_clips: float = 0.5
@@ -84,6 +87,7 @@ class NUWAOptions:
         if self.optimizer not in ("adam", "muon"):
             raise ValueError(f"optimizer {self.optimizer!r} is not one of 'adam', 'muon'")
         for name in (
+            "cut_images",
             "none_images",
             "none_clips",
             "anywhere_clips",
@@ -186,6 +190,7 @@ class NUWARecipe:
             share(options.images),
             share(options.sketch_images) * joined,
             share(options.hidden_images) * joined,
+            cut=options.cut_images,
             none=options.none_images,
         )
 

@@ -9,7 +9,7 @@ import torch
 from nuwa.spec.config import ModelConfig, VisualConfig, preset
 from nuwa.spec.known import blank_hidden, known_cells
 from nuwa.spec.tasks import UNCONDITIONAL_PROMPT
-from nuwa.training.batches import Batches, Rows, draw_mask
+from nuwa.training.batches import Batches, Rows, cutting_halves, draw_mask, halves
 from nuwa.training.clips import FreshClips, encode_frames, store_clips
 from nuwa.training.readers import locate, read_motion
 from nuwa.training.sources import Sprites
@@ -189,6 +189,23 @@ def test_nothing_hidden_shows_in_the_known_tokens(batches):
     assert (codes[0] == codes[1]).all()
     raw = [encode_frames(batches.vqgan, f)[known.reshape(1, -1)] for f in (frames, noisy)]
     assert (raw[0] != raw[1]).any(), "without blanking they would differ"
+
+
+def test_halves_that_cut_through_the_object(batches):
+    """All hidden rows of a batch: a half is hidden, with some of the sprite and not all of it."""
+    batch = batches.images(np.random.default_rng(3), Rows(text=1, hidden=12, cut=1.0))
+    hidden = (batch.weight_BN[:12] == 1).view(12, 8, 8)
+    for mask in hidden.numpy():
+        assert mask.sum() == 32 and any((mask == half).all() for half in halves(8, 8))
+    assert batch.prompts[:12] == [UNCONDITIONAL_PROMPT] * 12
+    inside = np.zeros((64, 64), bool)
+    inside[20:40, 10:20] = True
+    (upper, lower) = cutting_halves(inside)
+    assert upper[:32].all() and not upper[32:].any(), "hides 12 rows of 20"
+    assert lower[32:].all() and not lower[:32].any(), "hides 8"
+    inside[20:28] = False
+    assert [each.sum() for each in cutting_halves(inside)] == [64 * 32], "the upper hides a third"
+    assert not cutting_halves(np.zeros((64, 64), bool))
 
 
 def test_masks_are_halves_boxes_and_boxes_around_the_object():
