@@ -4,8 +4,9 @@ The floor comes first: the bytes that all steps of a generation must move (weigh
 a sequence sees of its cache and text once, what it writes), at the speed at which the device copies
 memory. Sampling is included, text and pixels are not. The share of the host is what lies outside
 the backend's step. With --reference the same sizes are decoded by PyTorch, one token at a time
-(torch_reference.py), before and after. For TensorRT engines are built first. Each batch size runs
-in a process of its own. The last line is JSON.
+(torch_reference.py), before and after. For TensorRT engines are built first, with the plugins of
+3DNA; it is an error if there are none, except with --function-bodies. Each batch size runs in a
+process of its own. The last line is JSON.
 
     python benchmarks/batches.py BUNDLE
     python benchmarks/batches.py --random base --backend onnxruntime-cuda --reference
@@ -24,9 +25,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from ceiling import copy_bandwidth, timed, weights_bytes
+from ceiling import copy_bandwidth, text_entries, timed, weights_bytes
 from hardware import hardware
 
+from nuwa import plugins_trt
 from nuwa.export.engines import EngineOptions, build_engines
 from nuwa.runtime.backends.base import AUTO, BACKENDS
 from nuwa.runtime.backends.device_memory import CudaMemory
@@ -59,11 +61,20 @@ def main() -> int:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--frames", type=int, nargs="+", default=[1, 10])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--function-bodies", action="store_true", help="TensorRT without the plugins of 3DNA"
+    )
     parser.add_argument("--reference", action="store_true", help="time PyTorch too")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
     if (options.bundle is None) == (options.random is None):
         parser.error("a BUNDLE or --random, one of the two")
+    if options.reference and not options.random:
+        parser.error("--reference needs --random: PyTorch decodes a model of the same size")
+    try:
+        plugins(options)
+    except FileNotFoundError as error:
+        parser.error(f"{error}, or use --function-bodies")
     with tempfile.TemporaryDirectory() as folder:
         bundle = options.bundle or made(options, Path(folder))
         if len(options.batches) > 1:
@@ -92,15 +103,18 @@ def measure_apart(bundle: Path, options: argparse.Namespace) -> dict:
     """One report of all batch sizes: a process gives all its memory back at its end."""
     report: dict = {}
     for batch in options.batches:
-        command = [sys.executable, __file__, "--keep", str(bundle), "--batches", str(batch)]
+        command = [sys.executable, __file__]
         if options.random:
             command += ["--random", options.random, "--precision", options.precision]
+            command += ["--keep", str(bundle)]
         else:
             command += [str(bundle)]
+        command += ["--batches", str(batch)]
         for name in ("backend", "threads", "repeats"):
             command += [f"--{name}", str(getattr(options, name))]
         command += ["--frames", *map(str, options.frames)]
         command += ["--reference"] * options.reference
+        command += ["--function-bodies"] * options.function_bodies
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         *lines, last = said.splitlines()
         print("\n".join(lines), flush=True)
@@ -122,8 +136,14 @@ def measure(bundle: Path, options: argparse.Namespace) -> dict:
     print(f"copying: {bandwidth / 1e9:.0f} GB/s")
     (batch,) = options.batches
     if options.backend in engines.RUNTIMES:
-        build_engines(bundle, EngineOptions(runtime=options.backend, slots=batch))
+        wanted = EngineOptions(options.backend, slots=batch, plugins=plugins(options))
+        _, record = build_engines(bundle, wanted)
+        report["tensorrt"] = record.key.version
+        report["plugin_abi"] = record.key.plugin_abi
     engine = load_engine(bundle, slots=batch, threads=options.threads, backend=options.backend)
+    if options.backend in engines.RUNTIMES and engine._backend._record.key != record.key:
+        loaded = engine._backend._record.key.name
+        raise SystemExit(f"{bundle} has the engines {loaded}, which are preferred: remove them")
     report |= {
         "bundle": engine.info.name,
         "precision": engine.info.precision,
@@ -140,6 +160,13 @@ def measure(bundle: Path, options: argparse.Namespace) -> dict:
             flush=True,
         )
     return report
+
+
+def plugins(options: argparse.Namespace) -> Path | None:
+    """The plugin library that engines are built with; FileNotFoundError if it was not built."""
+    if options.backend != engines.TENSORRT or options.function_bodies:
+        return None
+    return plugins_trt.library()
 
 
 def device_bandwidth(options: argparse.Namespace) -> tuple[float, str | None]:
@@ -161,11 +188,12 @@ def device_bandwidth(options: argparse.Namespace) -> tuple[float, str | None]:
     return 2 * COPIED / seconds, said or "unknown"
 
 
-def floor_seconds(model: ModelConfig, grid: Grid, batch: int, precision: str, rate: float) -> float:
-    """What the bytes of all steps take at this rate."""
+def floor_seconds(
+    model: ModelConfig, grid: Grid, batch: int, precision: str, rate: float, text: int
+) -> float:
+    """What the bytes of all steps take at this rate. text: entries of it that a row sees."""
     plan, decoder = decode_plan(model.decoder, grid), model.decoder
     number = WEIGHT_BYTES[precision] if precision != "int8" else 4  # of keys and values
-    text = len(PROMPT.split())
     seconds = 0.0
     for call in range(plan.steps):
         part = plan.rows(call)
@@ -195,7 +223,8 @@ def _measure(
         reference.append(_reference(frames, batch, options))
     inside.restore()
     seconds = statistics.median(totals)
-    floor = floor_seconds(model, grid, batch, engine.info.precision, bandwidth)
+    text = text_entries(model, engine._text.used(engine._text.encode(PROMPT)))
+    floor = floor_seconds(model, grid, batch, engine.info.precision, bandwidth, text)
     row = {
         "frames": frames,
         "batch": batch,
@@ -267,8 +296,6 @@ def _generate(engine: Engine, batch: int, frames: int, seed: int) -> float:
 
 def _reference(frames: int, batch: int, options: argparse.Namespace) -> float:
     """Median seconds of torch_reference.py, in a process of its own."""
-    if not options.random:
-        raise SystemExit("--reference needs --random: PyTorch decodes a model of the same size")
     device = "cuda" if options.backend in ON_GPU else "cpu"
     command = [sys.executable, str(Path(__file__).with_name("torch_reference.py"))]
     command += ["--preset", options.random, "--frames", str(frames), "--batch", str(batch)]

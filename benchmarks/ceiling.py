@@ -16,22 +16,30 @@ import onnxruntime as ort
 from nuwa.runtime.bench.card import Shapes, products, step_flops, weights_bytes
 from nuwa.spec.config import ModelConfig
 
+SHORT_TEXT = 16  # tokens
+
 __all__ = [
     "Products",
     "copy_bandwidth",
     "products",
     "step_bytes",
     "step_flops",
+    "text_entries",
     "timed",
     "weights_bytes",
 ]
+
+
+def text_entries(model: ModelConfig, used: int) -> int:
+    """Entries of a text of `used` tokens that a row sees: padding too where it is not masked."""
+    return used if model.text.mask_padding else model.text.length
 
 
 def step_bytes(model: ModelConfig, rows: int, weight_bytes: int = 4) -> float:
     """Bytes that a step reads and writes: weights once; keys, values, text by row, in fp32."""
     decoder = model.decoder
     weights = weights_bytes(model, weight_bytes)
-    seen = decoder.neighbour_count + 16  # entries of the cache, and of a short text
+    seen = decoder.neighbour_count + text_entries(model, SHORT_TEXT)
     return weights + rows * decoder.layers * 2 * (seen + 1) * decoder.width * 4
 
 

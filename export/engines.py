@@ -7,6 +7,7 @@ the plugin library 3DNA runs as its kernels, without it as the function bodies i
 from __future__ import annotations
 
 import importlib
+import logging
 import re
 import shutil
 import tempfile
@@ -30,6 +31,7 @@ from nuwa.spec.engines import (
     engine_file,
     graphs_hash,
     version_number,
+    widest_sort,
 )
 from nuwa.spec.manifest import (
     DECODER_STEP,
@@ -43,6 +45,8 @@ from nuwa.spec.plan import decode_plan
 
 from .bundle import replace_folder
 from .operators import CACHED, DOMAIN, NEARBY, VERSION
+
+log = logging.getLogger("nuwa.export")
 
 ROWS = (1, 16, 64, 256)  # upper ends of the ranges that decoder_step gets a profile each for
 MOST_FRAMES = 16  # of a call of a tokenizer
@@ -142,10 +146,11 @@ def size_ranges(graph: str, config: ModelConfig, slots: int, rows: Sequence[int]
 
     decoder_step has one for each range of rows, and more, each four times as wide, if a wave of a
     guided clip in every slot is wider than the last; what its caches hold is fixed by the slots.
+    W ends at what a TopK can sort, which in a large codebook is not all codes.
     """
     layout, grid = ConditionLayout.of(config), config.decoder.grid
     cells = grid.height * grid.width
-    entries, codes = layout.entries, config.image.codebook_size
+    entries, widest = layout.entries, widest_sort(config.image.codebook_size)
     common = {
         "B": (1, 1, MOST_FRAMES),
         "F": (1, grid.frames, grid.frames),
@@ -155,7 +160,7 @@ def size_ranges(graph: str, config: ModelConfig, slots: int, rows: Sequence[int]
         return [common]
     caches, conditions = 2 * slots, slots + CONDITION_SLOTS_AHEAD
     fixed = {"S": (caches,) * 3, "C": (conditions,) * 3}
-    columns = {"m": (1, min(32, entries), entries), "W": (1, 1, codes)}
+    columns = {"m": (1, min(32, entries), entries), "W": (1, 1, widest)}
     usual = caches * decode_plan(config.decoder, grid).widest
     rows = list(rows)
     while rows[-1] < usual:
@@ -173,9 +178,11 @@ def _build(
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, logger)
+    logger.warnings = logging.DEBUG  # of names that function bodies have more than once
     if not parser.parse_from_file(str(path)):
         errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
         raise EngineError(f"{options.runtime} cannot read {path}: {errors}")
+    logger.warnings = logging.WARNING
     config = builder.create_builder_config()
     ranges = size_ranges(graph, manifest.config, options.slots, options.rows)
     for profile in _profiles(builder, network, ranges):
@@ -246,10 +253,13 @@ def _logger(trt: Any) -> Any:
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.last_error = "it does not say why"
+            self.warnings = logging.WARNING  # the level at which they are logged
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
                 self.last_error = message
+            elif severity == trt.ILogger.WARNING:
+                log.log(self.warnings, "TensorRT: %s", message)
 
     return Logger()
 

@@ -25,6 +25,12 @@ TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
 RUNTIMES = (TENSORRT, TENSORRT_RTX)
 MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
 PACKAGES = {TENSORRT: "tensorrt-cu13", TENSORRT_RTX: "tensorrt-rtx-cu13"}
+MOST_SORTED = 3840  # that a TopK of either runtime gives at most, as NvInfer.h says of ITopKLayer
+
+
+def widest_sort(codebook_size: int) -> int:
+    """The most that W, the length of decoder_step's input `ranks`, may be in an engine."""
+    return min(codebook_size, MOST_SORTED)
 
 
 def engine_file(graph: str) -> str:
@@ -143,5 +149,16 @@ def find_engines(bundle: Path, wanted: EngineKey, slots: int) -> tuple[Path, Eng
     there = "; ".join(reasons) if reasons else "there are none at all"
     raise BundleError(
         f"{bundle} has no engines for {wanted.runtime} {wanted.version} on {target} with {slots} "
-        f"slots ({there}); build them with `nuwa build-engines {bundle} --slots {slots}`"
+        f"slots ({there}); build them with `{_command(bundle, wanted, slots)}`"
     )
+
+
+def _command(bundle: Path, wanted: EngineKey, slots: int) -> str:
+    """That builds engines which fit, with the plugin where there is one."""
+    words = ["nuwa build-engines", str(bundle), "--runtime", wanted.runtime]
+    if wanted.runtime == TENSORRT_RTX:  # TensorRT takes no other than the GPU it runs on
+        words += [word for target in wanted.targets for word in ("--target", target)]
+    words += ["--slots", str(slots)]
+    if wanted.plugin_abi is not None:
+        words.append("--plugins")
+    return " ".join(words)

@@ -5,9 +5,11 @@ HostMemory is the same on the CPU: tests run there what otherwise runs on a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import threading
+import weakref
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Protocol
@@ -18,9 +20,11 @@ import numpy.typing as npt
 from ..errors import DeviceLostError, UnavailableError
 
 ALIGNMENT = 256  # of what is allocated, and of what TensorRT reads and writes
+_LEAST_STAGING = 1 << 20  # bytes of pinned memory: what a stream stages, and what a step sends up
 
 # After these a process can do nothing more with the GPU: every later call fails the same way. With
-# the numbers that cudaError_t gives them.
+# the numbers that cudaError_t gives them. An unknown error is of the driver or of the GPU itself,
+# which this process cannot mend either.
 STICKY = {
     "cudaErrorECCUncorrectable": 214,
     "cudaErrorNvlinkUncorrectable": 220,
@@ -36,6 +40,7 @@ STICKY = {
     "cudaErrorLaunchFailure": 719,
     "cudaErrorTensorMemoryLeak": 721,
     "cudaErrorExternalDevice": 911,
+    "cudaErrorUnknown": 999,
 }
 
 
@@ -50,6 +55,8 @@ class Recording(Protocol):
 class DeviceMemory(Protocol):
     """kind and index: of the device, as ONNX Runtime calls them; stream: a cudaStream_t, or 0;
     target: the architecture, "sm_90".
+
+    For one thread, but for `check`. What it allocated it gives back when nobody has it any more.
     """
 
     kind: str
@@ -77,11 +84,20 @@ class DeviceMemory(Protocol):
     def clear(self, address: int, size: int) -> None:
         """Fills `size` bytes with zeros, in order of the stream."""
 
+    def put(self, work: Callable[[], None]) -> None:
+        """Calls `work`, which puts something of others into the stream, as it is at this moment."""
+
     def wait(self) -> None:
         """Until all that is in the stream is done."""
 
+    def check(self) -> None:
+        """DeviceLostError if the device is lost, for which it waits for the stream."""
+
     def record(self, work: Callable[[], None]) -> Recording:
-        """What `work` puts into the stream, without doing it; RuntimeError if that cannot be."""
+        """What `work` puts into the stream, without doing it; RuntimeError if that cannot be.
+
+        `work` copies and clears on the device and puts; all else would not be in the recording.
+        """
 
 
 class HostMemory:
@@ -91,8 +107,10 @@ class HostMemory:
 
     def __init__(self) -> None:
         self._arrays: dict[int, npt.NDArray] = {}
+        self._recorded: list[Callable[[], None]] | None = None
 
     def allocate(self, size: int) -> int:
+        self._not_recorded("allocate")
         # Noise, so that what is read before it is written is noticed.
         array = np.full(max(size, 1) + ALIGNMENT, 0x5A, np.uint8)
         address = -(-array.ctypes.data // ALIGNMENT) * ALIGNMENT
@@ -100,42 +118,75 @@ class HostMemory:
         return address
 
     def free(self, address: int) -> None:
+        self._not_recorded("free")
         del self._arrays[address]
 
     def upload(self, array: npt.NDArray, address: int) -> None:
+        self._not_recorded("upload")
         assert array.flags.c_contiguous
         _bytes_at(address, array.nbytes)[:] = array.reshape(-1).view(np.uint8)
 
     def download(self, address: int, array: npt.NDArray) -> None:
+        self._not_recorded("download")
         assert array.flags.c_contiguous
         array.reshape(-1).view(np.uint8)[:] = _bytes_at(address, array.nbytes)
 
     def copy(self, address: int, to: int, size: int) -> None:
-        _bytes_at(to, size)[:] = _bytes_at(address, size)
+        def work() -> None:
+            _bytes_at(to, size)[:] = _bytes_at(address, size)
+
+        self.put(work)
 
     def clear(self, address: int, size: int) -> None:
-        _bytes_at(address, size)[:] = 0
+        def work() -> None:
+            _bytes_at(address, size)[:] = 0
+
+        self.put(work)
+
+    def put(self, work: Callable[[], None]) -> None:
+        if self._recorded is None:
+            work()
+        else:
+            self._recorded.append(work)
 
     def wait(self) -> None:
-        """Everything is done."""
+        self._not_recorded("wait")
+
+    def check(self) -> None:
+        """A processor is not lost."""
 
     def record(self, work: Callable[[], None]) -> Recording:
-        return _Again(work)
+        self._not_recorded("record")
+        recorded: list[Callable[[], None]] = []
+        self._recorded = recorded
+        try:
+            work()
+        finally:
+            self._recorded = None
+        return _HostRecording(tuple(recorded))
+
+    def _not_recorded(self, what: str) -> None:
+        assert self._recorded is None, f"{what} while recording, of which a launch would do nothing"
 
 
-class _Again:
-    """Does the same again."""
+class _HostRecording:
+    """What was put, with the addresses and sizes of then."""
 
-    def __init__(self, work: Callable[[], None]) -> None:
-        self.launch = work
+    def __init__(self, works: tuple[Callable[[], None], ...]) -> None:
+        self._works = works
+
+    def launch(self) -> None:
+        for work in self._works:
+            work()
 
     def free(self) -> None:
-        """There is nothing to free."""
+        self._works = ()
 
 
 class CudaMemory:
     """DeviceMemory of a GPU, through cuda-python; its stream does not wait for any other.
 
+    Uploads pass through pinned memory, from where the GPU reads while the host goes on.
     UnavailableError without that package, without a driver and where there is no such GPU.
     """
 
@@ -159,19 +210,27 @@ class CudaMemory:
             raise UnavailableError(f"there is no GPU {index}: this machine has {count}")
         (stream,) = self._call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking)
         self.stream = int(stream)
+        self._held: set[int] = set()
+        self._staging: list[int] = []  # the address of the pinned memory, if there is some
+        self._staging_size = self._staged = 0
+        held = (self.stream, self._held, self._staging)
+        weakref.finalize(self, _give_back, runtime, index, *held).atexit = False
 
     def allocate(self, size: int) -> int:
         (address,) = self._call("cudaMalloc", max(size, 1))
+        self._held.add(int(address))
         return int(address)
 
     def free(self, address: int) -> None:
+        self._held.remove(address)
         self._call("cudaFree", address)
 
     def upload(self, array: npt.NDArray, address: int) -> None:
         assert array.flags.c_contiguous
-        # Of memory that is not pinned CUDA keeps a copy before it returns.
+        pinned, size = self._pinned(array.nbytes), array.nbytes
+        ctypes.memmove(pinned, array.ctypes.data, size)
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, self.stream)
+        self._call("cudaMemcpyAsync", address, pinned, size, kind, self.stream)
 
     def download(self, address: int, array: npt.NDArray) -> None:
         assert array.flags.c_contiguous
@@ -186,8 +245,17 @@ class CudaMemory:
     def clear(self, address: int, size: int) -> None:
         self._call("cudaMemsetAsync", address, 0, size, self.stream)
 
+    def put(self, work: Callable[[], None]) -> None:
+        work()
+
     def wait(self) -> None:
         self._call("cudaStreamSynchronize", self.stream)
+        self._staged = 0  # uploads are where they belong
+
+    def check(self) -> None:
+        # Every call of CUDA tells of a loss; other errors are for who meets them to tell.
+        with contextlib.suppress(RuntimeError):
+            self._call("cudaStreamSynchronize", self.stream)
 
     def record(self, work: Callable[[], None]) -> Recording:
         """A CUDA graph."""
@@ -204,6 +272,24 @@ class CudaMemory:
         finally:
             self._call("cudaGraphDestroy", graph)
         return _CudaGraph(self, made)
+
+    def _pinned(self, size: int) -> int:
+        """Pinned memory for an upload: that of earlier ones once they are where they belong."""
+        if self._staged + size > self._staging_size or not self._staging:
+            self.wait()
+            if size > self._staging_size or not self._staging:
+                self._make_staging(max(_LEAST_STAGING, 1 << (size - 1).bit_length()))
+        place = self._staging[0] + self._staged
+        self._staged += -(-size // ALIGNMENT) * ALIGNMENT
+        return place
+
+    def _make_staging(self, size: int) -> None:
+        self._staging_size = 0
+        if self._staging:
+            self._call("cudaFreeHost", self._staging.pop())
+        (address,) = self._call("cudaMallocHost", size)
+        self._staging.append(int(address))
+        self._staging_size = size
 
     @cached_property
     def target(self) -> str:
@@ -231,7 +317,7 @@ class CudaMemory:
             return
         message = f"{name}: {self._say(status)}"
         if status == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
-            raise MemoryError(f"GPU {self.index} has no more memory ({message})")
+            raise MemoryError(f"there is no more memory for GPU {self.index} ({message})")
         if status.name in STICKY:
             raise DeviceLostError(f"GPU {self.index} is lost to this process ({message})")
         raise RuntimeError(message)
@@ -246,12 +332,28 @@ class _CudaGraph:
 
     def __init__(self, memory: CudaMemory, graph: Any) -> None:
         self._memory, self._graph = memory, graph
+        self._destroy = weakref.finalize(self, memory._cuda.cudaGraphExecDestroy, graph)
+        self._destroy.atexit = False
 
     def launch(self) -> None:
         self._memory._call("cudaGraphLaunch", self._graph, self._memory.stream)
 
     def free(self) -> None:
-        self._memory._call("cudaGraphExecDestroy", self._graph)
+        self._destroy()
+
+
+def _give_back(cuda: Any, index: int, stream: int, held: set[int], staging: list[int]) -> None:
+    """Frees what a CudaMemory had, in any thread; of a lost GPU that fails, which harms nobody."""
+    _, before = cuda.cudaGetDevice()
+    cuda.cudaSetDevice(index)
+    cuda.cudaStreamSynchronize(stream)
+    for address in held:
+        cuda.cudaFree(address)
+    for address in staging:
+        cuda.cudaFreeHost(address)
+    cuda.cudaStreamDestroy(stream)
+    if before is not None:
+        cuda.cudaSetDevice(before)
 
 
 def _bytes_at(address: int, size: int) -> npt.NDArray[np.uint8]:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from nuwa.spec.conditions import visual_columns
 from nuwa.spec.config import ModelConfig
 from nuwa.spec.grid import Int
-from nuwa.spec.sampling import sort_width
+from nuwa.spec.sampling import Sampling, sort_width
 
 from ..errors import UnavailableError
 from .base import Lane, Part, Rows, Stream
@@ -91,7 +91,8 @@ class DeviceRows:
 
     generation: changes when the memory of calls does, and what was recorded is of no use any more.
     library: libnuwa_rows.so, built for the device that `memory` is of. UnavailableError if it is
-    of another version. rows: of usual calls, for which room is made at once.
+    of another version. rows, lanes: of usual calls, for which room is made at once; widest: the
+    most candidates that the graph can sort, None for all codes.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class DeviceRows:
         config: ModelConfig,
         rows: int = 0,
         lanes: int = 0,
+        widest: int | None = None,
     ) -> None:
         self.memory = memory
         self._library = _load(library)
@@ -108,6 +110,7 @@ class DeviceRows:
             raise UnavailableError(f"{library} cannot run on this GPU: {reason.decode()}")
         self._config, self._columns = config, CrossColumns(config)
         self._codebook_size = config.image.codebook_size
+        self._widest = min(widest or self._codebook_size, self._codebook_size)
         self._streams: dict[Stream, _Held] = {}
         self._spare: dict[int, list[int]] = {}  # memory of closed streams by its size
         self._call = _Call(
@@ -123,6 +126,8 @@ class DeviceRows:
         self._make_room(max(rows, 16), max(lanes, 4))
 
     def open(self, stream: Stream) -> None:
+        """ValueError if it would have more candidates sorted than can be."""
+        self._width([stream.sampling])
         held = _Held(self._take(4 * stream.held))
         held.lanes = [_constants(stream, lane) for lane in stream.lanes]
         self._streams[stream] = held
@@ -171,9 +176,7 @@ class DeviceRows:
         call.rows, call.m = total, columns
         self._parts = len(parts)
         self.memory.upload(self._told(parts), call.lanes)
-        sampling = [part.stream.sampling for part in parts]
-        top_ks, top_ps = [each.top_k for each in sampling], [each.top_p for each in sampling]
-        width = sort_width(top_ks, top_ps, self._codebook_size)
+        width = self._width([part.stream.sampling for part in parts])
         tensors = {
             name: Tensor(getattr(call, name), dtype, (total, *wide))
             for name, dtype, wide in self._arrays(columns)
@@ -197,6 +200,17 @@ class DeviceRows:
         finite = np.empty(self._parts, np.int32)
         self.memory.download(self._call.finite, finite)
         return finite.astype(bool).tolist()
+
+    def _width(self, sampling: Sequence[Sampling]) -> int:
+        """W, rounded up to a power of two: every other is a call of a size of its own."""
+        top_ks, top_ps = [each.top_k for each in sampling], [each.top_p for each in sampling]
+        needed = sort_width(top_ks, top_ps, self._codebook_size)
+        if needed > self._widest:
+            raise ValueError(
+                f"the engines sort at most {self._widest} of {self._codebook_size} candidates: "
+                f"give a top_k of 1 to {self._widest}, or neither top_k nor top_p"
+            )
+        return min(1 << (needed - 1).bit_length(), self._widest)
 
     def _told(self, parts: Sequence[Part]) -> npt.NDArray[np.void]:
         """The lanes of a call, in order of their rows, as many as there is room for."""
@@ -270,10 +284,15 @@ class DeviceRows:
                 self.memory.free(before)
 
     def _run(self, name: str) -> None:
-        error = getattr(self._library, f"nuwa_rows_{name}")(byref(self._call), self.memory.stream)
-        if error:
-            self.memory.wait()  # says so if the device is lost
-            raise RuntimeError(f"the rows of a step: {name}: {error.decode()}")
+        call = _Call.from_buffer_copy(self._call)  # which a launch copies too
+
+        def work() -> None:
+            error = getattr(self._library, f"nuwa_rows_{name}")(byref(call), self.memory.stream)
+            if error:
+                self.memory.check()
+                raise RuntimeError(f"the rows of a step: {name}: {error.decode()}")
+
+        self.memory.put(work)
 
     def _constant(self, array: Int) -> int:
         address = self.memory.allocate(array.nbytes)

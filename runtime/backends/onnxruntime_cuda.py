@@ -117,8 +117,9 @@ class OnnxRuntimeCuda:
         self._text = self._session(TEXT_ENCODER)
         self._tokenizer = self._session(IMAGE_TOKENIZER)
         self._detokenizer = self._session(IMAGE_DETOKENIZER)
-        self._rows = self._keep_rows(kernels, rows)
-        self._decoder = self._session(DECODER_STEP)
+        kept = self._keep_rows(kernels, rows)
+        stream = kept.memory.stream if isinstance(kept, DeviceRows) else None
+        self._decoder = self._session(DECODER_STEP, stream)
         self._conditions = self._zeros(self._condition_names, (condition_slots, entries, width))
         self._caches = self._zeros(
             cache_names(layers), (cache_slots, manifest.cache_entries, width)
@@ -129,7 +130,7 @@ class OnnxRuntimeCuda:
         self.logits: Float | None = None
         self._keep_logits = logits
         self._run_options = ort.RunOptions()
-        if isinstance(self._rows, DeviceRows) and not logits:
+        if isinstance(kept, DeviceRows) and not logits:
             # What comes next is in the same stream.
             entry = "disable_synchronize_execution_providers"
             self._run_options.add_run_config_entry(entry, "1")
@@ -139,6 +140,7 @@ class OnnxRuntimeCuda:
             self._binding.bind_ortvalue_input(name, value)
             if name in self._caches:
                 self._binding.bind_ortvalue_output(f"{name}_out", value)
+        self._rows = kept  # the last attribute, so that the session is gone before its stream is
 
     def encode_text(self, ids: Int, condition_slots: Sequence[int], first: int) -> None:
         for row, slot in zip(ids, condition_slots, strict=True):
@@ -239,14 +241,20 @@ class OnnxRuntimeCuda:
             log.info("tokens stay on the host: %s", error)
             return HostTokens()
 
-    def _session(self, graph: str) -> ort.InferenceSession:
+    def _session(self, graph: str, stream: int | None = None) -> ort.InferenceSession:
+        """stream: a cudaStream_t that it runs in, None for one of its own."""
         path = self.bundle.graph(graph)
         providers: list[Any] = ["CPUExecutionProvider"]
         if self.device == "cuda":
-            # TF32 would round products of fp32 to 10 bits.
-            options: dict[str, Any] = {"device_id": self.device_id, "use_tf32": 0}
-            if graph == DECODER_STEP and isinstance(self._rows, DeviceRows):
-                options["user_compute_stream"] = str(self._rows.memory.stream)
+            # TF32 would round products of fp32 to 10 bits. An exhaustive search for the fastest
+            # convolutions, the default, would make the first call of each frame count slow.
+            options: dict[str, Any] = {
+                "device_id": self.device_id,
+                "use_tf32": 0,
+                "cudnn_conv_algo_search": "HEURISTIC",
+            }
+            if stream is not None:
+                options["user_compute_stream"] = str(stream)
             providers.insert(0, (_CUDA, options))
         session = ort.InferenceSession(path, self._options, providers=providers)
         if self.device == "cuda" and session.get_providers()[0] != _CUDA:
@@ -302,7 +310,7 @@ class OnnxRuntimeCuda:
                     f"GPU {self.device_id} is lost to this process ({error})"
                 ) from error
             if isinstance(self._rows, DeviceRows):
-                self._rows.memory.wait()
+                self._rows.memory.check()
             raise
 
     def _bind_cpu_output(self, name: str, array: npt.NDArray) -> None:

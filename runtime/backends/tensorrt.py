@@ -15,6 +15,7 @@ import importlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,21 @@ from .base import TENSORRT, TENSORRT_RTX, Float, Part, Stream
 from .device_memory import ALIGNMENT, CudaMemory, DeviceMemory, Recording
 from .device_rows import DeviceRows, Tensor
 from .onnxruntime_graphs import cache_names
-from .tensorrt_graph import Graph
+from .tensorrt_graph import Context, Graph
 
 log = logging.getLogger("nuwa.runtime")
 
 _STORAGE = {"fp32": np.float32, "fp16": np.float16}
-_MOST_RECORDINGS = 256
+_MOST_RECORDINGS = 128  # sizes of calls: those of a few kinds of requests, in batches of any size
+_PLUGINS, _PLUGIN_NAMESPACE = {"NearbyAttention", "CachedNearbyAttention"}, "nuwa"
+
+
+@dataclass(frozen=True, eq=False)
+class _Recorded:
+    """A step to launch, and its context, which nothing else may run in or change."""
+
+    recording: Recording
+    context: Context
 
 
 class TensorRt:
@@ -83,6 +93,8 @@ class TensorRt:
         memory: Callable[[], DeviceMemory] | None = None,
         recording: bool = True,
     ) -> None:
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads {threads} is not at least 1")
         config, manifest = bundle.manifest.config, bundle.manifest
         if manifest.precision not in _STORAGE:
             raise UnavailableError(
@@ -106,10 +118,12 @@ class TensorRt:
         self._layout, self._width = ConditionLayout.of(config), width
         self._storage = np.dtype(_STORAGE[manifest.precision])
         self._condition_names = condition_outputs(layers)
-        self.conditions = self._zeros(
+        self._conditions = self._zeros(
             self._condition_names, (condition_slots, self._layout.entries, width)
         )
-        self.caches = self._zeros(cache_names(layers), (cache_slots, manifest.cache_entries, width))
+        self._caches = self._zeros(
+            cache_names(layers), (cache_slots, manifest.cache_entries, width)
+        )
         # Threads of the engine each have graphs, memory and a stream of their own.
         preparing, painting = new_memory(), new_memory()
         self._decoder = self._graph(DECODER_STEP, self._memory)
@@ -120,7 +134,12 @@ class TensorRt:
         self._ranges = self._decoder.ranges("tokens")
         _, self.most_rows = self._ranges[-1]
         self._rows = DeviceRows(
-            self._memory, kernels, config, rows=self.most_rows, lanes=cache_slots
+            self._memory,
+            kernels,
+            config,
+            rows=self.most_rows,
+            lanes=cache_slots,
+            widest=min(most for _, most in self._decoder.ranges("ranks")),
         )
         self._codebook_size = config.image.codebook_size
         self._all_logits = self._memory.allocate(4 * self.most_rows * self._codebook_size)
@@ -129,17 +148,17 @@ class TensorRt:
         # Only plugins may write where they read: with standard operators an output that is an input
         # too may be written before all of it is read. Then the caches are copied back.
         self._copied: list[tuple[Tensor, Tensor]] = []
-        written = self.caches
+        written = self._caches
         if self._record.key.plugin_abi is None:
-            written = self._zeros(list(self.caches), (cache_slots, manifest.cache_entries, width))
-            self._copied = list(zip(written.values(), self.caches.values(), strict=True))
+            written = self._zeros(list(written), (cache_slots, manifest.cache_entries, width))
+            self._copied = list(zip(written.values(), self._caches.values(), strict=True))
         self._kept = {
-            **self.caches,
+            **self._caches,
             **{f"{name}_out": tensor for name, tensor in written.items()},
-            **self.conditions,
+            **self._conditions,
         }
         self._recording = recording
-        self._recorded: dict[tuple, Recording | None] = {}
+        self._recorded: dict[tuple, _Recorded | None] = {}  # the one used last at the end
         self._recorded_for = -1  # generation of the rows
 
     def encode_text(self, ids: Int, condition_slots: Sequence[int], first: int) -> None:
@@ -172,13 +191,16 @@ class TensorRt:
         if self._recorded_for != self._rows.generation:
             self._forget()
         call = (rows, tensors["cross_neighbours"].shape[1], tensors["ranks"].shape[0])
-        recorded = self._recorded.get(call)
-        if recorded is not None:
-            recorded.launch()
+        if not self._recording:
+            self._run(tensors, self._decoder.context(profile))
+        elif call not in self._recorded:
+            self._recorded[call] = self._run_and_record(tensors, profile)
         else:
-            self._run(tensors, profile)
-            if self._recording and call not in self._recorded:
-                self._recorded[call] = self._record_step(tensors, profile)
+            recorded = self._recorded[call] = self._recorded.pop(call)
+            if recorded is not None:
+                recorded.recording.launch()
+            else:
+                self._run(tensors, self._decoder.context(profile))
         finite = self._rows.finish()
         if self._keep_logits:
             self.logits = np.empty((count, self._codebook_size), np.float32)
@@ -200,36 +222,48 @@ class TensorRt:
     def detokenize(self, codes: Int, *, busy: bool = False) -> Pixels:
         return self._frames(self._detokenizer, "codes", codes, "pixels", np.uint8)
 
-    def _run(self, tensors: Mapping[str, Tensor], profile: int) -> None:
+    def _run(self, tensors: Mapping[str, Tensor], context: Context) -> None:
         """A step from its lanes to its tokens, in the stream."""
         self._rows.gather()
-        self._decoder.enqueue({**tensors, **self._kept}, profile)
+        self._decoder.enqueue({**tensors, **self._kept}, context)
         for made, cache in self._copied:
             self._memory.copy(made.address, cache.address, made.size)
         self._rows.commit()
 
-    def _record_step(self, tensors: Mapping[str, Tensor], profile: int) -> Recording | None:
-        """For the next calls of this size; None if that cannot be, and why in the log."""
+    def _run_and_record(self, tensors: Mapping[str, Tensor], profile: int) -> _Recorded | None:
+        """Runs a step; what to launch for the next ones of its size, or None, and why in the log.
+
+        Without a context of its own it cannot be recorded: the shapes of a context must not change
+        between a recording and its launch.
+        """
         while len(self._recorded) >= _MOST_RECORDINGS:
-            oldest = self._recorded.pop(next(iter(self._recorded)))
-            if oldest is not None:
-                oldest.free()
+            self._drop(next(iter(self._recorded)))
+        rows = tensors["tokens"].shape[0]
         try:
-            if not self._decoder.capturable(profile):
+            context = self._decoder.new_context(profile)
+        except MemoryError as error:
+            log.warning("steps of %d rows are not recorded: %s", rows, error)
+            self._run(tensors, self._decoder.context(profile))
+            return None
+        self._run(tensors, context)
+        try:
+            if not self._decoder.capturable(context):
                 raise RuntimeError("TensorRT says that they cannot be")
-            return self._memory.record(lambda: self._run(tensors, profile))
+            return _Recorded(self._memory.record(lambda: self._run(tensors, context)), context)
         except (RuntimeError, MemoryError) as error:
-            rows = tensors["tokens"].shape[0]
             log.warning("steps of %d rows are not recorded: %s", rows, error)
             return None
+
+    def _drop(self, call: tuple) -> None:
+        recorded = self._recorded.pop(call)
+        if recorded is not None:
+            recorded.recording.free()
 
     def _forget(self) -> None:
         """What was recorded reads and writes memory that is gone."""
         self._memory.wait()
-        for recorded in self._recorded.values():
-            if recorded is not None:
-                recorded.free()
-        self._recorded.clear()
+        for call in list(self._recorded):
+            self._drop(call)
         self._recorded_for = self._rows.generation
 
     def _rounded(self, rows: int) -> tuple[int, int]:
@@ -279,8 +313,24 @@ class TensorRt:
         )
         folder, record = find_engines(self.bundle.path, wanted, slots)
         if record.key.plugin_abi is not None:
-            self._trt.get_plugin_registry().load_library(str(library))
+            self._register(library)
         return folder, record
+
+    def _register(self, library: Path | None) -> None:
+        """Makes the plugins known, once a process: a second time TensorRT refuses."""
+        registry = self._trt.get_plugin_registry()
+
+        def known() -> set[str]:
+            creators = registry.all_creators
+            return {c.name for c in creators if c.plugin_namespace == _PLUGIN_NAMESPACE}
+
+        if not known() >= _PLUGINS:
+            registry.load_library(str(library))
+        if missing := _PLUGINS - known():
+            raise UnavailableError(
+                f"TensorRT took no {' and no '.join(sorted(missing))} from {library}; its log "
+                f"says why"
+            )
 
     def _zeros(self, names: Sequence[str], shape: tuple[int, ...]) -> dict[str, Tensor]:
         """Tensors on the device by name: entries are read before they are written."""
@@ -306,9 +356,9 @@ class TensorRt:
         row = self._width * self._storage.itemsize
         size, copies = math.prod(rows) * row, []
         for name in self._condition_names:
-            slots, entries, _ = self.conditions[name].shape
+            slots, entries, _ = self._conditions[name].shape
             assert slot < slots and first + math.prod(rows) <= entries, "there is no such entry"
-            address = place = self.conditions[name].address + (slot * entries + first) * row
+            address = place = self._conditions[name].address + (slot * entries + first) * row
             if address % ALIGNMENT:
                 address = graph.scratch(name, size)
                 copies.append((address, place))

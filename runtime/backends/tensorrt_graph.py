@@ -16,10 +16,9 @@ from .device_rows import Tensor
 
 
 class Graph:
-    """A graph's engine, with a context for each of its profiles; for one thread."""
+    """A graph's engine and what it runs in; for one thread."""
 
     def __init__(self, trt: Any, runtime: Any, path: Path, memory: DeviceMemory) -> None:
-        self.memory = memory
         self._trt, self._path = trt, path
         self._engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
@@ -29,8 +28,9 @@ class Graph:
         self._inputs = {
             name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
         }
-        self._contexts: dict[int, _Context] = {}
+        self._contexts: dict[int, Context] = {}
         self._room: dict[str, tuple[int, int]] = {}  # address and size
+        self.memory = memory  # the last attribute, so that contexts are gone before their memory is
 
     def ranges(self, name: str) -> list[tuple[int, int]]:
         """The least and the most that an input's first size may be, by profile."""
@@ -64,13 +64,13 @@ class Graph:
 
     def shape_of(self, output: str, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
         """Of an output, for these inputs."""
-        context = self._context(0)
+        context = self.context()
         self._set_shapes(context, tensors)
         return tuple(context.made.get_tensor_shape(output))
 
-    def enqueue(self, tensors: Mapping[str, Tensor], profile: int = 0) -> None:
+    def enqueue(self, tensors: Mapping[str, Tensor], context: Context | None = None) -> None:
         """Puts a call into the stream; `tensors` are all inputs and outputs."""
-        context = self._context(profile)
+        context = context or self.context()
         self._set_shapes(context, tensors)
         for name, tensor in tensors.items():
             if context.addresses.get(name) == tensor.address:
@@ -79,14 +79,38 @@ class Graph:
                 raise RuntimeError(f"{self._path.name} takes no {name} at {tensor.address:#x}")
             context.addresses[name] = tensor.address
         if not context.made.execute_async_v3(self.memory.stream):
+            self.memory.check()
             raise RuntimeError(f"{self._path.name} did not run; TensorRT's log says why")
 
-    def capturable(self, profile: int) -> bool:
+    def capturable(self, context: Context) -> bool:
         """Whether a call, made once, can be recorded in the stream."""
-        asked = getattr(self._context(profile).made, "is_stream_capturable", None)
+        asked = getattr(context.made, "is_stream_capturable", None)
         return asked is None or bool(asked(self.memory.stream))  # all of the full TensorRT's can be
 
-    def _set_shapes(self, context: _Context, tensors: Mapping[str, Tensor]) -> None:
+    def context(self, profile: int = 0) -> Context:
+        """The profile's, for calls of any shapes that are not recorded."""
+        if profile not in self._contexts:
+            self._contexts[profile] = self.new_context(profile)
+        return self._contexts[profile]
+
+    def new_context(self, profile: int) -> Context:
+        """For a recording, which is of use only as long as its context meets no other shapes.
+
+        MemoryError if there is no memory for it.
+        """
+        made = self._created()
+        if made is None:
+            self.memory.check()
+            raise MemoryError(f"TensorRT has no memory to run {self._path.name}")
+        size = self._shared_size()
+        made.set_device_memory(self.scratch("", size), size)
+        if not made.set_optimization_profile_async(profile, self.memory.stream):
+            self.memory.check()
+            raise RuntimeError(f"{self._path.name} has no profile {profile}")
+        self.memory.wait()
+        return Context(made)
+
+    def _set_shapes(self, context: Context, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             if name not in self._inputs or context.shapes.get(name) == tensor.shape:
                 continue
@@ -95,19 +119,6 @@ class Graph:
                 shape = list(tensor.shape)
                 raise ValueError(f"{self._path.name} was not built for {name} of shape {shape}")
             context.shapes[name] = tensor.shape
-
-    def _context(self, profile: int) -> _Context:
-        if profile not in self._contexts:
-            made = self._created()
-            if made is None:
-                raise MemoryError(f"TensorRT has no memory to run {self._path.name}")
-            size = self._shared_size()
-            made.set_device_memory(self.scratch("", size), size)
-            if not made.set_optimization_profile_async(profile, self.memory.stream):
-                raise RuntimeError(f"{self._path.name} has no profile {profile}")
-            self.memory.wait()
-            self._contexts[profile] = _Context(made)
-        return self._contexts[profile]
 
     def _created(self) -> Any:
         """A context without memory: all of a graph share one block, as their calls take turns."""
@@ -128,7 +139,7 @@ class Graph:
 
 
 @dataclass(eq=False)
-class _Context:
+class Context:
     """An execution context, and what it was told last."""
 
     made: Any

@@ -16,6 +16,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from nuwa import plugins_trt
+from nuwa.spec.engines import TENSORRT
+
 RANDOM = "nuwa.random_bundles"  # entry points: (preset, folder, precision) -> a bundle there
 EXTRA = "needs `pip install 'nuwa-runtime[export]'`"
 
@@ -34,15 +37,28 @@ def export(checkpoint: Path, out: Path, precision: str) -> Path:
 
 
 def with_engines(bundle: Path, out: Path, runtime: str, slots: int, rows: Sequence[int]) -> Path:
-    """The bundle's files in the folder `out` as well, with engines for these ranges of rows."""
+    """The bundle's files in the folder `out` as well, with engines for these ranges of rows.
+
+    For TensorRT with the plugins, where they were built; the engines' record tells whether.
+    """
     _link(bundle, out)
     words = ["build-engines", str(out), "--runtime", runtime, "--slots", str(slots)]
+    if runtime == TENSORRT:
+        words += _plugins()
     try:
         _run(["nuwa.runtime", *words, "--rows", *map(str, rows)], f"building engines of {bundle}")
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
         raise
     return out
+
+
+def _plugins() -> list[str]:
+    """What has engines built with the plugins; nothing where there are none."""
+    try:
+        return ["--plugins", str(plugins_trt.library())]
+    except FileNotFoundError:
+        return []
 
 
 def _link(bundle: Path, out: Path) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
+import logging
+import re
 import shutil
 
 import pytest
 
 pytest.importorskip("tensorrt_rtx")
 
+from nuwa.export.bundle import export_bundle  # noqa: E402
 from nuwa.export.engines import EngineError, EngineOptions, build_engines, size_ranges  # noqa: E402
+from nuwa.export.engines_cli import command as build_command  # noqa: E402
 from nuwa.runtime.cli import main  # noqa: E402
 from nuwa.runtime.engine import (  # noqa: E402
     MOST_ROWS,
@@ -18,8 +23,17 @@ from nuwa.runtime.engine import (  # noqa: E402
     condition_slots,
     usual_rows,
 )
-from nuwa.spec.engines import ENGINES, EngineKey, find_engines, graphs_hash  # noqa: E402
+from nuwa.spec.config import preset  # noqa: E402
+from nuwa.spec.engines import (  # noqa: E402
+    ENGINES,
+    MOST_SORTED,
+    EngineKey,
+    find_engines,
+    graphs_hash,
+)
 from nuwa.spec.manifest import MANIFEST, BundleError, Manifest, file_hash  # noqa: E402
+
+from ..conftest import make_tiny_checkpoint  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +70,52 @@ def test_every_graph_gets_an_engine_that_is_found_again(bundle, manifest, built)
         assert (folder / name).stat().st_size > 10_000
     with pytest.raises(BundleError, match="for sm_89, sm_120, and this GPU is sm_86"):
         find_engines(bundle, EngineKey("tensorrt-rtx", *_rest(wanted, "sm_86")), 2)
+
+
+@pytest.mark.slow
+def test_half_precision_and_as_many_codes_as_base_has_build_without_a_warning(tmp_path, caplog):
+    """A profile that asks TopK for more than it can is no more than a warning, and fails later."""
+    codes = preset("base").image.codebook_size
+    assert codes > MOST_SORTED
+    make_tiny_checkpoint(tmp_path / "checkpoint", codes=codes)
+    manifest = export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", precision="fp16")
+    options = EngineOptions(targets=("sm_89",), slots=2, rows=(1, 32))
+    with caplog.at_level(logging.WARNING, "nuwa.export"):
+        _, record = build_engines(tmp_path / "bundle", options)
+    assert set(record.files) == {f"{graph}.engine" for graph in manifest.graphs}
+    assert warned(caplog) == []
+
+
+def warned(caplog) -> list[str]:
+    """Of TensorRT: PyTorch says things while it exports, too."""
+    return [each.getMessage() for each in caplog.records if each.name == "nuwa.export"]
+
+
+def test_what_tensorrt_warns_of_is_told(bundle, monkeypatch, caplog, tmp_path):
+    """Here of a profile for a longer sort than there are codes."""
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy, ignore=shutil.ignore_patterns(ENGINES))
+    monkeypatch.setattr("nuwa.export.engines.widest_sort", lambda codes: 2 * MOST_SORTED)
+    with caplog.at_level(logging.WARNING, "nuwa.export"):
+        build_engines(copy, EngineOptions(targets=("sm_89",), rows=(1,)))
+    assert any("kMAX values are not self-consistent" in message for message in warned(caplog))
+
+
+def test_what_a_bundle_without_engines_tells_to_do_can_be_done(tmp_path):
+    for wanted in (
+        EngineKey("tensorrt-rtx", "1.7.1.116", ("sm_89",), None, "ab" * 32),
+        EngineKey("tensorrt", "11.4.0.106", ("sm_90",), 1, "ab" * 32),
+        EngineKey("tensorrt", "11.4.0.106", ("sm_90",), None, "ab" * 32),
+    ):
+        with pytest.raises(BundleError) as raised:
+            find_engines(tmp_path, wanted, 8)
+        (words,) = re.findall("`nuwa build-engines (.*)`", str(raised.value))
+        parser = argparse.ArgumentParser()
+        build_command(parser)
+        given = parser.parse_args(words.split())
+        assert (given.runtime, given.slots) == (wanted.runtime, 8)
+        assert (given.plugins is not None) == (wanted.plugin_abi is not None)
+        EngineOptions(given.runtime, tuple(given.target), given.slots, tuple(given.rows))
 
 
 def _rest(key: EngineKey, target: str) -> tuple:
@@ -141,6 +201,15 @@ def test_profiles_are_for_what_the_runtime_asks(manifest):
     assert many[-1][2] == usual
     for (_, _, before), (least, best, most) in itertools.pairwise(many):
         assert least == before + 1 and best == most <= max(4 * before, 16)
+
+
+def test_no_profile_sorts_more_than_a_topk_can(manifest):
+    own = manifest.config.image.codebook_size
+    for codes, most in ((own, own), (MOST_SORTED, MOST_SORTED), (12288, MOST_SORTED)):
+        image = dataclasses.replace(manifest.config.image, codebook_size=codes)
+        config = dataclasses.replace(manifest.config, image=image)
+        ranges = size_ranges("decoder_step", config, 1, (1, 16))
+        assert {each["W"] for each in ranges} == {(1, 1, most)}
 
 
 def test_large_weights_count_as_their_graphs(manifest):

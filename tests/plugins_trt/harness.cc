@@ -253,4 +253,16 @@ int harness_enqueue(IPluginV3* plugin, int inputs, const int* types, const int* 
   for (void* memory : allocated) cudaFree(memory);
   return status;
 }
+
+// Puts a call onto a stream: `from` and `to` are on the GPU. Neither allocates nor waits.
+int harness_launch(IPluginV3* plugin, int inputs, const int* types, const int* ranks,
+                   const std::int64_t* sizes, const void* const* from, int outputs,
+                   void* const* to, cudaStream_t stream) {
+  const auto tensors = descriptions(inputs, types, ranks, sizes);
+  const std::vector<PluginTensorDesc> made(outputs);
+  const int status =
+      runtime(plugin)->onShapeChange(tensors.data(), inputs, made.data(), outputs);
+  if (status) return status;
+  return runtime(plugin)->enqueue(tensors.data(), made.data(), from, to, nullptr, stream);
+}
 }

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 import subprocess
 from ctypes import POINTER, Structure, byref, c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import numpy as np
-import pytest
+
+from .needs import compiler
 
 FOLDER = Path(__file__).parents[2] / "plugins_trt"
 STORAGES = ("fp32", "fp16", "bf16")
@@ -29,11 +29,17 @@ class Call(Structure):
 
 class NativeAttention:
     def __init__(self, folder: Path) -> None:
-        compiler = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-        if compiler is None:
-            pytest.skip("no C++ compiler")
         path = folder / "libnuwa_attention_cpu.so"
-        command = [compiler, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+        command = [
+            compiler(),
+            "-std=c++17",
+            "-O2",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-shared",
+            "-fPIC",
+        ]
         subprocess.run([*command, "-o", path, FOLDER / "attention_cpu.cc"], check=True, timeout=120)
         self._library = ctypes.CDLL(str(path))
         self._library.nuwa_attend_on_cpu.restype = c_char_p

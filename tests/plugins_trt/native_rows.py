@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import pytest
+from .needs import compiler
 
 FOLDER = Path(__file__).parents[2] / "plugins_trt"
 
@@ -17,12 +17,11 @@ FOLDER = Path(__file__).parents[2] / "plugins_trt"
 @functools.cache
 def rows_library() -> Path:
     """Skips the test where there is no C++ compiler."""
-    compiler = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if compiler is None:
-        pytest.skip("no C++ compiler")
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = folder / "libnuwa_rows_cpu.so"
     flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    subprocess.run([compiler, *flags, "-o", path, FOLDER / "rows_cpu.cc"], check=True, timeout=120)
+    subprocess.run(
+        [compiler(), *flags, "-o", path, FOLDER / "rows_cpu.cc"], check=True, timeout=120
+    )
     return path

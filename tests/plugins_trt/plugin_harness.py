@@ -1,7 +1,7 @@
 """harness.cc from Python: a plugin library that is called as TensorRT calls it.
 
 The library and the harness are built with nvcc and TensorRT's headers, those of TENSORRT_ROOT or of
-the wheel kernel-lens; where either is missing, tests are skipped.
+the wheel kernel-lens; what happens where either is missing is in needs.py.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-import shutil
 import subprocess
-from ctypes import byref, c_char_p, c_int, c_void_p
+from ctypes import byref, c_char_p, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pytest
+
+from .calls import Sizes
+from .calls import Tensors as Arrays
+from .needs import lacking, tools
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "plugins_trt"
@@ -33,13 +35,13 @@ _INDICES = ("slot", "write_index", "neighbours")
 
 
 def headers() -> Path:
-    """TensorRT's; skips the test where there are none."""
+    """TensorRT's."""
     if root := os.environ.get("TENSORRT_ROOT"):
         inner = Path(root) / "include"
         return inner if (inner / "NvInfer.h").exists() else Path(root)
     found = importlib.util.find_spec("kernel_lens")
     if found is None or not found.submodule_search_locations:
-        pytest.skip("no TensorRT headers: set TENSORRT_ROOT, or install kernel-lens")
+        lacking("no TensorRT headers: set TENSORRT_ROOT, or install kernel-lens")
     return Path(found.submodule_search_locations[0]) / "include" / "tensorrt"
 
 
@@ -50,8 +52,7 @@ def built_library(architectures: str = "90") -> Path:
 
 def built(target: str, architectures: str, **options: object) -> Path:
     """A library of plugins_trt by its target in CMake."""
-    if not (shutil.which("nvcc") and shutil.which("cmake")):
-        pytest.skip("no nvcc or no cmake, so no CUDA libraries")
+    tools("nvcc", "cmake")
     folder = BUILD / architectures.replace(";", "_")
     options |= {"CMAKE_CUDA_ARCHITECTURES": architectures, "CMAKE_BUILD_TYPE": "Release"}
     for command in (
@@ -74,6 +75,7 @@ def visible(library: Path) -> set[str]:
 def built_harness() -> Path:
     source, target = Path(__file__).with_name("harness.cc"), BUILD / "libharness.so"
     if not target.exists() or target.stat().st_mtime < source.stat().st_mtime:
+        tools("nvcc")
         target.parent.mkdir(parents=True, exist_ok=True)
         flags = ["-std=c++17", "-O1", "-Xcompiler", "-fPIC,-Wno-deprecated-declarations", "-shared"]
         command = ["nvcc", *flags, "-isystem", headers(), "-o", target, source, "-ldl"]
@@ -96,7 +98,7 @@ class Tensors:
             len(self.types),
             (c_int * len(self.types))(*self.types),
             (c_int * len(ranks))(*ranks),
-            (ctypes.c_int64 * len(sizes))(*sizes),
+            (c_int64 * len(sizes))(*sizes),
         )
 
 
@@ -129,6 +131,26 @@ def tensors(
     names = [each for each in INPUTS[name] if bias or each != "bias"]
     kinds = [TYPES["int32" if each in _INDICES else storage] for each in names]
     return Tensors(kinds, [shapes[each] for each in names])
+
+
+def tensors_of(name: str, storage: str, sizes: Sizes) -> Tensors:
+    """Inputs of an operator that has a call of these sizes."""
+    return tensors(
+        name,
+        storage,
+        rows=sizes.rows,
+        slots=sizes.slots,
+        entries=sizes.entries,
+        columns=sizes.neighbours,
+        heads=sizes.heads,
+        head_dim=sizes.head_dim,
+        bias=sizes.bias,
+    )
+
+
+def inputs_of(name: str, sizes: Sizes) -> list[str]:
+    """Their names, in order."""
+    return [each for each in INPUTS[name] if sizes.bias or each != "bias"]
 
 
 class Harness:
@@ -181,3 +203,55 @@ class Harness:
             self.c.harness_supports(plugin, position, inputs, outputs, kinds, layouts)
             for position in range(len(types))
         )
+
+    def attached(self, name: str, heads: int, tactic: int = 0) -> c_void_p:
+        """A plugin as it runs in TensorRT: a copy that belongs to a context."""
+        made = self.create(name, heads)
+        assert made is not None, self.log()
+        assert self.c.harness_set_tactic(made, tactic) == 0
+        plugin = c_void_p(self.c.harness_attach(made))
+        self.c.harness_delete(made)
+        return plugin
+
+    def enqueue(
+        self,
+        name: str,
+        storage: str,
+        sizes: Sizes,
+        kept: Arrays,
+        *,
+        in_place: bool = True,
+        tactic: int = 0,
+    ) -> list[np.ndarray]:
+        """Runs a call on a GPU; the outputs, as stored."""
+        inputs = [np.ascontiguousarray(kept[each]) for each in inputs_of(name, sizes)]
+        outputs = [np.empty_like(kept["query"])]
+        if self.outputs(name) > 1:
+            outputs += [np.empty_like(kept["key"]), np.empty_like(kept["value"])]
+        plugin = self.attached(name, sizes.heads, tactic)
+        status = self.c.harness_enqueue(
+            plugin,
+            *tensors_of(name, storage, sizes).arguments,
+            (c_void_p * len(inputs))(*(array.ctypes.data for array in inputs)),
+            len(outputs),
+            (c_void_p * len(outputs))(*(array.ctypes.data for array in outputs)),
+            (c_int64 * len(outputs))(*(array.nbytes for array in outputs)),
+            c_int(in_place),
+        )
+        self.c.harness_delete(plugin)
+        assert status == 0, f"error {status}: {self.log()}"
+        return outputs
+
+    def launch(
+        self, plugin: c_void_p, given: Tensors, inputs: list[int], outputs: list[int], stream: int
+    ) -> None:
+        """Puts a call onto a stream; inputs, outputs: addresses on the GPU."""
+        status = self.c.harness_launch(
+            plugin,
+            *given.arguments,
+            (c_void_p * len(inputs))(*inputs),
+            len(outputs),
+            (c_void_p * len(outputs))(*outputs),
+            c_void_p(stream),
+        )
+        assert status == 0, f"error {status}: {self.log()}"

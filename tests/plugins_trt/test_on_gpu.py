@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-from ctypes import c_int64, c_void_p
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from nuwa.spec.reference import cached_nearby_attention, nearby_attention
-
+from .calls import SIZES, TOLERANCES, Sizes, drawn, errors, exact, read, stored
 from .native_attention import STORAGES, NativeAttention
-from .plugin_harness import INPUTS, Harness, built_library, tensors
-from .test_attention import SIZES, TOLERANCES, Sizes, drawn, read, stored
+from .plugin_harness import ROOT, Harness, built_library
 
 pytestmark = pytest.mark.gpu
 
@@ -27,42 +26,6 @@ def native(tmp_path_factory):
     return NativeAttention(tmp_path_factory.mktemp("attention"))
 
 
-def enqueue(harness, name, storage, sizes, kept, *, in_place=True, tactic=0):
-    """The outputs, as stored."""
-    given = tensors(
-        name,
-        storage,
-        rows=sizes.rows,
-        slots=sizes.slots,
-        entries=sizes.entries,
-        columns=sizes.neighbours,
-        heads=sizes.heads,
-        head_dim=sizes.head_dim,
-        bias=sizes.bias,
-    )
-    names = [each for each in INPUTS[name] if sizes.bias or each != "bias"]
-    inputs = [np.ascontiguousarray(kept[each]) for each in names]
-    outputs = [np.empty_like(kept["query"])]
-    if name == "CachedNearbyAttention":
-        outputs += [np.empty_like(kept["key"]), np.empty_like(kept["value"])]
-    made = harness.create(name, sizes.heads)
-    assert harness.c.harness_set_tactic(made, tactic) == 0
-    plugin = c_void_p(harness.c.harness_attach(made))  # what runs in TensorRT is a copy
-    harness.c.harness_delete(made)
-    status = harness.c.harness_enqueue(
-        plugin,
-        *given.arguments,
-        (c_void_p * len(inputs))(*(array.ctypes.data for array in inputs)),
-        len(outputs),
-        (c_void_p * len(outputs))(*(array.ctypes.data for array in outputs)),
-        (c_int64 * len(outputs))(*(array.nbytes for array in outputs)),
-        ctypes.c_int(in_place),
-    )
-    harness.c.harness_delete(plugin)
-    assert status == 0, harness.log()
-    return outputs
-
-
 MANY = (
     *SIZES,
     Sizes(98, 1, 800, 27, 20, 64),
@@ -74,9 +37,9 @@ MANY = (
 @pytest.mark.parametrize("sizes", MANY)
 def test_attention(harness, native, sizes, storage):
     kept, meant = stored(native, drawn(sizes, writes=False), storage)
-    (out,) = enqueue(harness, "NearbyAttention", storage, sizes, kept)
-    wanted = nearby_attention(**meant, heads=sizes.heads)
-    error = np.abs(read(native, out, storage) - wanted).max()
+    (out,) = harness.enqueue("NearbyAttention", storage, sizes, kept)
+    (wanted,) = exact(meant, sizes.heads)
+    error = np.abs(read(out, storage) - wanted).max()
     assert error <= TOLERANCES[storage] * max(1.0, np.abs(wanted).max())
 
 
@@ -86,15 +49,27 @@ def test_attention(harness, native, sizes, storage):
 def test_cached_attention(harness, native, sizes, storage, tactic, in_place):
     kept, meant = stored(native, drawn(sizes, seed=1), storage)
     how = {"tactic": tactic, "in_place": in_place}
-    out, key, value = enqueue(harness, "CachedNearbyAttention", storage, sizes, kept, **how)
-    cache = {name: meant.pop(name) for name in ("key", "value")}
-    wanted, *caches = cached_nearby_attention(
-        **meant, key_cache=cache["key"], value_cache=cache["value"], heads=sizes.heads
-    )
-    error = np.abs(read(native, out, storage) - wanted).max()
+    out, *made = harness.enqueue("CachedNearbyAttention", storage, sizes, kept, **how)
+    wanted, *caches = exact(meant, sizes.heads)
+    error = np.abs(read(out, storage) - wanted).max()
     assert error <= TOLERANCES[storage] * max(1.0, np.abs(wanted).max())
-    for made, expected in zip((key, value), caches, strict=True):
-        assert (read(native, made, storage) == expected).all()
+    for cache, expected in zip(made, caches, strict=True):
+        assert (read(cache, storage) == expected).all()
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("name", ["NearbyAttention", "CachedNearbyAttention"])
+def test_errors_are_at_most_twice_those_of_plain_pytorch(harness, native, name, sizes, storage):
+    pytest.importorskip("torch")
+    ours = plain = 0.0
+    for seed in range(5):
+        tensors = drawn(sizes, seed, writes=name == "CachedNearbyAttention")
+        kept, meant = stored(native, tensors, storage)
+        out, *_ = harness.enqueue(name, storage, sizes, kept)
+        own, theirs = errors(out, meant, storage, sizes.heads)
+        ours, plain = max(ours, own), max(plain, theirs)
+    assert ours <= 2 * plain
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -102,12 +77,25 @@ def test_a_row_does_not_depend_on_the_others_nor_on_the_tactic(harness, native, 
     sizes = Sizes(40, 3, 90, 27, 4, 64, bias=True)
     kept, _ = stored(native, drawn(sizes, seed=2), storage)
     name = "CachedNearbyAttention"
-    outs = [enqueue(harness, name, storage, sizes, kept, tactic=tactic)[0] for tactic in (1, 2)]
+    outs = [harness.enqueue(name, storage, sizes, kept, tactic=tactic)[0] for tactic in (1, 2)]
     assert (outs[0] == outs[1]).all()
-    _, key, value = enqueue(harness, name, storage, sizes, kept)
+    _, key, value = harness.enqueue(name, storage, sizes, kept)
     later = kept | {"key": key, "value": value}
     for row in (0, 17, 39):
         own = later | {each: later[each][row : row + 1] for each in ("query", "slot", "neighbours")}
         one = Sizes(1, 3, 90, 27, 4, 64, bias=True)
-        (alone,) = enqueue(harness, "NearbyAttention", storage, one, own)
+        (alone,) = harness.enqueue("NearbyAttention", storage, one, own)
         assert (alone[0] == outs[0][row]).all()
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "initcheck", "racecheck", "synccheck"])
+def test_compute_sanitizer_finds_nothing(harness, tool):
+    """In the tests above; the harness is built before, so that only they are watched."""
+    if shutil.which("compute-sanitizer") is None:
+        pytest.skip("no compute-sanitizer on PATH")
+    watch = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+    tests = [__file__, "-m", "gpu", "-k", "test_attention or test_cached_attention", "-q"]
+    command = [*watch, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert " passed" in done.stdout

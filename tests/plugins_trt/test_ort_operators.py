@@ -6,7 +6,6 @@ What they compute there is attention_cpu.cc; on a GPU the same source calls the 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -18,9 +17,10 @@ onnx = pytest.importorskip("onnx")
 
 from nuwa.export.operators import CACHED, NEARBY, function, schemas  # noqa: E402
 
+from .calls import Sizes, drawn, stored  # noqa: E402
 from .native_attention import FOLDER, NativeAttention  # noqa: E402
+from .needs import compiler  # noqa: E402
 from .plugin_harness import built, visible  # noqa: E402
-from .test_attention import Sizes, drawn, stored  # noqa: E402
 
 TYPES = {
     "fp32": (onnx.TensorProto.FLOAT, np.float32),
@@ -52,14 +52,11 @@ def root():
 @pytest.fixture(scope="module")
 def library(root, tmp_path_factory):
     """The operators for the CPU provider."""
-    compiler = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if compiler is None:
-        pytest.skip("no C++ compiler")
     path = tmp_path_factory.mktemp("operators") / "libnuwa_operators_cpu.so"
     flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter", "-DNUWA_ON_CPU"]
     flags += ["-shared", "-fPIC", "-fvisibility=hidden", "-isystem", root / "include"]
     sources = [FOLDER / "ort_operators.cc", FOLDER / "attention_cpu.cc"]
-    subprocess.run([compiler, *flags, "-o", path, *sources], check=True, timeout=300)
+    subprocess.run([compiler(), *flags, "-o", path, *sources], check=True, timeout=300)
     return path
 
 

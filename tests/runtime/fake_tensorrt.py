@@ -1,19 +1,29 @@
 """A TensorRT whose engines are ONNX files that ONNX Runtime runs on the CPU, where its memory is.
 
-As strict as TensorRT about shapes, profiles, alignment, and outputs in the place of inputs, which
-only plugins may have; a test compares its names with those of TensorRT-RTX.
+As strict as TensorRT about shapes, profiles, alignment, outputs in the place of inputs, which only
+plugins may have, and recordings, whose contexts must stay as they were; a test compares its names
+with those of TensorRT and of TensorRT-RTX.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
+import itertools
 import json
+import shutil
+import subprocess
+import tempfile
+import types
+import weakref
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
+import pytest
 
-from nuwa.runtime.backends.device_memory import ALIGNMENT
+from nuwa.runtime.backends.device_memory import ALIGNMENT, HostMemory
 from nuwa.spec.engines import (
     ENGINES,
     RECORD,
@@ -32,7 +42,39 @@ TYPES = {
 }
 ROWS = (1, 8, 64, 300)  # the upper ends of decoder_step's profiles
 FRAMES = 3  # of a call
+SORTED = 10_000  # the most candidates
 MEMORY = 1000  # bytes that a context needs
+PLUGIN_ABI = 7
+
+_streams = itertools.count(1)
+_memories: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()
+
+
+class Memory(HostMemory):
+    """One that engines find by its stream, in which they put their work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stream = next(_streams)
+        _memories[self.stream] = self
+
+    @property
+    def recording(self) -> bool:
+        return self._recorded is not None
+
+
+@functools.cache
+def plugin_library() -> Path:
+    """A library that says which version of the plugins it is, and no more."""
+    compiler = next(filter(shutil.which, ("cc", "gcc", "clang", "c++", "g++")), None)
+    if compiler is None:
+        pytest.skip("no C compiler")
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    source, library = folder / "plugins.c", folder / "libplugins.so"
+    source.write_text(f"int nuwa_plugin_abi_version(void) {{ return {PLUGIN_ABI}; }}\n")
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], check=True, timeout=60)
+    return library
 
 
 def with_engines(bundle: Path, runtime: str, *, slots: int, plugin_abi: int | None = None) -> Path:
@@ -44,7 +86,15 @@ def with_engines(bundle: Path, runtime: str, *, slots: int, plugin_abi: int | No
     files = {}
     for graph in manifest.graphs:
         path = folder / engine_file(graph)
-        path.write_text(json.dumps({"graph": graph, "path": str(bundle / graph_file(graph))}))
+        path.write_text(
+            json.dumps(
+                {
+                    "graph": graph,
+                    "path": str(bundle / graph_file(graph)),
+                    "plugins": plugin_abi is not None,
+                }
+            )
+        )
         files[path.name] = file_hash(path)
     record = EngineRecord(key, slots, ROWS, False, files, "2026-11-21T00:00:00+00:00")
     (folder / RECORD).write_text(record.to_json())
@@ -90,13 +140,17 @@ class Context:
         self.profile: int | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
+        self._changes = 0
+        self._run_at = -1  # how many changes there were when it last ran
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        self._changes += 1
         self.profile = profile
         return 0 <= profile < self.engine.num_optimization_profiles
 
     def set_device_memory(self, address: int, size: int) -> None:
         assert size >= MEMORY and not address % ALIGNMENT
+        self._changes += 1
         self.memory = address
 
     def is_stream_capturable(self, stream: int) -> bool:
@@ -108,10 +162,12 @@ class Context:
         least, _, most = self.engine.get_tensor_profile_shape(name, self.profile)
         if len(shape) != len(least):
             return False
+        self._changes += 1
         self.shapes[name] = tuple(shape)
         return all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        self._changes += 1
         self.addresses[name] = address
         return name in self.engine.names and address > 0 and not address % ALIGNMENT
 
@@ -120,31 +176,49 @@ class Context:
         return self.engine.output_shape(name, self.shapes)
 
     def execute_async_v3(self, stream: int) -> bool:
-        engine = self.engine
-        missing = engine.names - self.addresses.keys()
+        """Puts a call into the stream; one that is recorded was made before."""
+        memory, changes = _memories[stream], self._changes
+        assert not memory.recording or self._run_at == changes, "it has not run like this before"
+
+        def work() -> None:
+            assert self._changes == changes, "its context has changed since it was recorded"
+            self._run_at = changes
+            self._execute()
+
+        memory.put(work)
+        return True
+
+    def _execute(self) -> None:
+        engine, addresses = self.engine, self.addresses
+        missing = engine.names - addresses.keys()
         assert not missing, f"no address for {missing}"
         assert self.memory, "no memory to run in"
         read, written = (
-            {self.addresses[name] for name in each} for each in (engine.inputs, engine.outputs)
+            {addresses[name] for name in each} for each in (engine.inputs, engine.outputs)
         )
-        assert not read & written, "only plugins may write where they read"
+        aliased = [name for name in engine.inputs if f"{name}_out" in engine.outputs]
+        for name in aliased if engine.plugins else []:
+            assert addresses[name] == addresses[f"{name}_out"], (
+                f"{name} is written where it is read"
+            )
+        shared = {addresses[name] for name in aliased} if engine.plugins else set()
+        assert read & written == shared, "only plugins may write where they read"
         given = {}
         for name, kind in engine.inputs.items():
-            given[name] = _at(self.addresses[name], self.shapes[name], kind).copy()
+            given[name] = _at(addresses[name], self.shapes[name], kind).copy()
         names = list(engine.outputs)
         for name, array in zip(names, engine.session.run(names, given), strict=True):
-            _at(self.addresses[name], array.shape, engine.outputs[name])[...] = array
+            _at(addresses[name], array.shape, engine.outputs[name])[...] = array
         engine.runs += 1
-        return True
 
 
 class Engine:
-    def __init__(self, graph: str, path: str) -> None:
+    def __init__(self, graph: str, path: str, plugins: bool) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
         self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self.graph, self.runs = graph, 0
+        self.graph, self.plugins, self.runs = graph, plugins, 0
         self.inputs = {each.name: TYPES[each.type] for each in self.session.get_inputs()}
         self.outputs = {each.name: TYPES[each.type] for each in self.session.get_outputs()}
         self.names = self.inputs.keys() | self.outputs.keys()
@@ -165,7 +239,7 @@ class Engine:
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
         rows = (1, *(most + 1 for most in ROWS))[profile], ROWS[profile]
-        sizes = {"T": rows, "B": (1, FRAMES)}
+        sizes = {"T": rows, "B": (1, FRAMES), "W": (1, SORTED)}
         (shape,) = [each.shape for each in self.session.get_inputs() if each.name == name]
         ranges = [sizes.get(s, (1, 10_000)) if isinstance(s, str) else (s, s) for s in shape]
         low, high = (tuple(each) for each in zip(*ranges, strict=True))
@@ -199,10 +273,32 @@ class Runtime:
             return None
 
 
+class IPluginRegistry:
+    """As of one process; `loaded` are the libraries."""
+
+    def __init__(self) -> None:
+        self.all_creators = [types.SimpleNamespace(name="ROIAlign_TRT", plugin_namespace="")]
+        self.loaded: list[str] = []
+
+    def load_library(self, path: str) -> None:
+        assert Path(path) == plugin_library()
+        assert path not in self.loaded, "TensorRT refuses what it has"
+        self.loaded.append(path)
+        for name in ("NearbyAttention", "CachedNearbyAttention"):
+            self.all_creators.append(types.SimpleNamespace(name=name, plugin_namespace="nuwa"))
+
+
+REGISTRY = IPluginRegistry()
+
+
 class FakeTensorRt:
     __version__ = "10.20.0.1"
     ILogger, Runtime, TensorIOMode = ILogger, Runtime, TensorIOMode
     ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
+
+    @staticmethod
+    def get_plugin_registry() -> IPluginRegistry:
+        return REGISTRY
 
 
 class FakeTensorRtx(FakeTensorRt):

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import dataclasses
 import functools
 import gc
 import shutil
+import tempfile
 import threading
 import time
 import types
 import weakref
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from nuwa import plugins_trt
 from nuwa.runtime.backends import native_cpu, native_library
 from nuwa.runtime.backends.base import Lane, Part
 from nuwa.runtime.backends.cores import Cores
@@ -27,7 +31,8 @@ from nuwa.runtime.backends.native_library import LEVELS
 from nuwa.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from nuwa.runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda
 from nuwa.runtime.backends.step_batch import CrossColumns, StepBatch, assemble
-from nuwa.runtime.bundle import open_bundle
+from nuwa.runtime.backends.tensorrt import TensorRt, TensorRtRtx
+from nuwa.runtime.bundle import Bundle, open_bundle
 from nuwa.runtime.errors import UnavailableError
 from nuwa.runtime.sequence import Sequence
 from nuwa.spec.conditions import ConditionLayout, visual_neighbours, visual_window
@@ -38,6 +43,8 @@ from nuwa.spec.plan import decode_plan
 from nuwa.spec.sampling import Sampling
 
 from ..plugins_trt.native_rows import rows_library
+from . import fake_tensorrt
+from .fake_tensorrt import PLUGIN_ABI, FakeTensorRt, FakeTensorRtx, plugin_library, with_engines
 
 SLOTS, CONDITIONS = 6, 4
 PROMPTS = ("none", "a red digit 3 moves left to right on black", "word " * 30, "no " * 99)
@@ -56,7 +63,9 @@ def plain(plain_bundle):
 NATIVE = tuple(f"native level {level}" for level in LEVELS)
 # The CUDA backend with the CPU as its device, and tokens there, or on the host without kernels.
 ON_A_DEVICE, WITHOUT_KERNELS = "onnxruntime on a device", "onnxruntime on a device without kernels"
-KINDS = ("onnxruntime", ON_A_DEVICE, WITHOUT_KERNELS, *NATIVE)
+# TensorRT with ONNX files as its engines: caches in place, or copied back.
+WITH_PLUGINS, WITHOUT_PLUGINS = "tensorrt with plugins", "tensorrt-rtx"
+KINDS = ("onnxruntime", ON_A_DEVICE, WITHOUT_KERNELS, WITH_PLUGINS, WITHOUT_PLUGINS, *NATIVE)
 
 
 @pytest.fixture(params=KINDS)
@@ -81,6 +90,8 @@ def made_as(kind: str, bundle, **arguments):
         assert isinstance(made._rows, DeviceRows if kind == ON_A_DEVICE else HostTokens)
         made.caches, made.conditions = seen(made._caches), seen(made._conditions)
         return made
+    if kind in (WITH_PLUGINS, WITHOUT_PLUGINS):
+        return made_on_tensorrt(kind, bundle, **arguments)
     level = int(kind.split()[-1])
     if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
         pytest.skip("no C++ compiler, so no native decoder")
@@ -89,14 +100,46 @@ def made_as(kind: str, bundle, **arguments):
     return NativeCpu(bundle, **arguments, level=level)
 
 
+def made_on_tensorrt(kind: str, bundle, *, cache_slots: int, **arguments):
+    engined = with_all_engines(bundle.path, cache_slots // 2)
+    registry = mock.patch.object(fake_tensorrt, "REGISTRY", fake_tensorrt.IPluginRegistry())
+    arguments |= {"cache_slots": cache_slots, "kernels": rows_library()}
+    arguments["memory"] = fake_tensorrt.Memory
+    if kind == WITHOUT_PLUGINS:
+        made = TensorRtRtx(engined, module=FakeTensorRtx, **arguments)
+    else:
+        with registry, mock.patch.object(plugins_trt, "library", plugin_library):
+            made = TensorRt(engined, module=FakeTensorRt, **arguments)
+    assert bool(made._copied) == (kind == WITHOUT_PLUGINS)
+    made.caches, made.conditions = (
+        {name: at(each.address, each.shape, each.dtype) for name, each in tensors.items()}
+        for tensors in (made._caches, made._conditions)
+    )
+    return made
+
+
+@functools.cache
+def with_all_engines(path: Path, slots: int) -> Bundle:
+    """A copy of a bundle, with engines of both kinds."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    shutil.copytree(path, folder, dirs_exist_ok=True)
+    with_engines(folder, "tensorrt", slots=slots, plugin_abi=PLUGIN_ABI)
+    with_engines(folder, "tensorrt-rtx", slots=slots)
+    return open_bundle(folder)
+
+
+def at(address: int, shape: tuple[int, ...], kind) -> np.ndarray:
+    size = int(np.prod(shape)) * np.dtype(kind).itemsize
+    return np.frombuffer((ctypes.c_char * size).from_address(address), kind).reshape(shape)
+
+
 def seen(values: dict) -> dict[str, np.ndarray]:
     """The memory of OrtValues on the CPU."""
     arrays = {}
     for name, value in values.items():
         kind = np.dtype({"tensor(float)": "f4", "tensor(float16)": "f2"}[value.data_type()])
-        size = int(np.prod(value.shape())) * kind.itemsize
-        memory = (ctypes.c_char * size).from_address(value.data_ptr())
-        arrays[name] = np.frombuffer(memory, kind).reshape(value.shape())
+        arrays[name] = at(value.data_ptr(), value.shape(), kind)
     return arrays
 
 
@@ -203,7 +246,10 @@ def test_caches_are_written_in_place(bundle, backend):
     where = {name: array.ctypes.data for name, array in backend.caches.items()}
     parts = opened(backend, sequence(bundle, Lane(2, 1, 5), calls=4))
     backend.step(parts)
-    if not isinstance(backend, NativeCpu):
+    if isinstance(backend, TensorRt):
+        outputs = {name: backend._kept[f"{name}_out"].address for name in where}
+        assert (outputs == where) == (not backend._copied)
+    elif not isinstance(backend, NativeCpu):
         # The tokens and logits are bound after them.
         bound = [each.data_ptr() for each in backend._binding.get_outputs()[:-2]]
         names = [each.name for each in backend._decoder.get_outputs()][2:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import itertools
 import re
 import sys
 import types
@@ -109,6 +110,9 @@ def test_inputs_are_those_of_a_batch(crowd, padding):
             expected, array = getattr(batch, name), read(memory, tensor)
             assert array.dtype == expected.dtype, name
             rows_of = len(expected) if name in ("ranks", "cross_columns") else wanted
+            if name == "ranks":  # rounded up
+                assert len(array) == 1 << (len(expected) - 1).bit_length()
+                assert (array == np.arange(len(array))).all()
             np.testing.assert_array_equal(array[:rows_of], expected, err_msg=name)
             if padding and rows_of == wanted:
                 rest = array[wanted:]
@@ -240,8 +244,84 @@ def test_structs_are_as_large_as_the_librarys():
     assert library.nuwa_rows_call_size() == ctypes.sizeof(device_rows._Call)
 
 
+@pytest.mark.parametrize(
+    ("top_ks", "top_p", "width"),
+    [
+        ([1], 1.0, 1),
+        ([0, 3], 0.5, 4),
+        ([5, 17], 1.0, 32),
+        ([900], 1.0, 900),
+        ([0], 0.5, 900),
+        ([10_000], 1.0, 900),
+    ],
+)
+def test_candidates_are_rounded_up_to_few_sizes(top_ks, top_p, width):
+    config = dataclasses.replace(PLAIN, image=dataclasses.replace(PLAIN.image, codebook_size=900))
+    rows = DeviceRows(HostMemory(), rows_library(), config)
+    settings = [Sampling(top_k=k, top_p=top_p if k or len(top_ks) == 1 else 1.0) for k in top_ks]
+    streams = []
+    for sampling in settings:
+        streams.append(stream(config, np.random.default_rng(0)))
+        streams[-1].sampling = sampling
+        rows.open(streams[-1])
+    assert rows.begin([Part(each, 0, 2) for each in streams])["ranks"].shape == (width,)
+
+
+def test_a_stream_with_more_candidates_than_can_be_sorted_is_not_opened():
+    draw = np.random.default_rng(0)
+    rows = DeviceRows(HostMemory(), rows_library(), PLAIN, widest=100)
+    refused = stream(PLAIN, draw)
+    for sampling in (Sampling(top_k=101), Sampling(top_p=0.9)):
+        refused.sampling = sampling
+        with pytest.raises(ValueError, match="sort at most 100 of .* a top_k of 1 to 100, or"):
+            rows.open(refused)
+    assert not rows._streams
+    refused.sampling = Sampling(top_k=65, top_p=0.9)
+    rows.open(refused)
+    assert rows.begin([Part(refused, 0, 1)])["ranks"].shape == (100,)
+
+
+def test_a_recording_on_the_host_is_what_was_put_then():
+    """As a CUDA graph: with the sizes and addresses of then, and none of what the host did."""
+    draw, memory = np.random.default_rng(6), HostMemory()
+    rows = DeviceRows(memory, rows_library(), PLAIN)
+    first, second = (stream(PLAIN, draw) for _ in range(2))
+    rows.open(first)
+    rows.open(second)
+    tensors = rows.begin([Part(first, 3, 5)])
+    recorded = memory.record(rows.gather)
+    assert (read(memory, tensors["write_index"]) == 0x5A5A5A5A).all(), "it was not done"
+    rows.begin([Part(second, 7, 5)])  # lanes of another stream
+    rows._call.rows = 1
+    recorded.launch()
+    assert (read(memory, tensors["write_index"]) == second.rows.write_index[7:12]).all()
+    recorded.free()
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda memory, at: memory.allocate(8),
+        lambda memory, at: memory.free(at),
+        lambda memory, at: memory.upload(np.zeros(2, np.int32), at),
+        lambda memory, at: memory.download(at, np.zeros(2, np.int32)),
+        lambda memory, at: memory.wait(),
+        lambda memory, at: memory.record(lambda: None),
+    ],
+)
+def test_what_a_launch_would_not_do_is_not_recorded(work):
+    memory = HostMemory()
+    at = memory.allocate(8)
+    with pytest.raises(AssertionError, match="while recording"):
+        memory.record(lambda: work(memory, at))
+    memory.wait()  # the recording is over
+
+
 class Cuda:
-    """As much of cuda.bindings.runtime as CudaMemory calls; `fails` says which call fails how."""
+    """As much of cuda.bindings.runtime as CudaMemory calls; `fails` says which call fails how.
+
+    Memory of the device is numbers only, pinned memory is real.
+    """
 
     class cudaError_t:  # noqa: N801
         pass
@@ -259,17 +339,28 @@ class Cuda:
 
     def __init__(self, devices=2, **fails):
         names = ("cudaSuccess", "cudaErrorMemoryAllocation", "cudaErrorIllegalAddress")
-        self.cudaError_t = type(
-            "cudaError_t", (), {n: Status(n) for n in (*names, "cudaErrorNoDevice")}
-        )
+        names += ("cudaErrorNoDevice", "cudaErrorStreamCaptureUnsupported")
+        self.cudaError_t = type("cudaError_t", (), {n: Status(n) for n in names})
         self.devices, self.fails, self.calls = devices, fails, []
+        self.allocated, self.pinned = itertools.count(4096, 4096), {}
 
     def __getattr__(self, name):
         def call(*arguments):
             self.calls.append((name, *arguments))
             failed = self.fails.get(name)
             status = getattr(self.cudaError_t, failed or "cudaSuccess")
-            values = {"cudaGetDeviceCount": self.devices, "cudaMalloc": 4096}
+            if failed:
+                said = name == "cudaGetDeviceCount"
+                return (status, None) if said else (status,)
+            if name == "cudaMalloc":
+                return status, next(self.allocated)
+            if name == "cudaMallocHost":
+                memory = ctypes.create_string_buffer(*arguments)
+                self.pinned[ctypes.addressof(memory)] = memory
+                return status, ctypes.addressof(memory)
+            if name == "cudaFreeHost":
+                del self.pinned[arguments[0]]
+            values = {"cudaGetDeviceCount": self.devices, "cudaGetDevice": 1}
             values |= {"cudaStreamCreateWithFlags": 77, "cudaGetErrorString": b"so it says"}
             values |= {"cudaStreamEndCapture": "graph", "cudaGraphInstantiate": "made"}
             values |= (
@@ -280,6 +371,10 @@ class Cuda:
         if not name.startswith("cuda"):
             raise AttributeError(name)
         return call
+
+    def named(self, name):
+        """What was given to the calls of that name."""
+        return [arguments for called, *arguments in self.calls if called == name]
 
 
 class Status:
@@ -306,18 +401,74 @@ def test_memory_of_a_gpu_is_asked_for_in_one_stream(cuda):
     fake = cuda(Cuda())
     memory = CudaMemory(1)
     assert (memory.stream, memory.allocate(10)) == (77, 4096)
-    array = np.zeros(3, np.int32)
+    array = np.array([1, 2, 3], np.int32)
     memory.upload(array, 4096)
     memory.download(4096, array)
-    here = array.ctypes.data
+    ((pinned, memory_there),) = fake.pinned.items()
+    assert memory_there.raw[:12] == array.tobytes()
     assert fake.calls[1:] == [
         ("cudaSetDevice", 1),
         ("cudaStreamCreateWithFlags", 1),
         ("cudaMalloc", 10),
-        ("cudaMemcpyAsync", 4096, here, 12, 1, 77),
-        ("cudaMemcpyAsync", here, 4096, 12, 2, 77),
+        ("cudaStreamSynchronize", 77),
+        ("cudaMallocHost", 1 << 20),
+        ("cudaMemcpyAsync", 4096, pinned, 12, 1, 77),
+        ("cudaMemcpyAsync", array.ctypes.data, 4096, 12, 2, 77),
         ("cudaStreamSynchronize", 77),
     ]
+
+
+def test_an_upload_leaves_those_under_way_alone(cuda):
+    """Until the stream has been waited for, or there is no more pinned memory."""
+    fake = cuda(Cuda())
+    memory = CudaMemory()
+
+    def uploaded(size: int) -> int:
+        """Where in the pinned memory it was."""
+        memory.upload(np.zeros(size, np.uint8), 4096)
+        (start,) = fake.pinned
+        return fake.named("cudaMemcpyAsync")[-1][1] - start
+
+    assert [uploaded(size) for size in (100, 300, 1)] == [0, 256, 768]
+    fake.calls.clear()
+    memory.wait()
+    assert uploaded(5) == 0
+    assert uploaded((1 << 20) - 256) == 256, "to the last byte"
+    assert len(fake.named("cudaStreamSynchronize")) == 1
+    assert uploaded(7) == 0
+    assert len(fake.named("cudaStreamSynchronize")) == 2, "nothing of it is needed any more"
+    assert uploaded((1 << 20) + 1) == 0
+    assert fake.named("cudaMallocHost") == [[1 << 21]] and len(fake.pinned) == 1
+    memory.upload(np.zeros(0, np.uint8), 4096)
+
+
+def test_what_a_memory_had_is_given_back_when_nobody_has_it(cuda):
+    """A model that is unloaded leaves none of it behind."""
+    fake = cuda(Cuda())
+    memory = CudaMemory()
+    rows = DeviceRows(memory, rows_library(), PLAIN)
+    recorded = memory.record(lambda: None)
+    held = stream(PLAIN, np.random.default_rng(0))
+    rows.open(held)
+    rows.begin([Part(held, 0, 30)])  # makes room anew
+    addresses = {4096 * (1 + index) for index in range(len(fake.named("cudaMalloc")))}
+    given_back = {address for (address,) in fake.named("cudaFree")}
+    assert given_back and given_back < addresses
+    fake.calls.clear()
+    del memory, rows
+    assert not fake.calls, "the recording still needs it"
+    del recorded
+    names = [name for name, *_ in fake.calls]
+    assert names[:4] == [
+        "cudaGraphExecDestroy",
+        "cudaGetDevice",
+        "cudaSetDevice",
+        "cudaStreamSynchronize",
+    ]
+    assert names[-3:] == ["cudaFreeHost", "cudaStreamDestroy", "cudaSetDevice"]
+    freed = [address for (address,) in fake.named("cudaFree")]
+    assert len(freed) == len({*freed}) and {*freed} == addresses - given_back
+    assert fake.named("cudaSetDevice") == [[0], [1]] and not fake.pinned
 
 
 def test_work_is_recorded_and_launched_in_its_stream(cuda):
@@ -373,6 +524,11 @@ def test_cuda_python_takes_such_arguments():
         ("cudaSetDevice", 0),
         ("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking),
         ("cudaMalloc", 10),
+        ("cudaMallocHost", 10),
+        ("cudaGetDevice",),
+        ("cudaFree", 0),
+        ("cudaFreeHost", 0),
+        ("cudaStreamDestroy", 0),
         ("cudaMemcpyAsync", 4096, 4096, 12, kind, 77),
         ("cudaMemsetAsync", 4096, 0, 12, 77),
         ("cudaStreamSynchronize", 77),
@@ -380,6 +536,7 @@ def test_cuda_python_takes_such_arguments():
         ("cudaStreamEndCapture", 77),
         ("cudaGraphInstantiate", runtime.cudaGraph_t(), 0),
         ("cudaGraphLaunch", runtime.cudaGraphExec_t(), 77),
+        ("cudaGraphExecDestroy", runtime.cudaGraphExec_t()),
         ("cudaDeviceGetAttribute", major, 0),
     ]
     for name, *arguments in calls:
@@ -405,10 +562,15 @@ def test_errors_after_which_nothing_runs_are_told_from_others(cuda):
     fake = cuda(Cuda())
     memory = CudaMemory()
     fake.fails = {"cudaMalloc": "cudaErrorMemoryAllocation"}
-    with pytest.raises(MemoryError, match="GPU 0 has no more memory"):
+    with pytest.raises(MemoryError, match="there is no more memory for GPU 0"):
         memory.allocate(1 << 50)
     fake.fails = {"cudaStreamSynchronize": "cudaErrorIllegalAddress"}
-    with pytest.raises(DeviceLostError, match="cudaStreamSynchronize: cudaErrorIllegalAddress"):
+    for ask in (memory.wait, memory.check):
+        with pytest.raises(DeviceLostError, match="cudaStreamSynchronize: cudaErrorIllegalAddress"):
+            ask()
+    fake.fails = {"cudaStreamSynchronize": "cudaErrorStreamCaptureUnsupported"}
+    memory.check()
+    with pytest.raises(RuntimeError, match="cudaErrorStreamCaptureUnsupported, so it says"):
         memory.wait()
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from nuwa.export.bundle import export_bundle
 from nuwa.runtime.backends import onnxruntime_cuda
+from nuwa.runtime.backends.device_rows import DeviceRows
 from nuwa.runtime.bundle import open_bundle
 from nuwa.runtime.core import GenerationRequest
 from nuwa.runtime.engine import Engine, cache_slots, condition_slots, load_engine
@@ -28,7 +29,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module", params=["function bodies", "operators"])
 def engines(request, tiny_bundle, tmp_path_factory):
-    """On the GPU and on the CPU. Heads of 32 have kernels, those of the tiny model have none."""
+    """On the GPU, as it serves, and on the CPU. Heads of 32 have kernels, the tiny model's none."""
     folder = tiny_bundle
     if request.param == "operators":
         folder = tmp_path_factory.mktemp("wide")
@@ -39,8 +40,9 @@ def engines(request, tiny_bundle, tmp_path_factory):
     library = onnxruntime_cuda._operators(bundle.manifest.config, 0)
     assert (library is not None) == (request.param == "operators"), "were they built?"
     made = onnxruntime_cuda.OnnxRuntimeCuda(
-        bundle, cache_slots=cache_slots(2), condition_slots=condition_slots(2), logits=True
+        bundle, cache_slots=cache_slots(2), condition_slots=condition_slots(2)
     )
+    assert isinstance(made._rows, DeviceRows), "were they built, and is cuda-python installed?"
     assert made._decoder.get_providers()[0] == "CUDAExecutionProvider"
     cpu = load_engine(folder, slots=2, backend="onnxruntime-cpu")
     return Engine(bundle, made, slots=2), cpu

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 
 import numpy as np
 import pytest
 
+from nuwa import plugins_trt
 from nuwa.runtime.backends import tensorrt
 from nuwa.runtime.backends.device_memory import HostMemory
+from nuwa.runtime.backends.device_rows import Tensor
 from nuwa.runtime.backends.tensorrt import TensorRt, TensorRtRtx
 from nuwa.runtime.bundle import open_bundle
 from nuwa.runtime.core import GenerationRequest
 from nuwa.runtime.engine import Engine, cache_slots, condition_slots, load_engine
-from nuwa.runtime.errors import UnavailableError
+from nuwa.runtime.errors import DeviceLostError, UnavailableError
 from nuwa.spec.manifest import BundleError
 from nuwa.spec.sampling import Sampling
 from nuwa.spec.tasks import Task
@@ -21,9 +24,35 @@ from nuwa.spec.tasks import Task
 from ..plugins_trt.native_rows import rows_library
 from . import fake_tensorrt
 from .engine_run import PROMPT, alone
-from .fake_tensorrt import FakeTensorRt, FakeTensorRtx, with_engines
+from .fake_tensorrt import (
+    PLUGIN_ABI,
+    FakeTensorRt,
+    FakeTensorRtx,
+    IPluginRegistry,
+    Memory,
+    plugin_library,
+    with_engines,
+)
 
 SLOTS = 2
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch):
+    """The plugins that TensorRT knows: none, and none were built."""
+
+    def none():
+        raise FileNotFoundError("libnuwa_plugins.so was not built")
+
+    made = IPluginRegistry()
+    monkeypatch.setattr(fake_tensorrt, "REGISTRY", made)
+    monkeypatch.setattr(plugins_trt, "library", none)
+    return made
+
+
+@pytest.fixture
+def plugins(monkeypatch):
+    monkeypatch.setattr(plugins_trt, "library", plugin_library)
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +61,7 @@ def bundle(tiny_bundle, tmp_path_factory):
     shutil.copytree(tiny_bundle, copy)
     for runtime in ("tensorrt", "tensorrt-rtx"):
         with_engines(copy, runtime, slots=SLOTS)
+    with_engines(copy, "tensorrt", slots=SLOTS, plugin_abi=PLUGIN_ABI)
     return open_bundle(copy)
 
 
@@ -42,9 +72,33 @@ def made(bundle, kind=TensorRtRtx, **options):
         condition_slots=condition_slots(SLOTS),
         kernels=rows_library(),
         module=FakeTensorRt if kind is TensorRt else FakeTensorRtx,
-        memory=HostMemory,
+        memory=Memory,
         **options,
     )
+
+
+def requests():
+    """Of a few tasks, with few and many columns of cross attention, and candidates to sort."""
+    for task in (Task.T2I, Task.T2V, Task.V2V):
+        for guidance, prompt, top_k in ((1.0, PROMPT, 5), (2.0, "red " * 20, 0), (2.0, "a", 9)):
+            yield GenerationRequest(
+                task,
+                prompt,
+                frame_count=3 if task.is_video else 1,
+                seed=3,
+                sampling=Sampling(guidance_scale=guidance, top_k=top_k),
+                frames=np.zeros((2, 16, 16, 3), np.uint8) if task is Task.V2V else None,
+            )
+
+
+def check_tokens(bundle, backend):
+    """Those of the CPU, also when all sizes of calls were met before."""
+    engine = Engine(bundle, backend, slots=SLOTS)
+    cpu = load_engine(bundle.path, slots=SLOTS, backend="onnxruntime-cpu", threads=1)
+    expected = [alone(cpu, request).tokens for request in requests()]
+    for _ in range(2):
+        for request, tokens in zip(requests(), expected, strict=True):
+            assert (alone(engine, request).tokens == tokens).all()
 
 
 @pytest.mark.parametrize("recording", [True, False])
@@ -52,26 +106,80 @@ def made(bundle, kind=TensorRtRtx, **options):
 def test_engines_give_the_tokens_of_the_cpu(bundle, kind, recording):
     """Rows are padded, and steps done again from what was recorded."""
     backend = made(bundle, kind, recording=recording)
-    engine = Engine(bundle, backend, slots=SLOTS)
-    cpu = load_engine(bundle.path, slots=SLOTS, backend="onnxruntime-cpu", threads=1)
-    for task in (Task.T2I, Task.T2V, Task.V2V):
-        for guidance, prompt, top_k in ((1.0, PROMPT, 5), (2.0, "red " * 20, 0), (2.0, "a", 9)):
-            frames = np.zeros((2, 16, 16, 3), np.uint8) if task is Task.V2V else None
-            request = GenerationRequest(
-                task,
-                prompt,
-                frame_count=3 if task.is_video else 1,
-                seed=3,
-                sampling=Sampling(guidance_scale=guidance, top_k=top_k),
-                frames=frames,
-            )
-            here, there = alone(engine, request), alone(cpu, request)
-            assert (here.tokens == there.tokens).all()
+    assert backend._copied
+    check_tokens(bundle, backend)
     assert bool(backend._recorded) == recording
-    rows, columns, candidates = (
-        map(set, zip(*backend._recorded, strict=True)) if recording else [()] * 3
-    )
-    assert not recording or (len(rows) > 3 and len(columns) > 1 and len(candidates) > 2)
+    if recording:
+        rows, columns, candidates = map(set, zip(*backend._recorded, strict=True))
+        assert len(rows) > 3 and len(columns) > 1 and candidates == {1, 8, 16}
+        contexts = {id(each.context.made) for each in backend._recorded.values()}
+        assert len(contexts) == len(backend._recorded), "each recording has one of its own"
+
+
+@pytest.mark.parametrize("recording", [True, False])
+def test_engines_with_the_plugin_write_caches_where_they_are(bundle, plugins, registry, recording):
+    backend = made(bundle, TensorRt, recording=recording)
+    assert registry.loaded == [str(plugin_library())]
+    assert not backend._copied
+    assert all(backend._kept[f"{name}_out"] == cache for name, cache in backend._caches.items())
+    check_tokens(bundle, backend)
+    made(bundle, TensorRt)
+    assert len(registry.loaded) == 1, "the next model finds the plugins"
+
+
+def test_a_library_whose_plugins_are_refused_is_named(bundle, plugins, registry, monkeypatch):
+    monkeypatch.setattr(IPluginRegistry, "load_library", lambda *_: None)
+    with pytest.raises(UnavailableError, match="took no CachedNearbyAttention and no NearbyAtt.*s"):
+        made(bundle, TensorRt)
+
+
+def test_a_recording_is_of_no_use_once_its_context_changes(bundle):
+    """The stand-in sees it, TensorRT would do anything."""
+    backend = made(bundle)
+    graph, memory = backend._detokenizer, backend._detokenizer.memory
+    tensors = graph.uploaded({"codes": np.zeros((1, 4, 4), np.int32)})
+    shape = graph.shape_of("pixels", tensors)
+    tensors["pixels"] = Tensor(graph.scratch("pixels", int(np.prod(shape))), np.uint8, shape)
+    context = graph.new_context(0)
+    with pytest.raises(AssertionError, match="it has not run like this before"):
+        memory.record(lambda: graph.enqueue(tensors, context))
+    graph.enqueue(tensors, context)
+    recorded = memory.record(lambda: graph.enqueue(tensors, context))
+    recorded.launch()
+    context.made.set_input_shape("codes", (2, 4, 4))
+    with pytest.raises(AssertionError, match="its context has changed"):
+        recorded.launch()
+
+
+def test_a_lost_gpu_is_told_from_a_call_that_fails(bundle, monkeypatch):
+    backend = made(bundle)
+    codes = np.zeros((1, 4, 4), np.int32)
+    monkeypatch.setattr(fake_tensorrt.Context, "execute_async_v3", lambda *_: False)
+    with pytest.raises(RuntimeError, match="image_detokenizer.engine did not run"):
+        backend.detokenize(codes)
+
+    def lost(_self):
+        raise DeviceLostError("GPU 0 is lost to this process")
+
+    monkeypatch.setattr(HostMemory, "check", lost)
+    with pytest.raises(DeviceLostError):
+        backend.detokenize(codes)
+    with pytest.raises(DeviceLostError):
+        alone(Engine(bundle, backend, slots=SLOTS), GenerationRequest(Task.T2I, PROMPT))
+
+
+def test_more_candidates_than_engines_sort_are_refused(bundle, monkeypatch):
+    monkeypatch.setattr(fake_tensorrt, "SORTED", 24)
+    backend = made(bundle)
+    engine = Engine(bundle, backend, slots=SLOTS)
+    for sampling in (Sampling(top_k=25), Sampling(top_p=0.9), Sampling(top_k=1000, top_p=0.5)):
+        with pytest.raises(ValueError, match="sort at most 24 of 64 candidates: give a top_k of 1"):
+            alone(engine, GenerationRequest(Task.T2I, PROMPT, sampling=sampling))
+    cpu = load_engine(bundle.path, slots=SLOTS, backend="onnxruntime-cpu", threads=1)
+    for sampling in (Sampling(top_k=24), Sampling(top_k=17, top_p=0.9), Sampling()):
+        request = GenerationRequest(Task.T2I, PROMPT, sampling=sampling)
+        assert (alone(engine, request).tokens == alone(cpu, request).tokens).all()
+    assert {width for _, _, width in backend._recorded} == {24, 1}
 
 
 def test_calls_are_rounded_up_within_their_profile(bundle):
@@ -87,21 +195,55 @@ def test_calls_are_rounded_up_within_their_profile(bundle):
 def test_what_was_recorded_is_forgotten_when_its_memory_goes(bundle, monkeypatch):
     freed = []
     monkeypatch.setattr(
-        "nuwa.runtime.backends.device_memory._Again.free", lambda each: freed.append(each)
+        "nuwa.runtime.backends.device_memory._HostRecording.free", lambda each: freed.append(each)
     )
     backend = made(bundle)
     engine = Engine(bundle, backend, slots=SLOTS)
     alone(engine, GenerationRequest(Task.T2I, PROMPT))
-    recorded = [each for each in backend._recorded.values() if each]
+    recorded = [each.recording for each in backend._recorded.values()]
     assert recorded
     freed.clear()  # those of the first calls, before there was room for the largest
     backend._rows.generation += 1
     alone(engine, GenerationRequest(Task.T2I, PROMPT))
     assert freed == recorded
+
+
+def test_of_many_recordings_those_used_last_are_kept(bundle, monkeypatch):
     monkeypatch.setattr(tensorrt, "_MOST_RECORDINGS", 2)
-    backend._rows.generation += 1
-    alone(engine, GenerationRequest(Task.T2I, PROMPT))
-    assert len(backend._recorded) <= 2
+    backend = made(bundle)
+    engine = Engine(bundle, backend, slots=SLOTS)
+    contexts = weakref.WeakSet()
+    new_context = backend._decoder.new_context
+    monkeypatch.setattr(
+        backend._decoder, "new_context", lambda profile: noted(contexts, new_context(profile))
+    )
+    request = GenerationRequest(Task.T2I, PROMPT)
+    first, second = (alone(engine, request) for _ in range(2))
+    assert (first.tokens == second.tokens).all()
+    widths = [part for part, *_ in backend._recorded]
+    assert len(widths) == 2 == len(contexts), "a context goes with its recording"
+    assert widths[-1] == 1, "as the last wave has one row"
+
+
+def noted(seen, each):
+    seen.add(each)
+    return each
+
+
+def test_without_memory_for_a_context_steps_are_not_recorded(bundle, monkeypatch, caplog):
+    backend = made(bundle)
+    engine = Engine(bundle, backend, slots=SLOTS)
+    request = GenerationRequest(Task.T2I, PROMPT)
+    for profile in range(4):
+        backend._decoder.context(profile)
+    with monkeypatch.context() as patched:
+        patched.setattr(fake_tensorrt.Engine, "create_execution_context", lambda *_: None)
+        without = alone(engine, request)
+    assert set(backend._recorded.values()) == {None}
+    assert "steps of 1 rows are not recorded: TensorRT has no memory" in caplog.text
+    assert (
+        without.tokens == alone(Engine(bundle, made(bundle), slots=SLOTS), request).tokens
+    ).all()
 
 
 def test_what_cannot_be_recorded_is_done_each_time(bundle, monkeypatch, caplog):
@@ -129,7 +271,7 @@ def test_frames_go_in_calls_as_large_as_engines_take(bundle):
 
 
 def test_engines_that_do_not_fit_are_refused_before_they_are_read(bundle, tmp_path):
-    options = {"kernels": rows_library(), "module": FakeTensorRt, "memory": HostMemory}
+    options = {"kernels": rows_library(), "module": FakeTensorRt, "memory": Memory}
     with pytest.raises(BundleError, match="for 2 slots, not 4.* --slots 4`"):
         TensorRt(bundle, cache_slots=8, condition_slots=6, **options)
     copy = tmp_path / "bundle"
@@ -142,8 +284,6 @@ def test_engines_that_do_not_fit_are_refused_before_they_are_read(bundle, tmp_pa
 
 def test_what_is_missing_is_named(bundle, monkeypatch):
     import sys
-
-    from nuwa import plugins_trt
 
     sizes = {"cache_slots": 4, "condition_slots": 4}
     monkeypatch.setitem(sys.modules, "tensorrt", None)
@@ -158,28 +298,44 @@ def test_what_is_missing_is_named(bundle, monkeypatch):
         TensorRt(bundle, **sizes, module=FakeTensorRt, memory=HostMemory)
 
 
-def test_the_stand_in_has_the_names_of_tensorrt():
-    trt = pytest.importorskip("tensorrt_rtx")
-    real = {
-        fake_tensorrt.Context: trt.IExecutionContext,
-        fake_tensorrt.Engine: trt.ICudaEngine,
-        fake_tensorrt.Runtime: trt.Runtime,
-        fake_tensorrt.TensorIOMode: trt.TensorIOMode,
-        fake_tensorrt.ILogger: trt.ILogger,
-        fake_tensorrt.IRuntimeConfig: trt.IRuntimeConfig,
-        fake_tensorrt.ExecutionContextAllocationStrategy: trt.ExecutionContextAllocationStrategy,
-        fake_tensorrt.DynamicShapesKernelSpecializationStrategy: (
-            trt.DynamicShapesKernelSpecializationStrategy
-        ),
-    }
+@pytest.mark.parametrize("module", ["tensorrt_lean_bindings", "tensorrt_rtx"])
+def test_the_stand_in_has_the_names_of_tensorrt(module):
+    """The lean runtime has the names of the full TensorRT, but for what builds."""
+    trt = pytest.importorskip(module)
+    rtx = module == "tensorrt_rtx"
+    kinds = [
+        "TensorIOMode",
+        "Runtime",
+        "ILogger",
+        "IRuntimeConfig",
+        "ExecutionContextAllocationStrategy",
+        "IPluginRegistry",
+    ]
+    real = {getattr(fake_tensorrt, kind): getattr(trt, kind) for kind in kinds}
+    real |= {fake_tensorrt.Context: trt.IExecutionContext, fake_tensorrt.Engine: trt.ICudaEngine}
     own = {"output_shape"}
+    if rtx:
+        kind = "DynamicShapesKernelSpecializationStrategy"
+        real[getattr(fake_tensorrt, kind)] = getattr(trt, kind)
+    else:  # which the backend asks TensorRT-RTX alone
+        own |= {"is_stream_capturable", "dynamic_shapes_kernel_specialization_strategy"}
     for fake, wanted in real.items():
         names = {name for name in vars(fake) if not name.startswith("_")} - own
         assert names, fake
         assert names <= set(dir(wanted)), fake
     assert trt.ILogger.ERROR != trt.ILogger.WARNING
-    kinds = {*vars(FakeTensorRt), *vars(FakeTensorRtx)}
+    kinds = {*vars(FakeTensorRt), *(vars(FakeTensorRtx) if rtx else ())}
     assert {name for name in kinds if not name.startswith("__")} <= set(dir(trt))
+
+
+@pytest.mark.parametrize("module", ["tensorrt_lean_bindings", "tensorrt_rtx"])
+def test_creators_of_a_real_registry_say_what_they_are(module):
+    """Of plugins that TensorRT itself brings; ours are loaded in tests/plugins_trt."""
+    trt = pytest.importorskip(module)
+    creators = trt.get_plugin_registry().all_creators
+    assert creators
+    assert all(isinstance(each.name, str) for each in creators)
+    assert {each.plugin_namespace for each in creators} <= {"", "nuwa"}
 
 
 def test_prefill_takes_no_more_rows_than_there_are(bundle):

@@ -14,6 +14,7 @@ from nuwa.spec.engines import (
     EngineRecord,
     find_engines,
     misfit,
+    widest_sort,
 )
 from nuwa.spec.manifest import BundleError
 
@@ -65,7 +66,6 @@ def test_engines_for_something_else_are_refused(tmp_path, change, reason):
     text = str(raised.value)
     assert f"({record.key.name} is not it: {reason}" in text
     assert "no engines for tensorrt 11.4.0.106 on sm_90 with 8 slots" in text
-    assert text.endswith(f"build them with `nuwa build-engines {tmp_path} --slots 8`")
 
 
 @pytest.mark.parametrize(
@@ -90,6 +90,29 @@ def test_engines_with_the_plugin_are_preferred(tmp_path):
     assert find_engines(tmp_path, HERE, 8)[1] == MADE
     without = dataclasses.replace(HERE, plugin_abi=None)
     assert find_engines(tmp_path, without, 8)[1].key.plugin_abi is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "options"),
+    [
+        (HERE, "--runtime tensorrt --slots 8 --plugins"),
+        (dataclasses.replace(HERE, plugin_abi=None), "--runtime tensorrt --slots 8"),
+        (
+            EngineKey("tensorrt-rtx", "1.7.1.116", ("sm_89",), None, "ab" * 32),
+            "--runtime tensorrt-rtx --target sm_89 --slots 8",
+        ),
+    ],
+)
+def test_what_is_told_to_do_builds_what_is_wanted(tmp_path, wanted, options):
+    with pytest.raises(BundleError) as raised:
+        find_engines(tmp_path, wanted, 8)
+    words = f"nuwa build-engines {tmp_path} {options}"
+    assert str(raised.value).endswith(f"build them with `{words}`")
+
+
+def test_no_more_is_sorted_than_a_topk_can():
+    assert widest_sort(1024) == 1024
+    assert widest_sort(12288) == 3840
 
 
 def test_no_engines_and_bad_records_are_told(tmp_path):
