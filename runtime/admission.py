@@ -9,10 +9,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
-from .core import GenerationRequest, QueueFullError
+from .core import QueueFullError, SlotStep
 from .errors import DeadlineTooShortError
 from .forecast import Forecast
 from .running import Running
+from .submission import Submission, Work
 from .waiting import Waiting
 
 SHARE_FOR_OTHERS = 4  # a quarter of the queue cannot be filled by one client alone
@@ -26,7 +27,10 @@ class Admission:
     def __init__(
         self, slots: int, queue_size: int, now: Callable[[], float] = time.monotonic
     ) -> None:
-        self.forecast = Forecast()
+        # A step takes longer the more rows it has, but less than in proportion. So each unit says
+        # too long after some that were unlike what is to come: rows after narrower steps, frames
+        # after guided ones, samples after longer clips. What the least of them says, counts.
+        self.forecasts = tuple(Forecast() for _ in Work._fields)
         self._slots, self._size, self._now = slots, queue_size, now
         self._asked: OrderedDict[str, float] = OrderedDict()  # by client: when last; latest last
 
@@ -43,29 +47,39 @@ class Admission:
             problem = f"{own} requests of this client are waiting, as many as one may have"
         else:
             return
-        frames = sum(each.frames_left for each in waiting)
-        one = frames / self.forecast.rate(self._slots) / number
+        rows = sum((each.samples - each.started) * each.work.rows for each in waiting)
+        one = rows / self.forecasts[0].rate(self._slots) / number
         raise QueueFullError(problem, min(max(one, LEAST_RETRY), MOST_RETRY))
 
     def check_time(
         self,
         waiting: Waiting,
         running: Iterable[Running],
-        request: GenerationRequest,
-        *,
-        samples: int,
+        new: Submission,
         timeout: float,
-        client: str,
     ) -> None:
         """DeadlineTooShortError if it cannot be finished in so many seconds."""
-        frames = [*waiting.frames_before(client), *[request.frame_count] * samples]
-        left = [each.frames_left for each in running]
-        needed = self.forecast.seconds(self._slots, left, frames)
+        left = [each.left for each in running]
+        works = [each.work for each in waiting.before(new.client)] + [new.work] * new.samples
+        needed = min(
+            forecast.seconds(self._slots, [each[unit] for each in left], [w[unit] for w in works])
+            for unit, forecast in enumerate(self.forecasts)
+        )
         if needed > timeout:
             raise DeadlineTooShortError(
                 f"the deadline is in {timeout:.3g} s, but at its present speed the server needs "
                 f"{needed:.3g} s or more, with what comes before this request"
             )
+
+    def learn(self, step: list[tuple[Running, SlotStep]], seconds: float) -> None:
+        """What a step did for those that had a part in it, and how long it took."""
+        done = [running.advanced(result) for running, result in step]
+        if any(running.request.schedule == "raster" for running, _ in step):
+            return  # slower than anything that is decoded in waves
+        if any(result.prefill for _, result in step):
+            seconds = 0.0  # they went into what is given
+        for unit, forecast in enumerate(self.forecasts):
+            forecast.add(sum(each[unit] for each in done), seconds, len(step))
 
     def _there_are_others(self, client: str) -> bool:
         now = self._now()

@@ -6,7 +6,6 @@ scheduler's, the service's and the backend's.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -15,7 +14,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from nuwa.spec.conditions import ConditionLayout, visual_neighbours, visual_window
+from nuwa.spec.conditions import (
+    ConditionLayout,
+    lane_texts,
+    visual_neighbours,
+    visual_window,
+)
 from nuwa.spec.config import DecoderConfig
 from nuwa.spec.grid import Grid, Int
 from nuwa.spec.known import blank_hidden, hidden_edges
@@ -107,7 +111,7 @@ class Prepared:
     """A request whose conditions are in a condition slot, which its samples share.
 
     plan, tokens i32 [N], known bool [N], window: as Sequence takes them; text_length: entries of
-    its prompt, None without one.
+    the text that its first lane sees.
     """
 
     def __init__(
@@ -118,7 +122,7 @@ class Prepared:
         tokens: Int,
         known: Known,
         window: Int | None,
-        text_length: int | None,
+        text_length: int,
         on_close: Callable[[int], None],
     ) -> None:
         self.request, self.slot, self.plan = request, slot, plan
@@ -206,11 +210,8 @@ class Engine:
         tokens, known = self._given_tokens(request)
         visual = self._visual_tokens(request, tokens, known)
         window = self._look(visual, self._grid(request), slot)
-        prompt = request.prompt.strip() or UNCONDITIONAL_PROMPT
-        length = None
-        if prompt != UNCONDITIONAL_PROMPT:
-            length = self._encode(prompt, slot, self._layout.text)
-        plan = self._plan(request, known)
+        length = self._encode(_texts(request)[0], slot, self._layout.text)
+        plan = self._plan(request, known, slot)
         return Prepared(request, slot, plan, tokens, known, window, length, self._free.append)
 
     def step(self) -> list[SlotStep]:
@@ -334,11 +335,12 @@ class Engine:
             return np.where(known, tokens, hidden)
         return None
 
-    def _plan(self, request: GenerationRequest, known: Known) -> Plan:
+    def _plan(self, request: GenerationRequest, known: Known, slot: int) -> Plan:
         grid, decoder = self._grid(request), self._config.decoder
         if request.frame_count > decoder.grid.frames:
             given = 0 if request.frames is None else len(request.frames)
-            return RollingPlan(decoder, request.frame_count, given, request.schedule)
+            # Clips in different slots do not all make new rows before the same step.
+            return RollingPlan(decoder, request.frame_count, given, request.schedule, slot)
         if known.any():
             return completion_plan(decoder, grid, known, request.schedule)
         return decode_plan(decoder, grid, request.schedule)
@@ -357,13 +359,9 @@ class Engine:
         return visual_window(self._config, grid)
 
     def _lanes(self, prepared: Prepared, slot: int) -> tuple[Lane, ...]:
-        none = Lane(slot, prepared.slot, self._none_length, self._layout.none)
-        if prepared.text_length is None:  # guidance would compare the rows with themselves
-            return (none,)
         lane = Lane(slot, prepared.slot, prepared.text_length, self._layout.text)
-        if prepared.request.sampling.guidance_scale == 1.0:
-            return (lane,)
-        return lane, dataclasses.replace(none, cache_slot=self.slots + slot)
+        none = Lane(self.slots + slot, prepared.slot, self._none_length, self._layout.none)
+        return (lane, none)[: len(_texts(prepared.request))]
 
     def _encode(self, prompt: str, slot: int, first: int) -> int:
         """Puts a text into a condition slot from entry `first`; how many positions of it count."""
@@ -371,6 +369,10 @@ class Engine:
         self._backend.encode_text(ids[None], [slot], first)
         text = self._config.text
         return self._text.used(ids) if text.mask_padding else text.length
+
+
+def _texts(request: GenerationRequest) -> tuple[str, ...]:
+    return lane_texts(request.prompt, request.sampling.guidance_scale)
 
 
 def model_info(bundle: Bundle, backend: str) -> ModelInfo:

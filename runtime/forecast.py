@@ -1,7 +1,8 @@
-"""How fast frames are decoded, and so how long what waits will take: never more than the truth.
+"""How fast work is done, and so how long what waits will take: no more than the truth.
 
 A request is refused for its deadline only if it could not be met even at the best speed seen of
-late, with nothing before it but what runs and what waits before it.
+late, with nothing before it but what runs and what waits before it. Which unit work is measured in
+is for admission.py to say.
 """
 
 from __future__ import annotations
@@ -19,31 +20,31 @@ REMEMBERED = 5  # figures; the best counts, so that a slower machine is known af
 
 @dataclass
 class _Speed:
-    """With so many slots at work: (when, frames a second of all), and what is not yet a figure."""
+    """With so many slots at work: (when, units a second of all), and what is not yet a figure."""
 
     figures: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
-    frames: float = 0.0
+    units: float = 0.0
     seconds: float = 0.0
 
 
 class Forecast:
-    """In frames, of all requests together. Used by one thread at a time."""
+    """In some unit of work, of all requests together. Used by one thread at a time."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self._speeds: dict[int, _Speed] = {}  # by the number of slots at work
 
-    def add(self, frames: float, seconds: float, slots: int) -> None:
+    def add(self, units: float, seconds: float, slots: int) -> None:
         """That so much was decoded in so long, by so many slots."""
         speed = self._speeds.setdefault(slots, _Speed())
-        speed.frames += frames
+        speed.units += units
         speed.seconds += seconds
         if speed.seconds >= MEASURED_SECONDS:
-            speed.figures.append((self._now(), speed.frames / speed.seconds))
-            speed.frames = speed.seconds = 0.0
+            speed.figures.append((self._now(), speed.units / speed.seconds))
+            speed.units = speed.seconds = 0.0
 
     def rate(self, slots: int) -> float:
-        """Frames a second of so many slots at most; infinite where nothing is known.
+        """Units a second of so many slots at most; infinite where nothing is known.
 
         More slots together are no slower than fewer, and each of them is no faster.
         """
@@ -56,10 +57,10 @@ class Forecast:
     def seconds(self, slots: int, running: Iterable[float], waiting: Iterable[float]) -> float:
         """Until the last of `waiting` is decoded, at least.
 
-        running: frames that slots have left to decode; waiting: frames of those that get a slot in
+        running: what slots have left to decode; waiting: of those that get a slot in
         this order. Slots that are at work go on alike.
         """
-        ends = list(running)  # in frames that each slot at work decodes from now on
+        ends = list(running)  # in units that each slot at work decodes from now on
         heapq.heapify(ends)
         done = seconds = 0.0
         last = 0.0
@@ -71,10 +72,10 @@ class Forecast:
             seconds += max(end - done, 0.0) * active / self.rate(active)
             done = max(end, done)
 
-        for frames in waiting:
+        for units in waiting:
             while len(ends) >= slots:
                 first_to_end()
-            last = done + frames
+            last = done + units
             heapq.heappush(ends, last)
         while ends and done < last:
             first_to_end()

@@ -36,6 +36,13 @@ def known_positions(request: GenerationRequest, grid: Grid) -> npt.NDArray[np.bo
     return known.reshape(-1)
 
 
+def given_frame(request: GenerationRequest, index: int) -> Pixels | None:
+    """Frame `index` of the result, u8 [H, W, 3], where all of it is given."""
+    if request.frames is None or request.mask is not None or index >= len(request.frames):
+        return None
+    return request.frames[index]
+
+
 def restore_given(request: GenerationRequest, index: int, pixels: Pixels) -> Pixels:
     """Frame `index` of the result, u8 [H, W, 3], with every given pixel exactly as it was given.
 

@@ -20,7 +20,7 @@ from nuwa.spec.grid import Int
 
 from .core import Done, Frame, GenerationRequest, Pixels, Preview
 from .engine_protocol import Engine
-from .given import restore_given
+from .given import given_frame, restore_given
 from .pulse import Pulse
 from .submission import Submission
 
@@ -126,10 +126,7 @@ class Painter:
             return
         started = time.perf_counter()
         try:
-            tokens = np.stack([each.tokens for each in pictures])
-            with self._pulse.at_work():
-                made = self._engine.pixels(tokens)
-            events = [_event(each, pixels) for each, pixels in zip(pictures, made, strict=True)]
+            events = self._events(pictures)
         except Exception as error:
             if len(pictures) == 1:
                 log.exception("tokens could not be turned into pixels")
@@ -144,6 +141,18 @@ class Painter:
             submission.pixels += elapsed
         for each, event in zip(pictures, events, strict=True):
             each.submission.handle.emit(event)
+
+    def _events(self, pictures: list[Picture]) -> list[Frame | Preview]:
+        """What their requests are told; frames that are given need not be decoded for that."""
+        pixels: dict[Picture, Pixels] = {}
+        for each in pictures:
+            if (given := given_frame(each.request, each.index)) is not None:
+                pixels[each] = given
+        if made := [each for each in pictures if each not in pixels]:
+            tokens = np.stack([each.tokens for each in made])
+            with self._pulse.at_work():
+                pixels.update(zip(made, self._engine.pixels(tokens), strict=True))
+        return [_event(each, pixels[each]) for each in pictures]
 
 
 def _event(picture: Picture, pixels: Pixels) -> Frame | Preview:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from .core import GenerationRequest, Progress, SlotStep
 from .handle import Handle
-from .submission import Submission
+from .submission import Submission, Work
 
 
 @dataclass
 class Running:
-    """request: the sample's own; previews: how many of them have been due; positions: decoded;
-    decoded: the same in frames.
+    """request: the sample's own; previews: how many of them have been due; decoded: positions,
+    in frames; drawn: the share of its work that is done.
     """
 
     submission: Submission
@@ -20,24 +20,28 @@ class Running:
     frames_done: int = 0
     percent: int = -1
     previews: int = 0
-    positions: int = 0
     decoded: float = 0.0
+    drawn: float = 0.0
 
     @property
-    def frames_left(self) -> float:
-        """Frames' worth of positions that are not decoded."""
-        return max(self.request.frame_count - self.decoded, 0.0)
+    def left(self) -> Work:
+        """What is not decoded."""
+        work, part = self.submission.work, 1.0 - self.drawn
+        return Work(work.rows * part, work.frames * part, part)
 
     @property
     def handle(self) -> Handle:
         return self.submission.handle
 
-    def advanced(self, result: SlotStep) -> float:
-        """How many frames' worth of positions a step decoded; asked once for each."""
-        done, self.positions = result.positions_done - self.positions, result.positions_done
-        frames = max(done, 0) * self.request.frame_count / max(result.positions_total, 1)
-        self.decoded += frames
-        return frames
+    def advanced(self, result: SlotStep) -> Work:
+        """What a step did; asked once for each. Given tokens among those that are drawn count."""
+        total, given = self.request.frame_count, self.submission.given_frames
+        before, drawn = self.decoded, self.drawn
+        self.decoded = max(before, result.positions_done * total / max(result.positions_total, 1))
+        self.drawn = max(drawn, (self.decoded - given) / max(total - given, 1))
+        part = self.drawn - drawn
+        frames = part * self.submission.work.frames if result.prefill else self.decoded - before
+        return Work(frames * self.submission.lanes, frames, part)
 
     def report(self, result: SlotStep) -> None:
         """Tells of progress, once a percent."""

@@ -70,13 +70,12 @@ class Scheduler:
             raise ValueError(f"queue_size {queue_size} is not at least 1")
         self.engine = engine
         self.queue_size = queue_size
-        # Requests with samples that wait for a slot, in the order in which they get one; changed
-        # under the lock. A handle ends once, whoever is the first to end it. Slots are emptied by
-        # the decode thread alone, before the handle ends or, where another thread has ended it, at
-        # the next sweep.
-        self._queue = Waiting()
-        self._painting: set[Submission] = set()  # decoded, and not known to have ended
-        self._unpainted: list[tuple[Submission, Exception]] = []  # what the painter could not make
+        # All requests from submit() on until they have ended and hold nothing, wherever they are:
+        # should a thread die, these are told. A handle ends once, whoever is the first to end it.
+        # Slots are emptied by the decode thread alone, before the handle ends or, where another
+        # thread has ended it, at the next sweep. Changed under the lock, as the next two are.
+        self._live: dict[Handle, Submission] = {}
+        self._queue = Waiting()  # those with samples that wait for a slot
         self._running: dict[int, Running] = {}
         self._changed = threading.Condition()
         self._on_death, self._on_step, self._on_cancelled = on_death, on_step, on_cancelled
@@ -136,17 +135,17 @@ class Scheduler:
             on_cancel=self._cancel_queued,
             most_unread=most_unread,
         )
+        submission = Submission(handle, samples, client)
         with self._changed:
             if self._closing:
                 raise ShuttingDownError("the server is shutting down")
             self._admission.check_room(self._queue, client)
             if timeout is not None:
                 running = self._running.values()
-                self._admission.check_time(
-                    self._queue, running, request, samples=samples, timeout=timeout, client=client
-                )
+                self._admission.check_time(self._queue, running, submission, timeout)
             self.pulse.has_work()
-            self._queue.append(Submission(handle, samples, client))
+            self._live[handle] = submission
+            self._queue.append(submission)
             self._changed.notify_all()
         return handle
 
@@ -189,10 +188,7 @@ class Scheduler:
                 log.error("the engine did not return within %.0f s of close()", CLOSE_SECONDS)
         if not self._painter.close(CLOSE_SECONDS):
             log.error("the engine made no pixels within %.0f s of close()", CLOSE_SECONDS)
-        with self._changed:
-            left = {*self._queue, *self._painting, *self._submissions(self._running)}
-        for submission in left:
-            submission.handle.fail(ShuttingDownError(SHUT_DOWN))
+        self._fail_all(ShuttingDownError(SHUT_DOWN))
 
     def turn(self) -> None:
         """One round of all there is to do, in the caller's thread; for tests, without start()."""
@@ -212,13 +208,12 @@ class Scheduler:
     def _decode_loop(self) -> None:
         while True:
             with self._changed:
-                if not (self._running or self._can_admit() or self._unpainted or self._aborting):
+                if not (self._running or self._can_admit() or self._aborting):
                     if self._closing and not self._queue:
                         return
-                    waiting = self._queue or self._painting
-                    if not waiting:
+                    if not self._live:
                         self.pulse.rests()
-                    self._changed.wait(SWEEP_SECONDS if waiting else None)
+                    self._changed.wait(SWEEP_SECONDS if self._live else None)
             self.pulse.comes_round()
             self._sweep()
             self._decode()
@@ -251,14 +246,17 @@ class Scheduler:
             with self._changed:
                 self._closing = self._aborting = True
                 self._death = self._death or failure
-                stranded = {
-                    *(*self._queue, *self._painting, *self._submissions(self._running)),
-                }
                 self._changed.notify_all()
-            for submission in stranded:
-                submission.handle.fail(failure)
+            self._fail_all(failure)
             if self._on_death is not None:
                 self._on_death()
+
+    def _fail_all(self, error: Exception) -> None:
+        """When nobody may be left to empty slots: tells whoever still waits."""
+        with self._changed:
+            left = list(self._live)
+        for handle in left:
+            handle.fail(error)
 
     def _can_admit(self) -> bool:
         """Under the lock: whether a sample can have a slot."""
@@ -306,54 +304,44 @@ class Scheduler:
     def _cancel_queued(self, handle: Handle) -> None:
         """Ends a cancelled handle at once if it holds no slot; others end at the next sweep."""
         with self._changed:
-            if any(submission.handle is handle for submission in self._painting):
-                handle.fail(CancelledError("the request was cancelled"))
+            submission = self._live.get(handle)
+            if submission is None:
                 return
-            for submission in self._queue:
-                if submission.handle is handle and submission.started == 0:
-                    self._queue.remove(submission)
-                    submission.discard()
-                    self._changed.notify_all()
-                    break
-            else:
+            if submission.started == 0:
+                self._queue.remove(submission)
+                submission.discard()
+                self._changed.notify_all()
+            elif not submission.all_finished:
                 return
-        reason = self._reason_to_stop(handle, time.perf_counter())
-        if not isinstance(reason, DeadlineExceededError):
-            reason = CancelledError("the request was cancelled while it waited in the queue")
+        reason = self._reason_to_stop(submission, time.perf_counter())
+        assert reason is not None, "a handle is cancelled before its scheduler hears of it"
         handle.fail(reason)
 
     def _sweep(self) -> None:
+        """Ends what has a reason to stop, and empties the slots of what others have ended."""
         now = time.perf_counter()
-        ended = []
         with self._changed:
-            for submission in self._queue:
-                if error := self._reason_to_stop(submission.handle, now):
-                    self._queue.remove(submission)
-                    ended.append((submission, error))
-            ended += self._unpainted
-            self._unpainted = []
-            for submission in list(self._painting):
-                if error := self._reason_to_stop(submission.handle, now):
-                    submission.handle.fail(error)
-                if submission.handle.ended:
-                    self._painting.remove(submission)
-        for submission, error in ended:
+            live = list(self._live.values())
+        for submission in live:
+            handle, error = submission.handle, self._reason_to_stop(submission, now)
+            if error is None and not handle.ended:
+                continue
+            held = submission.running > 0
             self._end(submission, error)
-        for submission in self._submissions(self._running):
-            if error := self._reason_to_stop(submission.handle, now):
-                self._end(submission, error)
-                if submission.handle.cancelled_at is not None:
-                    self._on_cancelled(time.perf_counter() - submission.handle.cancelled_at)
+            if held and handle.cancelled_at is not None:
+                self._on_cancelled(time.perf_counter() - handle.cancelled_at)
 
-    def _reason_to_stop(self, handle: Handle, now: float) -> Exception | None:
+    def _reason_to_stop(self, submission: Submission, now: float) -> Exception | None:
         if self._aborting:
             return self._death or ShuttingDownError(SHUT_DOWN)
+        handle = submission.handle
         tolerance = TOLERANCE if handle.cancelled else 0.0
         if handle.deadline is not None and now >= handle.deadline - tolerance:
             seconds = handle.deadline - handle.submitted
             return DeadlineExceededError(f"the request was not finished within {seconds:.3g} s")
         if handle.cancelled:
-            return CancelledError("the request was cancelled")
+            where = "" if submission.started else " while it waited in the queue"
+            return CancelledError(f"the request was cancelled{where}")
         return None
 
     def _admit(self) -> None:
@@ -404,8 +392,7 @@ class Scheduler:
             return
         self._on_step(elapsed)
         with self._changed:
-            frames = sum(running.advanced(result) for running, result in taken)
-            self._admission.forecast.add(frames, elapsed, len(taken))
+            self._admission.learn(taken, elapsed)
         for running, result in taken:
             if self._running.get(result.slot) is not running:
                 continue  # its request has ended with another slot of it
@@ -429,8 +416,6 @@ class Scheduler:
             self._vacate(result.slot)
             over = submission.all_finished
         if over:
-            with self._changed:
-                self._painting.add(submission)
             self._discard(submission)
         for index, tokens in result.frames:
             self._painter.put(Picture(submission, running.request, index, tokens))
@@ -439,25 +424,26 @@ class Scheduler:
 
     def _not_painted(self, submission: Submission, error: Exception) -> None:
         """For the painter's thread: ends the request; its slots are emptied by the next sweep."""
-        failure = _engine_error("making pixels", error)
-        submission.handle.fail(failure)
+        submission.handle.fail(_engine_error("making pixels", error))
         with self._changed:
-            self._unpainted.append((submission, failure))
             self._changed.notify_all()
 
     def _submissions(self, slots: Iterable[int]) -> list[Submission]:
         """Whose samples hold `slots`, each once."""
         return list(dict.fromkeys(self._running[slot].submission for slot in slots))
 
-    def _end(self, submission: Submission, error: Exception) -> None:
-        """Ends a request: no sample of it waits or holds a slot any more."""
+    def _end(self, submission: Submission, error: Exception | None) -> None:
+        """Ends a request: no sample of it waits or holds a slot any more. None: it has ended."""
         with self._changed:
             self._queue.remove(submission)
         for slot, running in list(self._running.items()):
             if running.submission is submission:
                 self._vacate(slot)
         self._discard(submission)
-        submission.handle.fail(error)
+        if error is not None:
+            submission.handle.fail(error)
+        with self._changed:  # not before: the device may be lost while a slot is emptied
+            self._live.pop(submission.handle, None)
 
     def _vacate(self, slot: int) -> None:
         """Frees a slot."""

@@ -6,10 +6,22 @@ No lock and no queue of its own: see Scheduler for which thread may change what.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+from nuwa.spec.conditions import lane_texts
 
 from .core import GenerationRequest, Timings
 from .engine_protocol import Prepared
 from .handle import Handle
+
+
+class Work(NamedTuple):
+    """What there is to decode, in three units: rows, in frames of one lane; frames; samples."""
+
+    rows: float
+    frames: float
+    samples: float
 
 
 @dataclass(eq=False)
@@ -42,10 +54,25 @@ class Submission:
         self.started += 1
         return replace(request, sample_index=index)
 
+    @cached_property
+    def work(self) -> Work:
+        """Of each sample, without what is given; of an edit at least so much."""
+        request = self.handle.request
+        drawn = float(request.frame_count - self.given_frames)
+        if request.mask is not None:  # of tokens no smaller a part than of pixels
+            drawn *= float(request.mask.mean())
+        return Work(drawn * self.lanes, drawn, 1.0)
+
+    @cached_property
+    def lanes(self) -> int:
+        request = self.handle.request
+        return len(lane_texts(request.prompt, request.sampling.guidance_scale))
+
     @property
-    def frames_left(self) -> int:
-        """Of the samples that have no slot yet."""
-        return (self.samples - self.started) * self.handle.request.frame_count
+    def given_frames(self) -> int:
+        """Whole frames that are given, before those that are drawn."""
+        request = self.handle.request
+        return 0 if request.frames is None or request.mask is not None else len(request.frames)
 
     @property
     def running(self) -> int:

@@ -72,10 +72,10 @@ class Waiting:
         """How many of this client wait."""
         return sum(submission.client == client for _, _, submission in self._order)
 
-    def frames_before(self, client: str) -> list[int]:
-        """Of each sample that is to get a slot before a new request of this client."""
+    def before(self, client: str) -> list[Submission]:
+        """Those of which a sample is to get a slot before a new request of this client."""
         start = self._start(client)
-        return [each.handle.request.frame_count for tag, _, each in self._order if tag <= start]
+        return [each for tag, _, each in self._order if tag <= start]
 
     def _start(self, client: str) -> float:
         return max(self._now, self._finish.get(client, 0.0))
@@ -94,7 +94,8 @@ class Waiting:
     def idle(self) -> Submission | None:
         """The last one that is prepared, not running, and behind one that is not prepared.
 
-        It has had a sample of its own, or it would not be behind.
+        It has had a sample of its own, or was overtaken by a client whose turn is sooner: then what
+        was prepared of it is made again.
         """
         found, waiting = None, self.unprepared()
         behind = False

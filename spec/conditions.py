@@ -3,6 +3,9 @@
 Cross attention is one softmax over text and visual entries alike. A slot holds both forms of the
 text, so that guidance's unconditional rows need no slot of their own. Pure numpy.
 
+Masked columns may be read, as entry 0 and weighed with zero, so that entry must be a finite number
+for whoever uses the slot: every request writes the text at the slot's beginning.
+
 Legend: M text length, N positions of a volume, m columns, v columns of the visual window.
 """
 
@@ -15,14 +18,15 @@ import numpy as np
 
 from .config import ModelConfig
 from .grid import MASKED, Grid, Int, neighbours, window_offsets
+from .tasks import UNCONDITIONAL_PROMPT
 
 
 @dataclass(frozen=True)
 class ConditionLayout:
     """Where the parts of a condition slot begin.
 
-    text: the prompt; none: the text of UNCONDITIONAL_PROMPT; visual: the visual encoder's volume
-    in raster order; entries: size of the slot; length: M.
+    text: what the request's first lane sees; none: the text of UNCONDITIONAL_PROMPT; visual: the
+    visual encoder's volume in raster order; entries: size of the slot; length: M.
     """
 
     text: int
@@ -45,6 +49,18 @@ def visual_columns(config: ModelConfig) -> int:
         return 0
     extent = config.visual.cross.resolve(config.decoder.grid)
     return len(window_offsets(extent, causal=False))
+
+
+def lane_texts(prompt: str, guidance_scale: float) -> tuple[str, ...]:
+    """What a request's lanes see, one or two: logits of the first move away from the second's.
+
+    Guidance 0 draws from "none" alone, 1 from the prompt alone, and "none" cannot lead away from
+    itself.
+    """
+    text = prompt.strip() or UNCONDITIONAL_PROMPT
+    if guidance_scale == 0.0 or text == UNCONDITIONAL_PROMPT:
+        return (UNCONDITIONAL_PROMPT,)
+    return (text,) if guidance_scale == 1.0 else (text, UNCONDITIONAL_PROMPT)
 
 
 @functools.lru_cache(maxsize=64)

@@ -183,10 +183,18 @@ class RollingPlan:
     Calls are those of `wave_schedule` or, for kind "raster", one position each. At the start,
     consecutive waves are merged where given tokens and the ring allow it, as in
     `prefilled_schedule`; none can be once every wave decodes a token that the next one is fed.
+
+    offset: `stage` ends after calls of which the number is this more than a multiple of
+    STAGED_CALLS, so that plans with different ones are staged in different calls.
     """
 
     def __init__(
-        self, decoder: DecoderConfig, frames: int, known_frames: int = 0, kind: str = "wave"
+        self,
+        decoder: DecoderConfig,
+        frames: int,
+        known_frames: int = 0,
+        kind: str = "wave",
+        offset: int = 0,
     ) -> None:
         """ValueError for frames or known_frames out of range, or a decoder of single images."""
         most = decoder.grid
@@ -200,6 +208,7 @@ class RollingPlan:
                 f"model takes up to {most.frames}, and fewer than the {frames} of the clip"
             )
         self.grid = Grid(frames, most.height, most.width)
+        self._offset = offset
         self._period_frames, self._cells = most.frames, most.height * most.width
         self._schedule = endless_schedule(decoder, kind)
         self._earlier, self._where = frame_windows(most.height, most.width, decoder.window_extents)
@@ -226,7 +235,8 @@ class RollingPlan:
 
     def stage(self, step: int) -> tuple[Call, Int]:
         """The rows of up to STAGED_CALLS calls, made anew each time."""
-        return self._made(step, min(step + STAGED_CALLS, self.steps))
+        over = (step - self._offset) % STAGED_CALLS
+        return self._made(step, min(step + STAGED_CALLS - over, self.steps))
 
     def _made(self, begin: int, end: int) -> tuple[Call, Int]:
         """The rows of calls [begin, end), and where each call's begin."""

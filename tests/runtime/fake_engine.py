@@ -9,6 +9,10 @@ finished by step 4 (f + 1). The token of frame f, row i, column j is
 and a token t is the colour (t % 256, t // 256, 7). It can do every task but s2i; known frames and
 masks are accepted and otherwise ignored. The prompt "refused" fails `check`.
 
+It keeps state as the real one does, and draws from nothing else: the seed lies in the condition
+slot of what is prepared, and is lost when that is given back; how far a sample is lies in the slot
+that it decodes in. So what is mixed up, or given back too early, has other tokens.
+
 Its ranker "first" scores a sample by the first token of its first frame; its ranker "broken" fails.
 
 To misbehave on purpose: put an error into `prepare_error`, `admit_error`, `step_error` (used once),
@@ -34,6 +38,7 @@ MAX_FRAMES = 10
 MAX_PREDICTED_FRAMES = 1000
 CLASSES = 5
 AHEAD = 2
+LOST = 12345  # in a condition slot that is free
 TASKS = tuple(task for task in Task if task is not Task.S2I)
 
 
@@ -61,12 +66,13 @@ def broken(prompt: str, frames: np.ndarray) -> float:
 
 
 class FakePrepared:
-    def __init__(self, request: GenerationRequest, among: list[FakePrepared]) -> None:
-        self.request, self._among = request, among
+    def __init__(self, request: GenerationRequest, slot: int, engine: FakeEngine) -> None:
+        self.request, self.slot, self._engine = request, slot, engine
 
     def close(self) -> None:
-        if self in self._among:
-            self._among.remove(self)
+        if self in self._engine.prepared:
+            self._engine.prepared.remove(self)
+            self._engine.seeds[self.slot] = LOST
 
 
 class FakeEngine:
@@ -92,7 +98,10 @@ class FakeEngine:
         self.rankers = {"first": first_token, "broken": broken}
         self.allocated: dict[int, GenerationRequest] = {}
         self.admitted: list[GenerationRequest] = []
-        self.rows_done: dict[int, int] = {}
+        self.seeds = [LOST] * (slots + AHEAD)  # by condition slot
+        self.sees: list[int] = [0] * slots  # by slot, its condition slot
+        self.next: list[int] = [0] * slots  # by slot, the next token less the seed
+        self.rows: dict[int, list[np.ndarray]] = {}  # by slot, i32 [4] each
         self.steps = 0
         self.pixel_calls: list[int] = []
         self.prepared: list[FakePrepared] = []
@@ -119,8 +128,10 @@ class FakeEngine:
         if self.prepare_error:
             error, self.prepare_error = self.prepare_error, None
             raise error
-        prepared = FakePrepared(request, self.prepared)
+        slot = min({*range(len(self.seeds))} - {each.slot for each in list(self.prepared)})
+        prepared = FakePrepared(request, slot, self)
         self.prepared.append(prepared)
+        self.seeds[slot] = request.seed
         return prepared
 
     def admit(self, prepared: FakePrepared, slot: int, sample_index: int) -> None:
@@ -128,7 +139,7 @@ class FakeEngine:
         assert prepared in self.prepared, "it was given back, or never prepared"
         request = replace(prepared.request, sample_index=sample_index)
         self.allocated[slot] = request
-        self.rows_done[slot] = 0
+        self.sees[slot], self.next[slot], self.rows[slot] = prepared.slot, sample_index, []
         self.admitted.append(request)
         if self.admit_error:
             error, self.admit_error = self.admit_error, None
@@ -143,14 +154,16 @@ class FakeEngine:
         return [self._step_slot(slot, request) for slot, request in self.allocated.items()]
 
     def _step_slot(self, slot: int, request: GenerationRequest) -> SlotStep:
+        drawn, rows_total = self.rows[slot], GRID * request.frame_count
         if error := self.slot_errors.pop(slot, None):
-            return SlotStep(slot, 0, 1, (), False, error)
-        self.rows_done[slot] += 1
-        rows, rows_total = self.rows_done[slot], GRID * request.frame_count
+            return SlotStep(slot, GRID * len(drawn), GRID * rows_total, (), False, error)
+        first = self.seeds[self.sees[slot]] + self.next[slot]
+        drawn.append((np.arange(first, first + GRID) % CODEBOOK).astype(np.int32))
+        self.next[slot] += GRID
+        rows = len(drawn)
         frames: tuple = ()
         if rows % GRID == 0:
-            index = rows // GRID - 1
-            frames = ((index, expected_tokens(request.seed + request.sample_index, index)),)
+            frames = ((rows // GRID - 1, np.stack(drawn[-GRID:])),)
         given = 0 if request.frames is None else GRID * len(request.frames)
         return SlotStep(
             slot,
@@ -162,15 +175,14 @@ class FakeEngine:
         )
 
     def unfinished(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
-        request = self.allocated[slot]
-        tokens = expected_tokens(request.seed + request.sample_index, 0)
-        decoded = np.zeros((GRID, GRID), bool)
-        decoded[: self.rows_done[slot]] = True
-        return np.where(decoded, tokens, 0).astype(np.int32), decoded
+        drawn = self.rows[slot]
+        tokens, decoded = np.zeros((GRID, GRID), np.int32), np.zeros((GRID, GRID), bool)
+        tokens[: len(drawn)], decoded[: len(drawn)] = np.reshape(drawn, (-1, GRID)), True
+        return tokens, decoded
 
     def release(self, slot: int) -> None:
         self.allocated.pop(slot, None)
-        self.rows_done.pop(slot, None)
+        self.rows.pop(slot, None)
 
     def tokens(self, pixels: np.ndarray) -> np.ndarray:
         """The inverse of `expected_pixels`."""

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
+
 import grpc
+import numpy as np
 import pytest
 
 from nuwa.runtime.admission import Admission
-from nuwa.runtime.core import GenerationRequest, QueueFullError
+from nuwa.runtime.core import GenerationRequest, QueueFullError, SlotStep
 from nuwa.runtime.errors import DeadlineTooShortError
 from nuwa.runtime.forecast import Forecast
+from nuwa.runtime.given import known_positions
 from nuwa.runtime.handle import Handle
+from nuwa.runtime.running import Running
 from nuwa.runtime.scheduler import Scheduler
 from nuwa.runtime.submission import Submission
 from nuwa.runtime.waiting import Waiting
+from nuwa.spec.conditions import lane_texts
+from nuwa.spec.config import preset
+from nuwa.spec.grid import Grid
+from nuwa.spec.plan import Plan, RollingPlan, completion_plan
+from nuwa.spec.sampling import Sampling
 from nuwa.spec.tasks import Task
 
 from .fake_engine import FakeEngine
@@ -95,10 +106,23 @@ def test_who_gives_up_is_not_charged_for_it():
     assert served(waiting) in ("bab", "abb")
 
 
-def test_frames_before_a_new_request():
-    waiting = filled(*[submission("a", 10) for _ in range(3)])
-    assert waiting.frames_before("a") == [10, 10, 10]
-    assert waiting.frames_before("b") == [10]
+def test_who_comes_before_a_new_request():
+    order = [submission("a", 10) for _ in range(3)]
+    waiting = filled(*order)
+    assert waiting.before("a") == order
+    assert waiting.before("b") == order[:1]
+
+
+def test_what_was_prepared_gives_way_to_whose_turn_is_sooner():
+    """Though it has had no sample either: its client has more before it."""
+    first, second = submission("a", 10), submission("a", 10)
+    first.prepared, second.prepared = (FakeEngine().prepare(request()) for _ in range(2))
+    waiting = filled(first, second)
+    assert waiting.idle() is None
+    late = submission("b")
+    waiting.append(late)
+    assert list(waiting) == [first, late, second]
+    assert waiting.idle() is second and second.started == 0
 
 
 def test_a_forecast_is_the_best_speed_of_late():
@@ -159,17 +183,115 @@ def test_more_slots_at_work_are_faster_together():
     assert Forecast().seconds(2, [8, 8], [24]) == 0.0, "nothing is known"
 
 
+SPRITES = preset("sprites").decoder
+MOST = SPRITES.grid
+SIDE = 8  # pixels of a token's patch
+BOX, STRIP = np.zeros((2, MOST.height * SIDE, MOST.width * SIDE), bool)
+BOX[SIDE : 5 * SIDE, 2 * SIDE : 6 * SIDE] = True
+STRIP[:, 3] = True
+GUIDED = Sampling(guidance_scale=3.0)
+
+
+def given(frames: int) -> np.ndarray:
+    return np.zeros((frames, *BOX.shape, 3), np.uint8)
+
+
+KINDS = {
+    "image": request(),
+    "guided image": replace(request(), sampling=GUIDED),
+    "clip": request(10),
+    "guided clip": replace(request(10), sampling=GUIDED),
+    "short clip": request(3),
+    "unconditional clip": replace(request(10), sampling=Sampling(guidance_scale=0.0)),
+    "next frame": GenerationRequest(Task.V2V, frame_count=10, frames=given(9)),
+    "next frames": GenerationRequest(Task.V2V, frame_count=10, frames=given(1)),
+    "long clip": GenerationRequest(Task.V2V, frame_count=40, frames=given(3)),
+    "guided prediction": GenerationRequest(
+        Task.V2V, "a 3", frame_count=10, frames=given(5), sampling=GUIDED
+    ),
+    "completion": GenerationRequest(Task.I2I, frames=given(1), mask=BOX),
+    "thin completion": GenerationRequest(Task.I2I, frames=given(1), mask=STRIP),
+    "edit": GenerationRequest(Task.TV2V, "a 3", frame_count=10, frames=given(10), mask=BOX),
+    "raster clip": replace(request(10), schedule="raster"),
+}
+# Seconds of a step, and of each of its rows: bound by arithmetic, by weights, by something of both.
+COSTS = {"rows": (0.0, 1e-5), "steps": (2e-4, 0.0), "both": (1e-4, 1e-5)}
+
+
+@functools.cache
+def decoded(kind: str, cost: str) -> list[tuple[SlotStep, float]]:
+    """The steps of a sample that has the engine to itself, and how long each takes."""
+    wanted, (least, more) = KINDS[kind], COSTS[cost]
+    grid = Grid(min(wanted.frame_count, MOST.frames), MOST.height, MOST.width)
+    known = known_positions(wanted, grid)
+    plan: Plan
+    if wanted.frame_count > MOST.frames:
+        plan = RollingPlan(SPRITES, wanted.frame_count, len(wanted.frames))
+    else:
+        plan = completion_plan(SPRITES, grid, known, wanted.schedule)
+    lanes = len(lane_texts(wanted.prompt, wanted.sampling.guidance_scale))
+    made, done = [], 0
+    for step in range(plan.steps):
+        width = len(plan.call(step).fed)
+        done += width
+        last, prefill = done == plan.grid.size, width > plan.widest
+        result = SlotStep(0, done, plan.grid.size, (), last, prefill=prefill)
+        made.append((result, least + more * width * lanes))
+    return made
+
+
+def of(kind: str) -> Submission:
+    handle = Handle(KINDS[kind], submitted=0.0, deadline=None, on_cancel=lambda handle: None)
+    return Submission(handle, 1)
+
+
+@functools.cache
+def taught(kind: str, cost: str) -> Admission:
+    """One that has seen some seconds of such requests, one after another, and nothing else."""
+    admission, steps, seconds = Admission(1, 8), decoded(kind, cost), 0.0
+    while seconds < 1.5:
+        running = Running(of(kind), KINDS[kind])
+        for result, elapsed in steps:
+            admission.learn([(running, result)], elapsed)
+            seconds += elapsed
+        assert running.left.samples == pytest.approx(0.0, abs=1e-6)
+    return admission
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_deadline_that_can_be_met_is_not_refused(kind, cost):
+    """Whatever the engine has done before, of other width, length, lanes and given tokens."""
+    truth = sum(elapsed for _, elapsed in decoded(kind, cost))
+    for before in KINDS:
+        taught(before, cost).check_time(Waiting(), [], of(kind), 1.001 * truth)
+    wanted = KINDS[kind]
+    if wanted.frames is None and wanted.schedule == "wave":
+        with pytest.raises(DeadlineTooShortError):
+            taught(kind, cost).check_time(Waiting(), [], of(kind), 0.99 * truth)
+
+
 class Slow(Forecast):
-    """One frame a second, of all slots together."""
+    """One unit a second, of all slots together."""
 
     def rate(self, slots: int) -> float:
         return 1.0
 
 
+class Slower(Forecast):
+    def rate(self, slots: int) -> float:
+        return 0.01
+
+
+def make_slow(scheduler: Scheduler) -> None:
+    """One frame of one lane a second; in other units it would be longer."""
+    scheduler._admission.forecasts = (Slow(), Slower(), Slower())
+
+
 @pytest.fixture
 def scheduler():
     scheduler = Scheduler(FakeEngine(), queue_size=8)
-    scheduler._admission.forecast = Slow()
+    make_slow(scheduler)
     yield scheduler
     scheduler.close()
 
@@ -190,7 +312,7 @@ def test_what_is_being_decoded_counts(scheduler):
     for _ in range(5):
         scheduler.turn()
     assert scheduler.active == 1
-    left = next(iter(scheduler._running.values())).frames_left
+    left = next(iter(scheduler._running.values())).left.rows
     assert 0 < left < 10
     with pytest.raises(DeadlineTooShortError):
         scheduler.submit(request(5), client="a", timeout=left + 4.9)
@@ -236,7 +358,7 @@ def test_the_time_to_come_back_follows_from_what_waits(scheduler):
     with pytest.raises(QueueFullError) as refused:
         scheduler.submit(request(), client="a")
     assert refused.value.retry_seconds == pytest.approx(9.0)
-    scheduler._admission.forecast.rate = lambda slots: 1e-3
+    scheduler._admission.forecasts[0].rate = lambda slots: 1e-3
     with pytest.raises(QueueFullError) as refused:
         scheduler.submit(request(), client="a")
     assert refused.value.retry_seconds == 10.0
@@ -245,7 +367,7 @@ def test_the_time_to_come_back_follows_from_what_waits(scheduler):
 def test_speed_is_learnt_from_what_is_decoded():
     found = []
     scheduler = Scheduler(FakeEngine(slots=2))
-    scheduler._admission.forecast.add = lambda frames, seconds, slots: found.append(frames)
+    scheduler._admission.forecasts[0].add = lambda rows, seconds, slots: found.append(rows)
     handles = [scheduler.submit(request(3, seed)) for seed in range(2)]
     while not all(handle.ended for handle in handles):
         scheduler.turn()
@@ -254,7 +376,7 @@ def test_speed_is_learnt_from_what_is_decoded():
 
 
 def test_a_refused_deadline_tells_clients_not_to_retry(stub, server):
-    server.scheduler._admission.forecast = Slow()
+    make_slow(server.scheduler)
     with pytest.raises(grpc.RpcError) as caught:
         stub.GenerateImage(image(), timeout=0.9)
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -7,9 +7,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from nuwa.runtime.backends.base import BACKENDS
+from nuwa.runtime.backends.base import BACKENDS, NATIVE_CPU, ONNXRUNTIME_CPU
 from nuwa.runtime.core import GenerationRequest
-from nuwa.runtime.engine import cache_slots, condition_slots
+from nuwa.runtime.engine import cache_slots, condition_slots, load_engine
+from nuwa.runtime.errors import UnavailableError
+from nuwa.spec.conditions import ConditionLayout
 from nuwa.spec.grid import Grid
 from nuwa.spec.manifest import Manifest
 from nuwa.spec.plan import decode_plan
@@ -252,6 +254,48 @@ def test_samples_share_what_is_prepared_once(engine, monkeypatch):
     assert len(encoded) == 1
 
 
+def spoil(engine, slot: int) -> None:
+    """What remains of a request of which the encoders made what is no finite number."""
+    layout = ConditionLayout.of(engine._config)
+    for array in engine._backend.conditions.values():
+        array[slot, : layout.none] = array[slot, layout.visual :] = np.nan
+
+
+@pytest.mark.parametrize("backend", [NATIVE_CPU, ONNXRUNTIME_CPU])
+@pytest.mark.parametrize("kind", ["promptless", "unconditional", "prompt", "sketch"])
+def test_what_is_no_number_ends_with_its_request(tiny_bundle, kind, backend):
+    """Whoever gets its condition slot and cache slots next has the tokens that it would have."""
+    frames = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), np.uint8)
+    sketch = np.zeros((1, 16, 16), np.uint8)
+    wanted = {
+        "promptless": GenerationRequest(Task.V2V, frame_count=3, frames=frames),
+        "unconditional": request("clip", "unconditional"),
+        "prompt": request("clip", "guided"),
+        "sketch": GenerationRequest(Task.S2I, sketch=sketch),
+    }[kind]
+    try:
+        engine = load_engine(tiny_bundle, threads=1, backend=backend)
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    expected = alone(engine, wanted).tokens
+    for slot in range(condition_slots(1)):
+        spoil(engine, slot)
+    for cache in engine._backend.caches.values():
+        cache[:] = np.nan
+    assert (alone(engine, wanted).tokens == expected).all()
+
+
+@pytest.mark.parametrize("kind", ["image", "clip"])
+def test_without_guidance_there_is_one_lane(engine, kind):
+    """Guidance 0 draws from the logits of "none" alone."""
+    for seed in SEEDS:
+        free = alone(engine, request(kind, "unconditional", seed=seed))
+        assert (free.tokens == alone(engine, request(kind, seed=seed, prompt="none")).tokens).all()
+        run = admit(engine, request(kind, "unconditional", seed=seed), 0)
+        assert len(engine._sequences[0].stream.lanes) == 1
+        stop(engine, 0, run)
+
+
 def test_a_slot_at_fault_fails_alone(engine, monkeypatch):
     """One whose numbers are none, and one that the backend cannot run: others go on as if alone."""
     wanted = request("clip", "guided", seed=5)
@@ -274,15 +318,10 @@ def test_a_slot_at_fault_fails_alone(engine, monkeypatch):
     assert calls == [3, 1, 1, 1] and isinstance(errors[1], MemoryError)
     assert errors[0] is None and errors[2] is None
     stop(engine, 1, runs.pop(1))
-    ill = runs[2].prepared.slot
-    kept = {name: array[ill].copy() for name, array in engine._backend.conditions.items()}
-    for array in engine._backend.conditions.values():
-        array[ill] = np.nan
+    spoil(engine, runs[2].prepared.slot)
     errors = {result.slot: result.error for result in engine.step()}
     assert errors[0] is None and isinstance(errors[2], FloatingPointError)
     stop(engine, 2, runs.pop(2))
-    for name, array in kept.items():
-        engine._backend.conditions[name][ill] = array
     run = runs[0]
     while not engine._sequences[0].done:
         for result in engine.step():

@@ -26,6 +26,7 @@ from nuwa.runtime.errors import (
     EngineError,
     ShuttingDownError,
 )
+from nuwa.runtime.handle import TOLERANCE
 from nuwa.runtime.scheduler import Scheduler
 from nuwa.spec.tasks import Task
 
@@ -383,6 +384,29 @@ def test_a_request_that_waits_for_its_pixels_can_be_ended(unpainted, way):
         handle.result()
 
 
+def test_a_deadline_is_one_whoever_is_first_to_notice(unpainted):
+    """gRPC cancels a call at its deadline: what waits for its pixels then is late, not left."""
+    scheduler, engine = unpainted
+    handle = scheduler.submit(request(), timeout=60)
+    wait_until(lambda: engine.steps == 4 and scheduler.active == 0)
+    handle.deadline = time.perf_counter() + TOLERANCE / 2
+    handle.cancel()
+    with pytest.raises(DeadlineExceededError):
+        handle.result()
+
+
+def test_frames_that_are_given_are_not_decoded():
+    engine = FakeEngine()
+    scheduler = Scheduler(engine)
+    given = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    handle = scheduler.submit(GenerationRequest(Task.V2V, frame_count=3, frames=given))
+    turn(scheduler, 12)
+    frames, _ = handle.result()
+    np.testing.assert_array_equal([frame.pixels for frame in frames[:2]], given)
+    np.testing.assert_array_equal(frames[2].pixels, expected_pixels(expected_tokens(0, 2)))
+    assert engine.pixel_calls == [1]
+
+
 def test_close_ends_what_waits_for_its_pixels(unpainted, monkeypatch):
     scheduler, engine = unpainted
     monkeypatch.setattr("nuwa.runtime.scheduler.CLOSE_SECONDS", 0.1)
@@ -462,6 +486,55 @@ def test_a_lost_device_ends_everything_at_once(monkeypatch, caplog, work):
     with pytest.raises(ShuttingDownError):
         scheduler.submit(request())
     assert "DeviceLostError" in caplog.text
+    scheduler.close()
+
+
+@pytest.mark.parametrize("way", ["cancel", "finish"])
+def test_a_device_lost_while_a_slot_is_emptied_leaves_nobody_waiting(monkeypatch, way):
+    engine = FakeEngine()
+    scheduler = Scheduler(engine)
+
+    def lose(slot):
+        raise DeviceLostError("GPU 0 is lost to this process")
+
+    monkeypatch.setattr(engine, "release", lose)
+    engine.gate.clear()
+    scheduler.start()
+    handle = scheduler.submit(request(frames=2 if way == "cancel" else 1))
+    events = handle.events()
+    assert isinstance(next(events), Accepted)
+    if way == "cancel":
+        handle.cancelled = True
+    engine.gate.set()
+    wait_until(lambda: handle.ended)
+    with pytest.raises(ShuttingDownError, match="has to start again"):
+        list(events)
+    scheduler.close()
+
+
+def test_nobody_waits_for_a_painter_that_died_while_a_slot_was_emptied(monkeypatch):
+    """The second request is neither decoded nor painted when the first one's pixels end it all."""
+    engine, gate = FakeEngine(slots=2), threading.Event()
+    scheduler = Scheduler(engine)
+
+    def lose(tokens):
+        gate.wait(60)
+        raise DeviceLostError("GPU 0 is lost to this process")
+
+    def vacate(slot, vacate=scheduler._vacate):
+        vacate(slot)
+        if engine.steps == 8:
+            gate.set()
+            wait_until(lambda: scheduler._death is not None)
+
+    monkeypatch.setattr(engine, "pixels", lose)
+    monkeypatch.setattr(scheduler, "_vacate", vacate)
+    handles = [scheduler.submit(request(frames=frames)) for frames in (1, 2)]
+    scheduler.start()
+    wait_until(lambda: all(handle.ended for handle in handles))
+    for handle in handles:
+        with pytest.raises(ShuttingDownError, match="has to start again"):
+            handle.result()
     scheduler.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from nuwa.spec.config import DecoderConfig, preset
 from nuwa.spec.grid import FULL, MASKED, Extent, Grid, neighbours, predecessors
 from nuwa.spec.plan import (
     MAX_PREDICTED_FRAMES,
+    STAGED_CALLS,
     Plan,
     RollingPlan,
     base_schedule,
@@ -128,6 +130,25 @@ def test_given_frames_are_prefilled_in_few_calls(decoder, kind, data):
 def test_the_ring_is_no_larger_than_a_long_clip_needs(decoder, kind):
     frames = 8 * decoder.grid.frames + 8
     assert whole(decoder, frames, kind).entries == endless_schedule(decoder, kind).entries
+
+
+@settings(deadline=None, max_examples=60)
+@given(decoders, kinds, st.integers(0, 20), st.data())
+def test_rows_are_the_same_however_they_are_staged(decoder, kind, offset, data):
+    frames = data.draw(st.integers(2, 8 * decoder.grid.frames))
+    known = data.draw(st.integers(0, min(decoder.grid.frames, frames - 1)))
+    plan = RollingPlan(decoder, frames, known, kind, offset)
+    step, ends = 0, []
+    while step < plan.steps:
+        rows, bounds = plan.stage(step)
+        for first, last in itertools.pairwise(bounds):
+            for one, part in zip(plan.call(step), rows, strict=True):
+                assert np.array_equal(one, part[first:last])
+            step += 1
+        ends.append(step)
+    assert ends[-1] == plan.steps
+    assert all(end % STAGED_CALLS == offset % STAGED_CALLS for end in ends[:-1])
+    assert (np.diff([0, *ends]) <= STAGED_CALLS).all()
 
 
 @pytest.mark.parametrize("name", ["sprites", "base"])
