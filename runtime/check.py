@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from nuwa.spec.sampling import Sampling, sort_width
 from nuwa.spec.tasks import Task
 
 from .class_maps import ClassMaps, check_ids
@@ -40,6 +41,20 @@ def check_request(request: GenerationRequest, info: ModelInfo) -> None:
         _check_mask(request, info)
     if request.sketch is not None:
         _check_sketch(request.sketch, request, info)
+
+
+def check_candidates(sampling: Sampling, codebook_size: int, most: int | None) -> None:
+    """FieldError where more codes would have to be sorted than the backend can; most: None, all."""
+    needed = sort_width([sampling.top_k], [sampling.top_p], codebook_size)
+    if most is None or needed <= most:
+        return
+    field, value = ("top_k", sampling.top_k) if sampling.top_k else ("top_p", sampling.top_p)
+    choices = f"a top_k of 1 to {most}"
+    raise FieldError(
+        f"sampling.{field}",
+        f"{field} {value} chooses among {needed} codes, and this server's backend can sort {most}: "
+        + (f"give {choices}" if sampling.top_k else f"give {choices} with it, or top_p 1"),
+    )
 
 
 def _check_prompt(request: GenerationRequest) -> None:

@@ -38,7 +38,7 @@ from nuwa.spec.tasks import UNCONDITIONAL_PROMPT, Task
 from .backends.base import AUTO, Backend, Lane, Part
 from .backends.choice import make_backend
 from .bundle import Bundle, open_bundle
-from .check import check_request
+from .check import check_candidates, check_request
 from .core import GenerationRequest, ModelInfo, Pixels, SlotStep
 from .errors import FieldError
 from .given import known_positions
@@ -162,6 +162,9 @@ class Engine:
     def check(self, request: GenerationRequest) -> None:
         """UnsupportedTaskError, or ValueError naming the value and the valid choices."""
         check_request(request, self.info)
+        check_candidates(
+            request.sampling, self._config.image.codebook_size, self._backend.most_candidates
+        )
         count, most = self._text.count(request.prompt), self._text.room
         if count > most:
             raise FieldError(

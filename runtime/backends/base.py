@@ -115,6 +115,11 @@ class Backend(Protocol):
         """Rows that a call may have, a guided stream's counted twice; None for any number."""
         ...
 
+    @property
+    def most_candidates(self) -> int | None:
+        """Codes that top-k and top-p may choose among (spec.sampling.sort_width); None for all."""
+        ...
+
     def encode_text(self, ids: Int, condition_slots: Sequence[int], first: int) -> None:
         """Puts the cross-attention keys and values of ids i32 [B, M] into B condition slots.
 

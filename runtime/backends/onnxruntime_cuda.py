@@ -70,6 +70,7 @@ class OnnxRuntimeCuda:
 
     name = ONNXRUNTIME_CUDA
     most_rows: int | None = None
+    most_candidates: int | None = None
 
     def __init__(
         self,

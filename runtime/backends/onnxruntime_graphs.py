@@ -75,6 +75,7 @@ class OnnxRuntimeGraphs:
         self.conditions = allocate(self._condition_names, shape, storage)
 
     most_rows: int | None = None  # ONNX Runtime and the native decoder make room as calls come
+    most_candidates: int | None = None
 
     def encode_text(self, ids: Int, condition_slots: Sequence[int], first: int) -> None:
         with self._cores.lend(self.threads):

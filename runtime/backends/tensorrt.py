@@ -133,13 +133,14 @@ class TensorRt:
         self._preparing = preparing
         self._ranges = self._decoder.ranges("tokens")
         _, self.most_rows = self._ranges[-1]
+        self.most_candidates = min(most for _, most in self._decoder.ranges("ranks"))
         self._rows = DeviceRows(
             self._memory,
             kernels,
             config,
             rows=self.most_rows,
             lanes=cache_slots,
-            widest=min(most for _, most in self._decoder.ranges("ranks")),
+            widest=self.most_candidates,
         )
         self._codebook_size = config.image.codebook_size
         self._all_logits = self._memory.allocate(4 * self.most_rows * self._codebook_size)

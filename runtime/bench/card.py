@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nuwa.spec.conditions import visual_window
+from nuwa.spec.conditions import lane_texts, visual_window
 from nuwa.spec.config import DecoderConfig, ModelConfig
 from nuwa.spec.grid import Grid, Int
 from nuwa.spec.manifest import Manifest
@@ -169,7 +169,7 @@ def card(
     plans = {kind: _plan(decoder, frames, given_frames, kept, kind) for kind in ("wave", "raster")}
     if schedule not in plans:
         raise ValueError(f"schedule {schedule!r} is not one of 'wave', 'raster'")
-    lanes = 2 if prompt and guidance != 1.0 else 1
+    lanes = len(lane_texts("a prompt" if prompt else "", guidance))
     head = decoder.width * config.image.codebook_size
     costs = _Costs(config, precision, lanes, samples, text_length)
     visual = None

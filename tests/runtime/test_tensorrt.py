@@ -16,7 +16,7 @@ from nuwa.runtime.backends.tensorrt import TensorRt, TensorRtRtx
 from nuwa.runtime.bundle import open_bundle
 from nuwa.runtime.core import GenerationRequest
 from nuwa.runtime.engine import Engine, cache_slots, condition_slots, load_engine
-from nuwa.runtime.errors import DeviceLostError, UnavailableError
+from nuwa.runtime.errors import DeviceLostError, FieldError, UnavailableError
 from nuwa.spec.manifest import BundleError
 from nuwa.spec.sampling import Sampling
 from nuwa.spec.tasks import Task
@@ -336,6 +336,23 @@ def test_creators_of_a_real_registry_say_what_they_are(module):
     assert creators
     assert all(isinstance(each.name, str) for each in creators)
     assert {each.plugin_namespace for each in creators} <= {"", "nuwa"}
+
+
+@pytest.mark.parametrize(
+    ("sampling", "told"),
+    [
+        (Sampling(top_k=11), "top_k 11 chooses among 11 codes, .* can sort 10: give a top_k of 1"),
+        (Sampling(top_p=0.9), "top_p 0.9 chooses among .* with it, or top_p 1"),
+    ],
+)
+def test_more_candidates_than_can_be_sorted_are_refused_at_the_door(bundle, sampling, told):
+    backend = made(bundle)
+    backend.most_candidates = 10
+    engine = Engine(bundle, backend, slots=SLOTS)
+    engine.check(GenerationRequest(Task.T2I, "a red 3", sampling=Sampling(top_k=10, top_p=0.9)))
+    with pytest.raises(FieldError, match=told) as caught:
+        engine.check(GenerationRequest(Task.T2I, "a red 3", sampling=sampling))
+    assert caught.value.field == f"sampling.{told.split()[0]}"
 
 
 def test_prefill_takes_no_more_rows_than_there_are(bundle):
