@@ -50,7 +50,7 @@ Known = npt.NDArray[np.bool_]
 # What is given is caught up with in calls of many rows. Beside others' waves such a call may have
 # so many times their rows, which makes their step at most that much longer.
 PREFILL_SHARE = 1.5
-FEW_ROWS = 16  # of a call take hardly longer than one: it is the weights that take the time
+FEW_ROWS = 4  # take hardly longer than one: it is the weights that take the time
 AHEAD = 2  # requests that can be prepared while all slots are taken
 MOST_ROWS = (
     256  # of a call that nobody else waits for: its memory, and how soon it can be cancelled
