@@ -99,8 +99,8 @@ class FakeEngine:
         self.allocated: dict[int, GenerationRequest] = {}
         self.admitted: list[GenerationRequest] = []
         self.seeds = [LOST] * (slots + AHEAD)  # by condition slot
-        self.sees: list[int] = [0] * slots  # by slot, its condition slot
-        self.next: list[int] = [0] * slots  # by slot, the next token less the seed
+        self.sees: dict[int, int] = {}  # by slot, its condition slot
+        self.next: dict[int, int] = {}  # by slot, the next token less the seed
         self.rows: dict[int, list[np.ndarray]] = {}  # by slot, i32 [4] each
         self.steps = 0
         self.pixel_calls: list[int] = []
