@@ -16,6 +16,9 @@ How the bodies are laid out, and why:
   and the order of writes cannot matter. If no row writes, all of them write back what one entry
   already holds. (NonZero would need fewer nodes, but TensorRT-RTX has none.) Attention reads
   ScatterND's output, never its input: with one buffer bound to both, the write is in place.
+- What is computed of a row's index stays on the device: of whole numbers ONNX Runtime's CUDA provider
+  has no ArgMax, and a number of rows, which a shape gives, is on the host. One copy between the two
+  a step would do to rule out CUDA graphs.
 - Sizes that are the same in every call of a file are constants of its bodies (`Sizes`): runtimes
   fold no arithmetic on the shape of a tensor with a dynamic axis.
 - Entries of masked neighbours are read as entry 0 and weighed with zero: what a cache holds must be
@@ -62,17 +65,19 @@ _WRITE = """
   to_column = Constant <value_ints = [1]> ()
   skips_T = Less (write_index, no_entry)
   writes_T = Not (skips_T)
-  writes_i32_T = Cast <to = 6> (writes_T)
-  writes_i32_T1 = Unsqueeze (writes_i32_T, to_column)
-  writer_1 = ArgMax <axis = 0, keepdims = 0> (writes_i32_T1)
+  writes_f_T = Cast <to = 1> (writes_T)
+  writes_f_T1 = Unsqueeze (writes_f_T, to_column)
+  writer_1 = ArgMax <axis = 0, keepdims = 0> (writes_f_T1)
   writer_place_1 = Gather (write_index, writer_1)
   writer_slot_1 = Gather (slot, writer_1)
   none_writes_1 = Less (writer_place_1, no_entry)
   spare_place_1 = Max (writer_place_1, no_entry)
   count_1 = Shape (write_index)
-  count = Squeeze (count_1, to_row)
-  own_T = Range (row_0, count, next)
-  spare_row_1 = Where (none_writes_1, count_1, writer_1)
+  end_1 = Add (count_1, next)
+  end = Squeeze (end_1, to_row)
+  own_T = Range (next, end, next)
+  after_writer_1 = Add (writer_1, next)
+  spare_row_1 = Where (none_writes_1, row_0, after_writer_1)
   source_T = Where (skips_T, spare_row_1, own_T)
   slot_T = Where (skips_T, writer_slot_1, slot)
   place_T = Where (skips_T, spare_place_1, write_index)
@@ -85,8 +90,8 @@ _WRITE = """
   kept_12 = Unsqueeze (kept_2, to_row)
   key_kept_1d = GatherND (key_cache, kept_12)
   value_kept_1d = GatherND (value_cache, kept_12)
-  key_rows_d = Concat <axis = 0> (key_new, key_kept_1d)
-  value_rows_d = Concat <axis = 0> (value_new, value_kept_1d)
+  key_rows_d = Concat <axis = 0> (key_kept_1d, key_new)
+  value_rows_d = Concat <axis = 0> (value_kept_1d, value_new)
   key_Td = Gather (key_rows_d, source_T)
   value_Td = Gather (value_rows_d, source_T)
   key_cache_out = ScatterND (key_cache, target_T2, key_Td)

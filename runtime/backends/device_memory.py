@@ -56,7 +56,8 @@ class DeviceMemory(Protocol):
     """kind and index: of the device, as ONNX Runtime calls them; stream: a cudaStream_t, or 0;
     target: the architecture, "sm_90".
 
-    For one thread, but for `check`. What it allocated it gives back when nobody has it any more.
+    For one thread, but for `check` and `enter`. What it allocated it gives back when nobody has it
+    any more.
     """
 
     kind: str
@@ -98,6 +99,12 @@ class DeviceMemory(Protocol):
 
         `work` copies and clears on the device and puts; all else would not be in the recording.
         """
+
+    def abandon(self) -> None:
+        """Ends a recording that someone else has begun in the stream and not ended."""
+
+    def enter(self) -> None:
+        """Before others use the device in this thread: recordings elsewhere do not concern it."""
 
 
 class HostMemory:
@@ -164,6 +171,12 @@ class HostMemory:
         finally:
             self._recorded = None
         return _HostRecording(tuple(recorded))
+
+    def abandon(self) -> None:
+        """Nobody else records."""
+
+    def enter(self) -> None:
+        """A processor is for all threads."""
 
     def _not_recorded(self, what: str) -> None:
         assert self._recorded is None, f"{what} while recording, of which a launch would do nothing"
@@ -273,6 +286,19 @@ class CudaMemory:
             self._call("cudaGraphDestroy", graph)
         return _CudaGraph(self, made)
 
+    def abandon(self) -> None:
+        none = self._cuda.cudaStreamCaptureStatus.cudaStreamCaptureStatusNone
+        (status,) = self._call("cudaStreamIsCapturing", self.stream)
+        if status != none:
+            self._cuda.cudaStreamEndCapture(self.stream)  # which says that it has failed
+
+    def enter(self) -> None:
+        if getattr(self._local, "entered", False):
+            return
+        self._check("cudaSetDevice", self._cuda.cudaSetDevice(self.index)[0])
+        _ignore_recordings(self._cuda)
+        self._local.entered = True
+
     def _pinned(self, size: int) -> int:
         """Pinned memory for an upload: that of earlier ones once they are where they belong."""
         if self._staged + size > self._staging_size or not self._staging:
@@ -304,10 +330,8 @@ class CudaMemory:
         return f"sm_{major}{minor}"
 
     def _call(self, name: str, *arguments: Any) -> tuple:
-        """What a function of CUDA returns besides its status; each thread chooses the GPU once."""
-        if not getattr(self._local, "chosen", False):
-            self._check("cudaSetDevice", self._cuda.cudaSetDevice(self.index)[0])
-            self._local.chosen = True
+        """What a function of CUDA returns besides its status."""
+        self.enter()
         status, *values = getattr(self._cuda, name)(*arguments)
         self._check(name, status)
         return tuple(values)
@@ -346,6 +370,7 @@ def _give_back(cuda: Any, index: int, stream: int, held: set[int], staging: list
     """Frees what a CudaMemory had, in any thread; of a lost GPU that fails, which harms nobody."""
     _, before = cuda.cudaGetDevice()
     cuda.cudaSetDevice(index)
+    _ignore_recordings(cuda)
     cuda.cudaStreamSynchronize(stream)
     for address in held:
         cuda.cudaFree(address)
@@ -354,6 +379,15 @@ def _give_back(cuda: Any, index: int, stream: int, held: set[int], staging: list
     cuda.cudaStreamDestroy(stream)
     if before is not None:
         cuda.cudaSetDevice(before)
+
+
+def _ignore_recordings(cuda: Any) -> None:
+    """ONNX Runtime records in a mode that forbids other threads, unless they say so, to allocate
+    and free, and that fails if they do.
+    """
+    cuda.cudaThreadExchangeStreamCaptureMode(
+        cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+    )
 
 
 def _bytes_at(address: int, size: int) -> npt.NDArray[np.uint8]:

@@ -31,6 +31,7 @@ from .device_memory import DeviceMemory
 from .step_batch import CrossColumns
 
 ABI = 1  # kRowsAbi of rows.h
+MOST_RECORDINGS = 128  # sizes of calls: those of a few kinds of requests, in batches of any size
 
 _LANE = np.dtype(
     [
@@ -307,6 +308,12 @@ class DeviceRows:
     def _give(self, address: int, size: int) -> None:
         """For the next stream, whose work comes after what is in the device's stream."""
         self._spare.setdefault(size, []).append(address)
+
+
+def padded(rows: int) -> int:
+    """How many rows a call of so many gets: of few sizes, and at most half as many again."""
+    power = 1 << (rows - 1).bit_length()
+    return 3 * power // 4 if rows <= 3 * power // 4 else power
 
 
 def _records(rows: Rows) -> Int:

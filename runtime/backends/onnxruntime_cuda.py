@@ -15,9 +15,9 @@ import ctypes
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,11 @@ from ..bundle import Bundle
 from ..core import Pixels
 from ..errors import DeviceLostError, UnavailableError
 from .base import ONNXRUNTIME_CUDA, Float, Part, Stream
-from .device_memory import STICKY, CudaMemory, HostMemory
-from .device_rows import DeviceRows, Tensor
+from .device_memory import STICKY, CudaMemory, DeviceMemory, HostMemory
+from .device_rows import DeviceRows
 from .host_tokens import HostTokens
 from .onnxruntime_graphs import cache_names
+from .onnxruntime_step import DeviceStep
 from .step_batch import CrossColumns, StepBatch, assemble
 
 log = logging.getLogger("nuwa.runtime")
@@ -65,7 +66,8 @@ class OnnxRuntimeCuda:
     rows: of usual calls, ONNX Runtime makes room as calls come; threads and spinning: of what the
     provider leaves to the CPU; logits: keep the logits of every step in `logits` f32 [T, K];
     device: "cpu" runs the same on the CPU provider, which tests do; device_id: of the GPU; kernels:
-    libnuwa_rows.so, the one that was built if None.
+    libnuwa_rows.so, the one that was built if None; recording: of steps, as CUDA graphs, where all
+    of a step is on the device; memory: what stands for the GPU's in tests.
     """
 
     name = ONNXRUNTIME_CUDA
@@ -85,6 +87,8 @@ class OnnxRuntimeCuda:
         device: str = "cuda",
         device_id: int = 0,
         kernels: Path | None = None,
+        recording: bool = True,
+        memory: Callable[[], DeviceMemory] | None = None,
     ) -> None:
         config, manifest = bundle.manifest.config, bundle.manifest
         if manifest.precision not in _STORAGE:
@@ -118,9 +122,9 @@ class OnnxRuntimeCuda:
         self._text = self._session(TEXT_ENCODER)
         self._tokenizer = self._session(IMAGE_TOKENIZER)
         self._detokenizer = self._session(IMAGE_DETOKENIZER)
-        kept = self._keep_rows(kernels, rows)
-        stream = kept.memory.stream if isinstance(kept, DeviceRows) else None
-        self._decoder = self._session(DECODER_STEP, stream)
+        kept = self._keep_rows(kernels, rows, memory)
+        recording = recording and isinstance(kept, DeviceRows) and not logits
+        self._decoder, recording = self._open_decoder(kept, recording)
         self._conditions = self._zeros(self._condition_names, (condition_slots, entries, width))
         self._caches = self._zeros(
             cache_names(layers), (cache_slots, manifest.cache_entries, width)
@@ -130,17 +134,16 @@ class OnnxRuntimeCuda:
         self._columns = CrossColumns(config)
         self.logits: Float | None = None
         self._keep_logits = logits
-        self._run_options = ort.RunOptions()
-        if isinstance(kept, DeviceRows) and not logits:
-            # What comes next is in the same stream.
-            entry = "disable_synchronize_execution_providers"
-            self._run_options.add_run_config_entry(entry, "1")
-        self._bound: dict[str, Tensor] = {}
-        self._binding = self._decoder.io_binding()
-        for name, value in (self._caches | self._conditions).items():
-            self._binding.bind_ortvalue_input(name, value)
-            if name in self._caches:
-                self._binding.bind_ortvalue_output(f"{name}_out", value)
+        self._binding = self._new_binding()
+        self._step: DeviceStep | None = None
+        if isinstance(kept, DeviceRows):
+            self._step = DeviceStep(
+                self._decoder,
+                self._new_binding,
+                kept.memory,
+                recording=recording,
+                synchronous=logits,
+            )
         self._rows = kept  # the last attribute, so that the session is gone before its stream is
 
     def encode_text(self, ids: Int, condition_slots: Sequence[int], first: int) -> None:
@@ -168,10 +171,14 @@ class OnnxRuntimeCuda:
 
     def step(self, parts: Sequence[Part]) -> list[bool]:
         if isinstance(self._rows, DeviceRows):
-            tensors = self._rows.begin(parts)
+            assert self._step is not None
+            count = sum(part.count * len(part.stream.lanes) for part in parts)
+            tensors = self._rows.begin(parts, self._step.rows(count))
             self._rows.gather()
+            if self._keep_logits:
+                self.logits = np.empty((count, self._codebook_size), np.float32)
             with self._device_checked():
-                self._run_there(tensors)
+                self._step.run(tensors, self.logits)
             self._rows.commit()
             return self._rows.finish()
         batch = assemble(parts, self._rows.held, self._codebook_size, self._columns)
@@ -185,31 +192,17 @@ class OnnxRuntimeCuda:
     def close(self, stream: Stream) -> None:
         self._rows.close(stream)
 
-    def _run_there(self, tensors: dict[str, Tensor]) -> None:
-        """The graph on what is on the device, where its tokens stay."""
-        for name, tensor in tensors.items():
-            if self._bound.get(name) == tensor:
-                continue
-            bind = self._binding.bind_output if name == "next_tokens" else self._binding.bind_input
-            bind(name, self.device, self.device_id, tensor.dtype, tensor.shape, tensor.address)
-        self._bound = tensors
-        self._bind_logits(tensors["next_tokens"].shape[0])
-        self._decoder.run_with_iobinding(self._binding, self._run_options)
-
     def _run(self, batch: StepBatch) -> Int:
         """The graph on arrays: i32 [T], -1 where a row's logits are no finite numbers."""
         for name in self._call_inputs:
             self._binding.bind_cpu_input(name, np.ascontiguousarray(getattr(batch, name)))
         tokens = np.empty(len(batch.tokens), np.int32)
         self._bind_cpu_output("next_tokens", tokens)
-        self._bind_logits(len(tokens))
+        if self._keep_logits:
+            self.logits = np.empty((len(tokens), self._codebook_size), np.float32)
+            self._bind_cpu_output("logits", self.logits)
         self._decoder.run_with_iobinding(self._binding)
         return tokens
-
-    def _bind_logits(self, rows: int) -> None:
-        if self._keep_logits:
-            self.logits = np.empty((rows, self._codebook_size), np.float32)
-            self._bind_cpu_output("logits", self.logits)
 
     def tokenize(self, pixels: Pixels, *, busy: bool = False) -> Int:
         with self._device_checked():
@@ -231,18 +224,51 @@ class OnnxRuntimeCuda:
     def _sketches(self) -> ort.InferenceSession:
         return self._session(SKETCH_TOKENIZER)
 
-    def _keep_rows(self, kernels: Path | None, rows: int) -> DeviceRows | HostTokens:
+    def _keep_rows(
+        self,
+        kernels: Path | None,
+        rows: int,
+        new_memory: Callable[[], DeviceMemory] | None,
+    ) -> DeviceRows | HostTokens:
         """On the device where that can be."""
         config = self.bundle.manifest.config
+        if new_memory is None:
+            new_memory = HostMemory
+            if self.device == "cuda":
+                new_memory = partial(CudaMemory, self.device_id)
         try:
             kernels = kernels or plugins_trt.rows()
-            memory = CudaMemory(self.device_id) if self.device == "cuda" else HostMemory()
-            return DeviceRows(memory, kernels, config, rows)
+            return DeviceRows(new_memory(), kernels, config, rows)
         except (FileNotFoundError, UnavailableError) as error:
             log.info("tokens stay on the host: %s", error)
             return HostTokens()
 
-    def _session(self, graph: str, stream: int | None = None) -> ort.InferenceSession:
+    def _open_decoder(
+        self, kept: DeviceRows | HostTokens, recording: bool
+    ) -> tuple[ort.InferenceSession, bool]:
+        """And whether it records its calls, which needs all of the graph to run on the GPU."""
+        stream = kept.memory.stream if isinstance(kept, DeviceRows) else None
+        if recording:
+            try:
+                return self._session(DECODER_STEP, stream, recording=True), True
+            except UnavailableError:
+                raise
+            except Exception as error:
+                log.warning("steps are not recorded: %s", error)
+        return self._session(DECODER_STEP, stream), False
+
+    def _new_binding(self) -> Any:
+        """Of decoder_step, to what all calls have in common."""
+        binding = self._decoder.io_binding()
+        for name, value in (self._caches | self._conditions).items():
+            binding.bind_ortvalue_input(name, value)
+            if name in self._caches:
+                binding.bind_ortvalue_output(f"{name}_out", value)
+        return binding
+
+    def _session(
+        self, graph: str, stream: int | None = None, *, recording: bool = False
+    ) -> ort.InferenceSession:
         """stream: a cudaStream_t that it runs in, None for one of its own."""
         path = self.bundle.graph(graph)
         providers: list[Any] = ["CPUExecutionProvider"]
@@ -253,6 +279,7 @@ class OnnxRuntimeCuda:
                 "device_id": self.device_id,
                 "use_tf32": 0,
                 "cudnn_conv_algo_search": "HEURISTIC",
+                "enable_cuda_graph": int(recording),
             }
             if stream is not None:
                 options["user_compute_stream"] = str(stream)
@@ -303,6 +330,8 @@ class OnnxRuntimeCuda:
         Its errors are all of one kind, and those of libraries that CUDA failed in do not say why:
         cuda-python is asked, too, where it is there.
         """
+        if isinstance(self._rows, DeviceRows):
+            self._rows.memory.enter()
         try:
             yield
         except Exception as error:

@@ -45,14 +45,13 @@ from ..core import Pixels
 from ..errors import UnavailableError
 from .base import TENSORRT, TENSORRT_RTX, Float, Part, Stream
 from .device_memory import ALIGNMENT, CudaMemory, DeviceMemory, Recording
-from .device_rows import DeviceRows, Tensor
+from .device_rows import MOST_RECORDINGS, DeviceRows, Tensor, padded
 from .onnxruntime_graphs import cache_names
 from .tensorrt_graph import Context, Graph
 
 log = logging.getLogger("nuwa.runtime")
 
 _STORAGE = {"fp32": np.float32, "fp16": np.float16}
-_MOST_RECORDINGS = 128  # sizes of calls: those of a few kinds of requests, in batches of any size
 _PLUGINS, _PLUGIN_NAMESPACE = {"NearbyAttention", "CachedNearbyAttention"}, "nuwa"
 
 
@@ -237,7 +236,7 @@ class TensorRt:
         Without a context of its own it cannot be recorded: the shapes of a context must not change
         between a recording and its launch.
         """
-        while len(self._recorded) >= _MOST_RECORDINGS:
+        while len(self._recorded) >= MOST_RECORDINGS:
             self._drop(next(iter(self._recorded)))
         rows = tensors["tokens"].shape[0]
         try:
@@ -274,12 +273,9 @@ class TensorRt:
                 f"a call of {rows} rows is more than the {self.most_rows} that its engine was "
                 f"built for"
             )
-        # To a power of two or one and a half of one: at most half as many again, and few sizes.
-        power = 1 << (rows - 1).bit_length()
-        wanted = 3 * power // 4 if rows <= 3 * power // 4 else power
         for profile, (low, high) in enumerate(self._ranges):
             if rows <= high:
-                return max(min(wanted, high), low), profile
+                return max(min(padded(rows), high), low), profile
         raise AssertionError("the last range ends with the most rows")
 
     @cached_property

@@ -255,3 +255,29 @@ def test_schemas_name_the_inputs_of_the_functions() -> None:
         formals = [formal.name for formal in schema.inputs]
         assert formals == list(operators.function(name, 20).input)
         assert set(schema.attributes) == {"heads", *operators.PLUGIN_ATTRIBUTES}
+
+
+def test_nothing_on_the_device_waits_for_a_number_of_rows() -> None:
+    """Shapes are on the host: CUDA graphs need what is computed there to stay there."""
+    sizes = operators.Sizes(head_dim=4, entries=11, bias=True)
+    for name in (operators.CACHED, operators.NEARBY):
+        hosts, numbers = set(), {"Add", "Squeeze", "Range"}
+        for node in operators.function(name, 20, sizes).node:
+            given = hosts & {*node.input}
+            assert not given or node.op_type in numbers, (name, node.op_type, given)
+            if node.op_type == "Shape" or (given and node.op_type != "Range"):
+                hosts.update(node.output)
+        assert (name == operators.CACHED) == bool(hosts)
+
+
+def test_whole_numbers_are_not_compared_by_argmax() -> None:
+    """ONNX Runtime's CUDA provider has none for them."""
+    kinds = {}
+    for node in operators.function(operators.CACHED, 20).node:
+        kinds |= {out: node.attribute[0].i for out in node.output if node.op_type == "Cast"}
+        if node.op_type == "Unsqueeze":
+            kinds[node.output[0]] = kinds.get(node.input[0])
+        if node.op_type == "ArgMax":
+            assert kinds[node.input[0]] == TensorProto.FLOAT
+            return
+    raise AssertionError("it looks for the first row that writes")

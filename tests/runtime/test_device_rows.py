@@ -9,6 +9,7 @@ import itertools
 import re
 import sys
 import types
+from concurrent import futures
 from pathlib import Path
 
 import numpy as np
@@ -332,6 +333,9 @@ class Cuda:
     class cudaStreamCaptureMode:  # noqa: N801
         cudaStreamCaptureModeThreadLocal = 1
 
+    class cudaStreamCaptureStatus:  # noqa: N801
+        cudaStreamCaptureStatusNone = 0
+
     class cudaDeviceAttr:  # noqa: N801
         cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor = 75, 76
 
@@ -343,6 +347,7 @@ class Cuda:
         self.cudaError_t = type("cudaError_t", (), {n: Status(n) for n in names})
         self.devices, self.fails, self.calls = devices, fails, []
         self.allocated, self.pinned = itertools.count(4096, 4096), {}
+        self.capturing = 0  # a cudaStreamCaptureStatus
 
     def __getattr__(self, name):
         def call(*arguments):
@@ -363,6 +368,8 @@ class Cuda:
             values = {"cudaGetDeviceCount": self.devices, "cudaGetDevice": 1}
             values |= {"cudaStreamCreateWithFlags": 77, "cudaGetErrorString": b"so it says"}
             values |= {"cudaStreamEndCapture": "graph", "cudaGraphInstantiate": "made"}
+            values |= {"cudaStreamIsCapturing": self.capturing}
+            values |= {"cudaThreadExchangeStreamCaptureMode": 0}
             values |= (
                 {"cudaDeviceGetAttribute": {75: 9, 76: 0}.get(arguments[0])} if arguments else {}
             )
@@ -408,6 +415,7 @@ def test_memory_of_a_gpu_is_asked_for_in_one_stream(cuda):
     assert memory_there.raw[:12] == array.tobytes()
     assert fake.calls[1:] == [
         ("cudaSetDevice", 1),
+        ("cudaThreadExchangeStreamCaptureMode", 1),
         ("cudaStreamCreateWithFlags", 1),
         ("cudaMalloc", 10),
         ("cudaStreamSynchronize", 77),
@@ -459,10 +467,11 @@ def test_what_a_memory_had_is_given_back_when_nobody_has_it(cuda):
     assert not fake.calls, "the recording still needs it"
     del recorded
     names = [name for name, *_ in fake.calls]
-    assert names[:4] == [
+    assert names[:5] == [
         "cudaGraphExecDestroy",
         "cudaGetDevice",
         "cudaSetDevice",
+        "cudaThreadExchangeStreamCaptureMode",
         "cudaStreamSynchronize",
     ]
     assert names[-3:] == ["cudaFreeHost", "cudaStreamDestroy", "cudaSetDevice"]
@@ -497,10 +506,33 @@ def test_work_is_recorded_and_launched_in_its_stream(cuda):
     assert [name for name, *_ in fake.calls] == ["cudaStreamBeginCapture", "cudaStreamEndCapture"]
 
 
+def test_a_recording_of_others_is_ended_if_there_is_one(cuda):
+    fake = cuda(Cuda())
+    memory = CudaMemory()
+    memory.abandon()
+    assert not fake.named("cudaStreamEndCapture")
+    fake.capturing = 2
+    memory.abandon()
+    assert fake.named("cudaStreamEndCapture") == [[77]]
+
+
+def test_every_thread_chooses_the_gpu_and_heeds_no_recordings_once(cuda):
+    fake = cuda(Cuda())
+    memory = CudaMemory(1)
+    fake.calls.clear()
+    with futures.ThreadPoolExecutor(1) as pool:
+        for _ in range(2):
+            pool.submit(memory.enter).result()
+            memory.enter()
+    mode = fake.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+    assert fake.calls == [("cudaSetDevice", 1), ("cudaThreadExchangeStreamCaptureMode", mode)]
+
+
 def test_the_stand_in_has_the_names_of_cuda_python():
     runtime = pytest.importorskip("cuda.bindings.runtime")
     source = (Path(device_memory.__file__)).read_text()
-    kinds = ("cudaError_t", "cudaMemcpyKind", "cudaStreamCaptureMode", "cudaDeviceAttr")
+    kinds = ("cudaError_t", "cudaMemcpyKind", "cudaDeviceAttr")
+    kinds += ("cudaStreamCaptureMode", "cudaStreamCaptureStatus")
     known = {*dir(runtime), *(name for kind in kinds for name in dir(getattr(runtime, kind)))}
     assert set(re.findall(r"\bcuda[A-Z]\w+", source)) <= known
 
@@ -533,6 +565,8 @@ def test_cuda_python_takes_such_arguments():
         ("cudaMemsetAsync", 4096, 0, 12, 77),
         ("cudaStreamSynchronize", 77),
         ("cudaStreamBeginCapture", 77, mode),
+        ("cudaStreamIsCapturing", 77),
+        ("cudaThreadExchangeStreamCaptureMode", mode),
         ("cudaStreamEndCapture", 77),
         ("cudaGraphInstantiate", runtime.cudaGraph_t(), 0),
         ("cudaGraphLaunch", runtime.cudaGraphExec_t(), 77),

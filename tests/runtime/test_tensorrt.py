@@ -209,7 +209,7 @@ def test_what_was_recorded_is_forgotten_when_its_memory_goes(bundle, monkeypatch
 
 
 def test_of_many_recordings_those_used_last_are_kept(bundle, monkeypatch):
-    monkeypatch.setattr(tensorrt, "_MOST_RECORDINGS", 2)
+    monkeypatch.setattr(tensorrt, "MOST_RECORDINGS", 2)
     backend = made(bundle)
     engine = Engine(bundle, backend, slots=SLOTS)
     contexts = weakref.WeakSet()
