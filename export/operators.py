@@ -16,9 +16,9 @@ How the bodies are laid out, and why:
   and the order of writes cannot matter. If no row writes, all of them write back what one entry
   already holds. (NonZero would need fewer nodes, but TensorRT-RTX has none.) Attention reads
   ScatterND's output, never its input: with one buffer bound to both, the write is in place.
-- What is computed of a row's index stays on the device: of whole numbers ONNX Runtime's CUDA provider
-  has no ArgMax, and a number of rows, which a shape gives, is on the host. One copy between the two
-  a step would do to rule out CUDA graphs.
+- What is computed of a row's index stays on the device: ONNX Runtime's CUDA provider has no ArgMax
+  of whole numbers, and a number of rows, which a shape gives, is on the host. One copy between the
+  two a step would rule out CUDA graphs.
 - Sizes that are the same in every call of a file are constants of its bodies (`Sizes`): runtimes
   fold no arithmetic on the shape of a tensor with a dynamic axis.
 - Entries of masked neighbours are read as entry 0 and weighed with zero: what a cache holds must be
