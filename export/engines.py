@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from nuwa import plugins_trt
 from nuwa.spec.conditions import ConditionLayout
 from nuwa.spec.config import ModelConfig
 from nuwa.spec.engines import (
@@ -44,7 +45,6 @@ from nuwa.spec.manifest import (
 from nuwa.spec.plan import decode_plan
 
 from .bundle import replace_folder
-from .operators import CACHED, DOMAIN, NEARBY, VERSION
 
 log = logging.getLogger("nuwa.export")
 
@@ -270,11 +270,8 @@ def _load_plugins(trt: Any, path: Path) -> int:
 
     if not path.is_file():
         raise EngineError(f"there is no plugin library {path}")
-    registry = trt.get_plugin_registry()
-    registry.load_library(str(path))
-    for name in (NEARBY, CACHED):
-        if registry.get_creator(name, str(VERSION), DOMAIN) is None:
-            raise EngineError(f"{path} has no plugin {name} of version {VERSION}")
+    if missing := plugins_trt.register(trt.get_plugin_registry(), path):
+        raise EngineError(f"TensorRT took no {' and no '.join(missing)} from {path}")
     return ctypes.CDLL(str(path)).nuwa_plugin_abi_version()
 
 

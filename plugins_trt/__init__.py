@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 PLUGINS, OPERATORS = "libnuwa_plugins.so", "libnuwa_operators.so"
 ROWS = "libnuwa_rows.so"
@@ -21,6 +22,22 @@ def operators() -> Path:
 def rows() -> Path:
     """The kernels that put rows of a step together; FileNotFoundError if not built."""
     return _found(ROWS)
+
+
+def register(registry: Any, plugins: Path) -> list[str]:
+    """Makes the plugins of a library known to TensorRT's registry; the names of those it has not.
+
+    Once a process: what is known already stays, as TensorRT would refuse it a second time.
+    """
+    wanted = {"NearbyAttention", "CachedNearbyAttention"}
+
+    def known() -> set[str]:
+        creators = registry.all_creators
+        return {each.name for each in creators if each.plugin_namespace == "nuwa"}
+
+    if not known() >= wanted:
+        registry.load_library(str(plugins))
+    return sorted(wanted - known())
 
 
 def _found(name: str, what: str = "", variable: str = "") -> Path:

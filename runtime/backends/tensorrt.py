@@ -52,7 +52,6 @@ from .tensorrt_graph import Context, Graph
 log = logging.getLogger("nuwa.runtime")
 
 _STORAGE = {"fp32": np.float32, "fp16": np.float16}
-_PLUGINS, _PLUGIN_NAMESPACE = {"NearbyAttention", "CachedNearbyAttention"}, "nuwa"
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,18 +314,10 @@ class TensorRt:
 
     def _register(self, library: Path | None) -> None:
         """Makes the plugins known, once a process: a second time TensorRT refuses."""
-        registry = self._trt.get_plugin_registry()
-
-        def known() -> set[str]:
-            creators = registry.all_creators
-            return {c.name for c in creators if c.plugin_namespace == _PLUGIN_NAMESPACE}
-
-        if not known() >= _PLUGINS:
-            registry.load_library(str(library))
-        if missing := _PLUGINS - known():
+        assert library is not None, "engines with plugins are found only with a library"
+        if missing := plugins_trt.register(self._trt.get_plugin_registry(), library):
             raise UnavailableError(
-                f"TensorRT took no {' and no '.join(sorted(missing))} from {library}; its log "
-                f"says why"
+                f"TensorRT took no {' and no '.join(missing)} from {library}; its log says why"
             )
 
     def _zeros(self, names: Sequence[str], shape: tuple[int, ...]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nuwa import plugins_trt
+from nuwa.export import engines
 from nuwa.runtime.backends import tensorrt
 from nuwa.runtime.backends.device_memory import HostMemory
 from nuwa.runtime.backends.device_rows import Tensor
@@ -125,6 +126,16 @@ def test_engines_with_the_plugin_write_caches_where_they_are(bundle, plugins, re
     check_tokens(bundle, backend)
     made(bundle, TensorRt)
     assert len(registry.loaded) == 1, "the next model finds the plugins"
+
+
+def test_who_builds_engines_twice_registers_the_plugins_once(registry):
+    for _ in range(2):
+        assert engines._load_plugins(FakeTensorRt, plugin_library()) == PLUGIN_ABI
+    assert len(registry.loaded) == 1
+    registry.all_creators.clear()
+    registry.load_library = lambda path: None
+    with pytest.raises(engines.EngineError, match="took no CachedNearbyAttention and no Near.*so"):
+        engines._load_plugins(FakeTensorRt, plugin_library())
 
 
 def test_a_library_whose_plugins_are_refused_is_named(bundle, plugins, registry, monkeypatch):
