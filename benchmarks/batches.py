@@ -44,7 +44,7 @@ from nuwa.spec.tasks import Task
 
 ON_GPU = ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 COPIED = 1 << 30  # bytes
-WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
+WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 PROMPT = "a red digit 3 on a black background moving left ."
 
 
@@ -54,7 +54,7 @@ def main() -> int:
     )
     parser.add_argument("bundle", type=Path, nargs="?")
     parser.add_argument("--random", choices=PRESETS, help="a model of this size, random weights")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp16", help="of --random")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of --random")
     parser.add_argument("--keep", type=Path, help="put the bundle of --random here, or find it")
     parser.add_argument("--backend", choices=BACKENDS, default=AUTO)
     parser.add_argument("--threads", type=int, default=os.cpu_count())

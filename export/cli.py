@@ -30,7 +30,8 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
         "--precision",
         choices=PRECISIONS,
         default="fp32",
-        help="storage type of weights and caches (%(default)s)",
+        help="storage type of weights and caches (%(default)s); bf16 is for GPUs only, and leaves "
+        "the tokenizers fp16; int8 is for processors, and of the decoder's weights only",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace OUT if it is a bundle already"

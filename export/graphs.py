@@ -24,6 +24,7 @@ from typing import Any, cast
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -58,7 +59,12 @@ from .translate import translations
 
 OPSET = 20
 INLINE_LIMIT = 1 << 30  # bytes; a file of more than 2 GiB is no valid protobuf
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.float32}  # of activations
+DTYPES = {  # of activations
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int8": torch.float32,
+}
 _CACHE_LISTS = 4  # key and value caches, cross keys and values: DecoderStep's last inputs
 
 
@@ -148,21 +154,23 @@ def graphs(checkpoint: Checkpoint, precision: str) -> list[Graph]:
     """The graphs of a bundle, in graph_names' order. The checkpoint is left as it was.
 
     A ranker is fp32 in any bundle: it is small, and its scores are compared with each other. With
-    int8 so is everything but decoder_step's matrices.
+    int8 so is everything but decoder_step's matrices. With bf16 the tokenizers are fp16, which is
+    finer: of bf16 there are no convolutions before opset 22.
     """
     dtype = DTYPES[precision]
+    pictures = torch.float16 if precision == "bf16" else dtype
     folded = fold(checkpoint.nuwa).to(dtype)
     stepped = quantize(fold(checkpoint.nuwa)) if precision == "int8" else folded
     found = [
         decoder_step(stepped, dtype),
         text_encoder(folded),
-        image_tokenizer(_copy(checkpoint.vqgan, dtype)),
-        image_detokenizer(_copy(checkpoint.vqgan, dtype)),
+        image_tokenizer(_copy(checkpoint.vqgan, pictures)),
+        image_detokenizer(_copy(checkpoint.vqgan, pictures)),
     ]
     if folded.visual is not None:
         found.append(visual_encoder(folded))
     if checkpoint.sketch_vqgan is not None:
-        found.append(sketch_tokenizer(_copy(checkpoint.sketch_vqgan, dtype)))
+        found.append(sketch_tokenizer(_copy(checkpoint.sketch_vqgan, pictures)))
     if checkpoint.ranker is not None:
         found.append(ranker(checkpoint.ranker))
     return found
@@ -321,7 +329,7 @@ def _note_aliases(model: ir.Model, module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if name in kept:
             continue
-        wanted = parameter.detach().numpy()
+        wanted = TorchTensor(parameter.detach()).numpy()  # which has a type for bf16
         for other, constant in kept.items():
             if constant is None or tuple(constant.shape) != wanted.shape:
                 continue

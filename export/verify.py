@@ -4,12 +4,14 @@ PyTorch runs the checkpoint as it is: fp32, nothing folded. parity.py says which
 export.
 
 The decoder is run as serving runs it, each cache bound as input and output at once. Its tokens are
-judged by its own logits (draws.py); how many differ from PyTorch's is recorded.
+judged by its own logits (draws.py); how many differ from PyTorch's is recorded. What is bf16 runs
+in fp32 (widen.py).
 """
 
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -62,8 +64,10 @@ from .draws import draw_errors
 from .fold import FoldedNUWA, fold
 from .parity import Figures
 from .quantize import quantize
+from .widen import widen
 
 _SMALL_PICTURE = 128  # pixels; of larger ones, half as many are tried
+_BF16 = (DECODER_STEP, TEXT_ENCODER, VISUAL_ENCODER)  # of a bundle of that precision
 _COMPARED_CALLS = 12  # of real decoding, evenly spread over it
 _NUMPY = {
     "tensor(float)": np.float32,
@@ -93,9 +97,12 @@ def verify(
 def verify_graph(checkpoint: Checkpoint, path: Path, name: str, precision: str) -> dict[str, Any]:
     """Parity figures of the file `path` as the graph `name`; ExportError beyond a limit."""
     figures = Figures()
-    _VERIFIERS[name](checkpoint, OnnxGraph(path), figures)
-    if name == DECODER_STEP and precision == "int8":
-        _quantized_step(checkpoint, OnnxGraph(path), figures)
+    with tempfile.TemporaryDirectory() as folder:
+        if precision == "bf16" and name in _BF16:
+            widen(path, path := Path(folder) / path.name)
+        _VERIFIERS[name](checkpoint, OnnxGraph(path), figures)
+        if name == DECODER_STEP and precision == "int8":
+            _quantized_step(checkpoint, OnnxGraph(path), figures)
     return figures.check(name, precision)
 
 

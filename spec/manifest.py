@@ -22,7 +22,7 @@ FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 TEXT_TOKENIZER = "tokenizer.json"
 # The storage type of weights and caches; of int8 only the matrices of decoder_step are.
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 DECODER_STEP = "decoder_step"
 TEXT_ENCODER = "text_encoder"

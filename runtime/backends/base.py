@@ -10,7 +10,7 @@ M text length, N positions of a volume, H x W pixels and h x w tokens of a frame
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,14 +22,26 @@ from nuwa.spec.grid import Int
 from nuwa.spec.sampling import Sampling
 
 from ..core import Pixels
+from ..errors import UnavailableError
 
 Float = npt.NDArray[np.float32]
 
 AUTO = "auto"
 NATIVE_CPU, ONNXRUNTIME_CPU = "native-cpu", "onnxruntime-cpu"
 ONNXRUNTIME_CUDA = "onnxruntime-cuda"
+CPU_PRECISIONS = ("fp32", "fp16", "int8")  # of bundles
 # What choice.make_backend takes.
 BACKENDS = (AUTO, NATIVE_CPU, ONNXRUNTIME_CPU, ONNXRUNTIME_CUDA, TENSORRT, TENSORRT_RTX)
+
+
+def check_precision(name: str, precision: str, known: Collection[str]) -> None:
+    """UnavailableError if a backend has no arithmetic for a bundle of this precision."""
+    if precision not in known:
+        *others, last = known
+        raise UnavailableError(
+            f"{name} runs bundles of {', '.join(others)} and {last}, and this one is of "
+            f"{precision}: export the checkpoint in one of these, or use another backend"
+        )
 
 
 @dataclass(frozen=True)

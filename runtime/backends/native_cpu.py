@@ -27,7 +27,7 @@ from nuwa.spec.manifest import DECODER_STEP
 from ..bundle import Bundle
 from ..errors import UnavailableError
 from ..onnx_weights import Weights, read_weights
-from .base import NATIVE_CPU, Float, Part, Rows, Stream
+from .base import CPU_PRECISIONS, NATIVE_CPU, Float, Part, Rows, Stream, check_precision
 from .native_library import (
     BLOCK_WEIGHTS,
     HEAD_WEIGHTS,
@@ -75,6 +75,7 @@ class NativeCpu(OnnxRuntimeGraphs):
         level: int | None = None,
     ) -> None:
         config, manifest = bundle.manifest.config, bundle.manifest
+        check_precision(self.name, manifest.precision, CPU_PRECISIONS)
         weights = _decoder_weights(bundle)  # before all else, should they not be there
         self._library = _library_for(config, weights, level)
         super().__init__(

@@ -19,12 +19,12 @@ from nuwa.spec.grid import Int
 from nuwa.spec.manifest import DECODER_STEP, step_call_inputs
 
 from ..bundle import Bundle
-from .base import ONNXRUNTIME_CPU, Float, Part
+from .base import CPU_PRECISIONS, ONNXRUNTIME_CPU, Float, Part, check_precision
 from .host_tokens import HostTokens
 from .onnxruntime_graphs import OnnxRuntimeGraphs, allocate, cache_names
 from .step_batch import CrossColumns, StepBatch, assemble
 
-_STORAGE = {"fp32": np.float32, "fp16": np.float16, "int8": np.float32}
+_STORAGE = dict(zip(CPU_PRECISIONS, (np.float32, np.float16, np.float32), strict=True))
 
 
 class OnnxRuntimeCpu(OnnxRuntimeGraphs, HostTokens):
@@ -50,6 +50,7 @@ class OnnxRuntimeCpu(OnnxRuntimeGraphs, HostTokens):
         logits: bool = False,
     ) -> None:
         config, manifest = bundle.manifest.config, bundle.manifest
+        check_precision(self.name, manifest.precision, CPU_PRECISIONS)
         storage = _STORAGE[manifest.precision]
         HostTokens.__init__(self)
         OnnxRuntimeGraphs.__init__(

@@ -43,7 +43,7 @@ from nuwa.spec.manifest import (
 from ..bundle import Bundle
 from ..core import Pixels
 from ..errors import DeviceLostError, UnavailableError
-from .base import ONNXRUNTIME_CUDA, Float, Part, Stream
+from .base import ONNXRUNTIME_CUDA, Float, Part, Stream, check_precision
 from .device_memory import STICKY, CudaMemory, DeviceMemory, HostMemory
 from .device_rows import DeviceRows
 from .host_tokens import HostTokens
@@ -54,7 +54,8 @@ from .step_batch import CrossColumns, StepBatch, assemble
 log = logging.getLogger("nuwa.runtime")
 
 _HEAD_DIMS, _MOST_NEIGHBOURS = (32, 64, 128), 8192  # of the kernels
-_STORAGE = {"fp32": np.float32, "fp16": np.float16}
+_STORAGE = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}  # numpy has no bf16
+_BF16 = 16  # onnx.TensorProto.BFLOAT16, which bindings take in place of numpy's types
 _CUDA = "CUDAExecutionProvider"
 # How ONNX Runtime tells of a call of CUDA that failed (its cuda_call.cc).
 _LOST = re.compile(rf"\bCUDA failure (?:{'|'.join(map(str, STICKY.values()))}):")
@@ -91,11 +92,7 @@ class OnnxRuntimeCuda:
         memory: Callable[[], DeviceMemory] | None = None,
     ) -> None:
         config, manifest = bundle.manifest.config, bundle.manifest
-        if manifest.precision not in _STORAGE:
-            raise UnavailableError(
-                f"{self.name} runs bundles of {' and '.join(_STORAGE)}, and this one is of "
-                f"{manifest.precision}: export the checkpoint in one of these"
-            )
+        check_precision(self.name, manifest.precision, _STORAGE)
         if device == "cuda" and _CUDA not in ort.get_available_providers():
             raise UnavailableError(
                 f"{self.name} needs ONNX Runtime with CUDA: install onnxruntime-gpu in place of "
@@ -115,6 +112,7 @@ class OnnxRuntimeCuda:
         if library := _operators(config, device_id) if device == "cuda" else None:
             self._options.register_custom_ops_library(str(library))
         self._storage = np.dtype(_STORAGE[manifest.precision])
+        self._element = _BF16 if manifest.precision == "bf16" else self._storage.type
         layers, width = config.decoder.layers, config.decoder.width
         entries = ConditionLayout.of(config).entries
         self._first_visual = ConditionLayout.of(config).visual
@@ -261,9 +259,10 @@ class OnnxRuntimeCuda:
         """Of decoder_step, to what all calls have in common."""
         binding = self._decoder.io_binding()
         for name, value in (self._caches | self._conditions).items():
-            binding.bind_ortvalue_input(name, value)
+            place = self.device, self.device_id, self._element, value.shape(), value.data_ptr()
+            binding.bind_input(name, *place)
             if name in self._caches:
-                binding.bind_ortvalue_output(f"{name}_out", value)
+                binding.bind_output(f"{name}_out", *place)
         return binding
 
     def _session(
@@ -318,8 +317,7 @@ class OnnxRuntimeCuda:
             offset = (slot * entries + first) * width * self._storage.itemsize
             address = self._conditions[name].data_ptr() + offset
             shape = (*rows, width)
-            kind = self._storage.type
-            binding.bind_output(name, self.device, self.device_id, kind, shape, address)
+            binding.bind_output(name, self.device, self.device_id, self._element, shape, address)
         with self._device_checked():
             session.run_with_iobinding(binding)
 

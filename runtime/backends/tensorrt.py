@@ -43,7 +43,7 @@ from nuwa.spec.manifest import (
 from ..bundle import Bundle
 from ..core import Pixels
 from ..errors import UnavailableError
-from .base import TENSORRT, TENSORRT_RTX, Float, Part, Stream
+from .base import TENSORRT, TENSORRT_RTX, Float, Part, Stream, check_precision
 from .device_memory import ALIGNMENT, CudaMemory, DeviceMemory, Recording
 from .device_rows import MOST_RECORDINGS, DeviceRows, Tensor, padded
 from .onnxruntime_graphs import cache_names
@@ -51,7 +51,7 @@ from .tensorrt_graph import Context, Graph
 
 log = logging.getLogger("nuwa.runtime")
 
-_STORAGE = {"fp32": np.float32, "fp16": np.float16}
+_STORAGE = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}  # numpy has no bf16
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,11 +94,7 @@ class TensorRt:
         if threads is not None and threads < 1:
             raise ValueError(f"threads {threads} is not at least 1")
         config, manifest = bundle.manifest.config, bundle.manifest
-        if manifest.precision not in _STORAGE:
-            raise UnavailableError(
-                f"{self.name} runs bundles of {' and '.join(_STORAGE)}, and this one is of "
-                f"{manifest.precision}: export the checkpoint in one of these"
-            )
+        check_precision(self.name, manifest.precision, _STORAGE)
         self._trt = module or _imported(self.module, self.name)
         new_memory = memory or (lambda: CudaMemory(device_id))
         self._memory = new_memory()

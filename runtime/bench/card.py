@@ -27,8 +27,8 @@ from nuwa.spec.tasks import Task
 
 from ..bundle import manifest_hash, read_manifest
 
-WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}  # of a number in a step's matrices
-CACHE_BYTES = {"fp32": 4, "fp16": 2, "int8": 4}  # of one in the caches
+WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # of a number in a step's matrices
+CACHE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 4}  # of one in the caches
 SHORTEST_TEXT = 2  # tokens: where it begins and ends
 REPORTS = ("evaluate*.json", "evaluation*.json", "report.json")
 SETTINGS = ("evaluator", "level", "split", "samples", "seed", "unfinished")

@@ -28,7 +28,8 @@ from .rates import (
 
 COPIED = 1 << 28  # bytes, more than any cache
 FRUGAL_COPIED = 1 << 25
-STORAGE = {"fp32": np.float32, "fp16": np.float16}
+# Numbers as numpy stores them, and their types in ONNX.
+STORAGE = {"fp32": (np.float32, 1), "fp16": (np.float16, 10), "bf16": (np.uint16, 16)}
 
 
 def measure(
@@ -43,7 +44,7 @@ def measure(
     index: int = 0,
     memory: DeviceMemory | None = None,
 ) -> Rates:
-    """All rates of a GPU, products in the bundle's precision where that is fp32 or fp16.
+    """All rates of a GPU, products in the bundle's precision unless that is int8.
 
     tf32: whether the backend may round fp32 to TF32, which is faster.
 
@@ -91,7 +92,7 @@ class _Products:
 
         if precision not in STORAGE:
             raise UnavailableError(f"there is no graph of {precision}")
-        self._type, self._device, self._index = STORAGE[precision], device, index
+        self._precision, self._device, self._index = precision, device, index
         self._flops = 2.0 * sum(inputs * outputs for inputs, outputs in shapes)
         self._widths = sorted({inputs for inputs, _ in shapes})
         self._outputs = len(shapes)
@@ -103,18 +104,20 @@ class _Products:
         settings.log_severity_level = 3  # errors
         self._ort = ort
         self._session = ort.InferenceSession(
-            _graph(shapes, self._type), settings, providers=providers
+            _graph(shapes, precision), settings, providers=providers
         )
         if device == "cuda" and "CUDA" not in self._session.get_providers()[0]:
             raise UnavailableError("ONNX Runtime has no CUDA here")
 
     def rate(self, rows: int, repeats: int) -> Measurement:
         """Floating-point operations a second."""
-        binding = self._session.io_binding()
+        binding, held = self._session.io_binding(), []
         for width in self._widths:
-            value = np.ones((rows, width), self._type)
-            given = self._ort.OrtValue.ortvalue_from_numpy(value, self._device, self._index)
-            binding.bind_ortvalue_input(f"x{width}", given)
+            ones = _filled(1.0, (rows, width), self._precision)
+            given = self._ort.OrtValue.ortvalue_from_numpy(ones, self._device, self._index)
+            place = self._device, self._index, STORAGE[self._precision][1], ones.shape
+            binding.bind_input(f"x{width}", *place, given.data_ptr())
+            held.append(given)
         for index in range(self._outputs):
             binding.bind_output(f"y{index}", self._device, self._index)
         options = self._ort.RunOptions()
@@ -128,14 +131,22 @@ class _Products:
         return Measurement.of(rows * self._flops, timed_in_bulk(multiply, repeats))
 
 
-def _graph(shapes: Shapes, dtype: type) -> bytes:
+def _filled(number: float, shape: tuple[int, ...], precision: str) -> npt.NDArray[Any]:
+    """Of bf16, the upper halves of fp32."""
+    if precision == "bf16":
+        return np.full(shape, np.float32(number).view(np.uint32) >> 16, np.uint16)
+    return np.full(shape, number, STORAGE[precision][0])
+
+
+def _graph(shapes: Shapes, precision: str) -> bytes:
     """Products x[inputs] w -> y, each with weights of its own."""
     onnx = importlib.import_module("onnx")
-    helper, kind = onnx.helper, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    helper, kind = onnx.helper, STORAGE[precision][1]
     weights, nodes, outputs = [], [], []
     for index, (width, columns) in enumerate(shapes):
-        weight: npt.NDArray[Any] = np.full((width, columns), 2.0**-8, dtype)
-        weights.append(onnx.numpy_helper.from_array(weight, f"w{index}"))
+        weight = _filled(2.0**-8, (width, columns), precision)
+        raw = weight.tobytes()
+        weights.append(helper.make_tensor(f"w{index}", kind, weight.shape, raw, raw=True))
         nodes.append(helper.make_node("MatMul", [f"x{width}", f"w{index}"], [f"y{index}"]))
         outputs.append(helper.make_tensor_value_info(f"y{index}", kind, ["T", columns]))
     inputs = [

@@ -22,9 +22,15 @@ from nuwa.export import graphs  # noqa: E402
 from nuwa.export.bundle import export_bundle  # noqa: E402
 from nuwa.export.parity import LIMITS, ExportError  # noqa: E402
 from nuwa.runtime.bundle import open_bundle  # noqa: E402
+from nuwa.runtime.engine import load_engine  # noqa: E402
+from nuwa.runtime.errors import UnavailableError  # noqa: E402
 from nuwa.spec.manifest import (  # noqa: E402
+    DECODER_STEP,
     GRAPHS,
+    IMAGE_DETOKENIZER,
+    IMAGE_TOKENIZER,
     MANIFEST,
+    TEXT_ENCODER,
     BundleError,
     graph_file,
     graph_names,
@@ -252,3 +258,18 @@ def test_external_weights_belong_to_the_bundle(tiny_checkpoint, tiny_bundle, tmp
     (out / "text_encoder.onnx.data").unlink()
     with pytest.raises(BundleError, match=r"lacks text_encoder\.onnx\.data"):
         open_bundle(out)
+
+
+def test_a_bundle_of_bf16_has_fp16_tokenizers_and_needs_a_gpu(tiny_checkpoint, tmp_path):
+    out = tmp_path / "bundle"
+    manifest = export_bundle(tiny_checkpoint, out, precision="bf16")
+    kinds = {}
+    for name in manifest.graphs:
+        weights = onnx.load(out / graph_file(name)).graph.initializer
+        kinds[name] = {w.data_type for w in weights if np.prod(w.dims) > 1000}
+    types = onnx.TensorProto
+    assert kinds[DECODER_STEP] == kinds[TEXT_ENCODER] == {types.BFLOAT16}
+    assert kinds[IMAGE_DETOKENIZER] == {types.FLOAT16} < kinds[IMAGE_TOKENIZER]
+    for backend in ("auto", "native-cpu", "onnxruntime-cpu"):
+        with pytest.raises(UnavailableError, match="of fp32, fp16 and int8, .* is of bf16"):
+            load_engine(out, backend=backend)

@@ -73,12 +73,15 @@ def test_every_graph_gets_an_engine_that_is_found_again(bundle, manifest, built)
 
 
 @pytest.mark.slow
-def test_half_precision_and_as_many_codes_as_base_has_build_without_a_warning(tmp_path, caplog):
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_and_as_many_codes_as_base_has_build_without_a_warning(
+    tmp_path, caplog, precision
+):
     """A profile that asks TopK for more than it can is no more than a warning, and fails later."""
     codes = preset("base").image.codebook_size
     assert codes > MOST_SORTED
     make_tiny_checkpoint(tmp_path / "checkpoint", codes=codes)
-    manifest = export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", precision="fp16")
+    manifest = export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", precision=precision)
     options = EngineOptions(targets=("sm_89",), slots=2, rows=(1, 32))
     with caplog.at_level(logging.WARNING, "nuwa.export"):
         _, record = build_engines(tmp_path / "bundle", options)

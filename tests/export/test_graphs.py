@@ -194,9 +194,13 @@ def test_index_arithmetic_is_done_once_for_all_layers(tiny_bundle, tmp_path):
     assert kinds["LayerNormalization"] == 3 * LAYERS + 1
 
 
-def test_fp16_stores_halves_and_decides_in_fp32(tiny_checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    ("precision", "kind", "most"),
+    [("fp16", onnx.TensorProto.FLOAT16, 5e-3), ("bf16", onnx.TensorProto.BFLOAT16, 2e-2)],
+)
+def test_halves_are_stored_and_fp32_decides(tiny_checkpoint, tmp_path, precision, kind, most):
     checkpoint = load_checkpoint(tiny_checkpoint)
-    graph = next(g for g in graphs(checkpoint, "fp16") if g.name == DECODER_STEP)
+    graph = next(g for g in graphs(checkpoint, precision) if g.name == DECODER_STEP)
     path = tmp_path / "step.onnx"
     write_graph(graph, path)
     model = onnx.load(path)
@@ -204,19 +208,20 @@ def test_fp16_stores_halves_and_decides_in_fp32(tiny_checkpoint, tmp_path):
     kinds = {
         v.name: v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)
     }
-    assert kinds["key_cache_0"] == kinds["cross_value_1"] == onnx.TensorProto.FLOAT16
+    assert kinds["key_cache_0"] == kinds["cross_value_1"] == kind
     assert kinds["logits"] == kinds["uniform"] == onnx.TensorProto.FLOAT
     large = [w for w in model.graph.initializer if np.prod(w.dims) > 100]
-    assert large and {w.data_type for w in large} == {onnx.TensorProto.FLOAT16}
-    figures = verify_graph(checkpoint, path, DECODER_STEP, "fp16")
-    assert 0 < figures["logits_relative"] < 5e-3
+    assert large and {w.data_type for w in large} == {kind}
+    figures = verify_graph(checkpoint, path, DECODER_STEP, precision)
+    assert 0 < figures["logits_relative"] < most
     assert figures["draw_error"] < 1e-6
     head = next(w for w in model.graph.initializer if w.name.endswith("head.weight"))
-    halved = numpy_helper.to_array(head) * np.float16(0.5)
+    whole = numpy_helper.to_array(head)
+    halved = (0.5 * whole.astype(np.float32)).astype(whole.dtype)
     head.CopyFrom(numpy_helper.from_array(halved, head.name))
     onnx.save(model, path)
-    with pytest.raises(ExportError, match="the limit for fp16"):
-        verify_graph(checkpoint, path, DECODER_STEP, "fp16")
+    with pytest.raises(ExportError, match=f"the limit for {precision}"):
+        verify_graph(checkpoint, path, DECODER_STEP, precision)
 
 
 def test_weights_beyond_the_limit_go_to_a_second_file(tiny_checkpoint, tmp_path):

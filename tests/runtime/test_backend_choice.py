@@ -61,7 +61,7 @@ def test_a_gpu_that_is_not_there_is_told(bundle, monkeypatch):
     with pytest.raises(UnavailableError, match="needs ONNX Runtime with CUDA: install"):
         make_backend("onnxruntime-cuda", bundle, **SIZES)
     whole = dataclasses.replace(bundle.manifest, precision="int8")
-    with pytest.raises(UnavailableError, match="runs bundles of fp32 and fp16, .* is of int8"):
+    with pytest.raises(UnavailableError, match="of fp32, fp16 and bf16, and this one is of int8"):
         make_backend("onnxruntime-cuda", dataclasses.replace(bundle, manifest=whole), **SIZES)
 
 
