@@ -7,7 +7,7 @@ import onnxruntime as ort
 import pytest
 
 from nuwa.export.bundle import export_bundle
-from nuwa.runtime.backends import onnxruntime_cuda
+from nuwa.runtime.backends import onnxruntime_cpu, onnxruntime_cuda
 from nuwa.runtime.backends.device_rows import DeviceRows
 from nuwa.runtime.bundle import open_bundle
 from nuwa.runtime.core import GenerationRequest
@@ -16,7 +16,7 @@ from nuwa.spec.sampling import Sampling
 from nuwa.spec.tasks import Task
 
 from ..conftest import make_tiny_checkpoint
-from .engine_run import PROMPT, alone
+from .engine_run import PROMPT, admit, alone, finish
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,6 +44,7 @@ def engines(request, tiny_bundle, tmp_path_factory):
     )
     assert isinstance(made._rows, DeviceRows), "were they built, and is cuda-python installed?"
     assert made._decoder.get_providers()[0] == "CUDAExecutionProvider"
+    assert made._step.recording, "is all of the graph on the GPU?"
     cpu = load_engine(folder, slots=2, backend="onnxruntime-cpu")
     return Engine(bundle, made, slots=2), cpu
 
@@ -62,6 +63,38 @@ def test_tokens_are_the_cpus(engines, task, guidance):
         )
         gpu, cpu = (alone(engine, request).tokens for engine in engines)
         assert (gpu == cpu).all()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_halves_give_nearly_the_cpus_logits(tmp_path, precision):
+    make_tiny_checkpoint(tmp_path / "checkpoint", width=128, heads=4)
+    logits = []
+    for kind, backend in (
+        (precision, onnxruntime_cuda.OnnxRuntimeCuda),
+        ("fp32", onnxruntime_cpu.OnnxRuntimeCpu),
+    ):
+        export_bundle(tmp_path / "checkpoint", tmp_path / kind, precision=kind)
+        bundle = open_bundle(tmp_path / kind)
+        sizes = {"cache_slots": cache_slots(1), "condition_slots": condition_slots(1)}
+        made = backend(bundle, **sizes, logits=True)
+        engine = Engine(bundle, made, slots=1)
+        admit(engine, GenerationRequest(Task.T2I, PROMPT), 0)
+        engine.step()
+        logits.append(made.logits)
+    most = {"fp16": 5e-3, "bf16": 4e-2}[precision] * np.abs(logits[1]).max()
+    assert 0 < np.abs(logits[0] - logits[1]).max() < most
+
+
+def test_a_recorded_step_fits_any_company(engines):
+    """Of the same size, it is launched for other rows than it was recorded with."""
+    gpu, _ = engines
+    requests = [GenerationRequest(Task.T2I, PROMPT, seed=seed) for seed in range(2)]
+    wanted = [alone(gpu, each).tokens for each in requests]
+    for _ in range(2):
+        runs = {slot: admit(gpu, each, slot) for slot, each in enumerate(requests)}
+        finish(gpu, runs)
+        for slot, tokens in enumerate(wanted):
+            assert (runs[slot].tokens == tokens).all()
 
 
 def test_pixels_and_codes_are_the_cpus(engines):
