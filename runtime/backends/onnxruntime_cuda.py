@@ -15,7 +15,7 @@ import ctypes
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -52,6 +52,8 @@ from .onnxruntime_step import DeviceStep
 from .step_batch import CrossColumns, StepBatch, assemble
 
 log = logging.getLogger("nuwa.runtime")
+
+_Place = tuple[str, int, Any, Sequence[int], int]  # device, its index, type, shape, address
 
 _HEAD_DIMS, _MOST_NEIGHBOURS = (32, 64, 128), 8192  # of the kernels
 _STORAGE = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}  # numpy has no bf16
@@ -132,16 +134,18 @@ class OnnxRuntimeCuda:
         self._columns = CrossColumns(config)
         self.logits: Float | None = None
         self._keep_logits = logits
-        self._binding = self._new_binding()
+        kept_there: dict[str, _Place] = {
+            name: (device, device_id, self._element, value.shape(), value.data_ptr())
+            for name, value in (self._caches | self._conditions).items()
+        }
+        new_binding = partial(_binding, self._decoder, kept_there)
         self._step: DeviceStep | None = None
         if isinstance(kept, DeviceRows):
             self._step = DeviceStep(
-                self._decoder,
-                self._new_binding,
-                kept.memory,
-                recording=recording,
-                synchronous=logits,
+                self._decoder, new_binding, kept.memory, recording=recording, synchronous=logits
             )
+        else:
+            self._binding = new_binding()
         self._rows = kept  # the last attribute, so that the session is gone before its stream is
 
     def encode_text(self, ids: Int, condition_slots: Sequence[int], first: int) -> None:
@@ -255,16 +259,6 @@ class OnnxRuntimeCuda:
                 log.warning("steps are not recorded: %s", error)
         return self._session(DECODER_STEP, stream), False
 
-    def _new_binding(self) -> Any:
-        """Of decoder_step, to what all calls have in common."""
-        binding = self._decoder.io_binding()
-        for name, value in (self._caches | self._conditions).items():
-            place = self.device, self.device_id, self._element, value.shape(), value.data_ptr()
-            binding.bind_input(name, *place)
-            if name in self._caches:
-                binding.bind_output(f"{name}_out", *place)
-        return binding
-
     def _session(
         self, graph: str, stream: int | None = None, *, recording: bool = False
     ) -> ort.InferenceSession:
@@ -343,6 +337,16 @@ class OnnxRuntimeCuda:
 
     def _bind_cpu_output(self, name: str, array: npt.NDArray) -> None:
         self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+
+def _binding(session: ort.InferenceSession, kept: Mapping[str, _Place]) -> Any:
+    """Of decoder_step, to what all calls have in common; caches are outputs, too."""
+    binding = session.io_binding()
+    for name, place in kept.items():
+        binding.bind_input(name, *place)
+        if "_cache_" in name:
+            binding.bind_output(f"{name}_out", *place)
+    return binding
 
 
 def _operators(config: ModelConfig, device_id: int) -> Path | None:

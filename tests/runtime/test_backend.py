@@ -251,7 +251,9 @@ def test_caches_are_written_in_place(bundle, backend):
         assert (outputs == where) == (not backend._copied)
     elif not isinstance(backend, NativeCpu):
         # The tokens and logits are bound after them.
-        bound = [each.data_ptr() for each in backend._binding.get_outputs()[:-2]]
+        on_device = getattr(backend, "_step", None)
+        binding = on_device._binding if on_device else backend._binding
+        bound = [each.data_ptr() for each in binding.get_outputs()[:-2]]
         names = [each.name for each in backend._decoder.get_outputs()][2:]
         outputs = dict(zip(names, bound, strict=True))
         assert outputs == {f"{name}_out": address for name, address in where.items()}

@@ -219,7 +219,7 @@ def test_layers_of_other_windows_read_their_own_entries():
         ({"frames": 3}, "3 frames"),
         ({"samples": 0}, "samples 0"),
         ({"given_frames": 1}, "given_frames 1"),
-        ({"precision": "bf16"}, "bf16"),
+        ({"precision": "fp8"}, "fp8"),
         ({"schedule": "spiral"}, "spiral"),
         ({"task": Task.V2V}, "given_frames 0"),
         ({"task": Task.V2V, "given_frames": 2, "frames": 2}, "fewer than the 2"),
