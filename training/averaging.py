@@ -1,12 +1,13 @@
-"""Exponential moving average of a model's weights (Polyak), the weights that are shipped."""
+"""Averages of weights: over a run's steps (Polyak), which are those that are shipped; of runs."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -40,3 +41,20 @@ class WeightAverage(Generic[Model]):
     def copy(self) -> None:
         """Starts the average anew at the current weights."""
         self.model.load_state_dict(self.source.state_dict())
+
+
+def weighted_mean(
+    states: Sequence[Mapping[str, Tensor]], shares: Sequence[float]
+) -> dict[str, Tensor]:
+    """Of state dicts with the same names and shapes, summed in fp64; whole numbers are the first's.
+
+    shares: above 0, of which each counts by its part of their sum.
+    """
+    total, mean = sum(shares), {}
+    for name, first in states[0].items():
+        mean[name] = first.clone()
+        if first.is_floating_point():
+            pairs = zip(states, shares, strict=True)
+            parts = [state[name].double() * (share / total) for state, share in pairs]
+            mean[name] = torch.stack(parts).sum(0).to(first.dtype)
+    return mean

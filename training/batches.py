@@ -7,9 +7,10 @@ then rows with text alone. A row's task follows from its conditions:
     hidden part           I2I, TI2I, TV2V   known tokens are given, hidden ones predicted
     caption               T2I, T2V     every token is predicted
     "none", a clip        V2V          at any time of a longer clip; all but its first frame; some
-                                       tokens may be fed as the model itself draws them, or all as
-                                       it drew them in a rollout, and the prompt may say what is
-                                       seen, though not how it moves
+                                       tokens may be fed as the model itself draws them, or as one
+                                       that looks almost the same, or all as it drew them in a
+                                       rollout, and the prompt may say what is seen, though not how
+                                       it moves
 
 Legend: B rows, V rows with a visual condition, N positions, F frames, h, w tokens.
 """
@@ -17,6 +18,7 @@ Legend: B rows, V rows with a visual condition, N positions, F frames, h, w toke
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +42,7 @@ Bool = npt.NDArray[np.bool_]
 SPARE = (0.6, 0.25, 0.15)
 # Shares of an object that a half hides which cuts through it.
 CUT = (0.1, 0.6)
+NEAR = 8  # codes that a token may be mistaken for
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,12 @@ class Rows:
     "none"; captioned_covered: the same where the mask leaves nothing of the object, so that only a
     caption tells what to draw; cut: share of the hidden rows in which a half hides a part of the
     object, and no caption says what it is: few masks of others do; none: share of the text rows
-    whose prompt is "none". Of these, where
-    they are clips: anywhere: share that is cut from anywhere in a longer clip; steady: share of all
-    that is chosen from steady clips; own: the most of a row's tokens that the model draws;
-    named: share of those from anywhere whose prompt is the caption of an image of them instead;
-    rolled: share of those from anywhere that are windows of rollouts.
+    whose prompt is "none". Of these, where they are clips: anywhere: share that is cut from
+    anywhere in a longer clip; steady: share of all that is chosen from steady clips; own: the most
+    of a row's tokens that the model draws; mistaken: the most that are fed as a code near to the
+    true one; named: share of those from anywhere whose prompt is the caption of an image of them
+    instead; rolled: share of those from anywhere that are windows of rollouts, which without a
+    caption still show what they began with.
     """
 
     text: int
@@ -85,6 +89,7 @@ class Rows:
     anywhere: float = 0.5
     steady: float = 0.0
     own: float = 0.0
+    mistaken: float = 0.0
     named: float = 0.0
     rolled: float = 0.0
 
@@ -100,6 +105,10 @@ class Batches:
         rollouts: Rollouts | None = None,
     ) -> None:
         self.config, self.clips, self.vqgan, self.rollouts = config, clips, vqgan, rollouts
+
+    @cached_property
+    def _near_KJ(self) -> npt.NDArray[np.int64]:
+        return near_codes(self.vqgan.quantize.embedding.weight, NEAR)
 
     def images(self, draw: Draw, rows: Rows) -> Batch:
         """Single frames."""
@@ -127,6 +136,7 @@ class Batches:
         anywhere = predicted & (draw.random(total) < rows.anywhere)
         steady = predicted & (draw.random(total) < rows.steady)
         rolled = anywhere & (draw.random(total) < rows.rolled)
+        named = anywhere & (draw.random(total) < rows.named)
         for row in np.flatnonzero(predicted & ~rolled).tolist():
             index[row] = self._predictable(draw, steady=bool(steady[row]))
         frame = draw.integers(frames, size=total)
@@ -152,15 +162,15 @@ class Batches:
             visual.append(np.where(known, codes, self.config.hidden + edges))
         for row in np.flatnonzero(anywhere).tolist():
             if rolled[row]:
-                index[row], fed[row], target[row] = self._rolled(draw)
+                index[row], fed[row], target[row] = self._rolled(draw, named=bool(named[row]))
             else:
                 fed[row] = target[row] = self._window(draw, int(index[row]))
             weight[row, 0] = 0.0
             time[row] = draw.integers(self.config.decoder.grid.frames)
+        self._mistake(draw, fed, predicted * draw.random(total) * rows.mistaken, whole=anywhere)
         most = predicted * draw.random(total) * rows.own
         own = draw.random(target.shape) < most[:, None, None]
         own[:, 0] = False  # a given frame is true
-        named = anywhere & (draw.random(total) < rows.named)
         prompts = [
             UNCONDITIONAL_PROMPT
             if each_none and not each_named
@@ -215,11 +225,26 @@ class Batches:
         pixels, _ = source.clip(index, range(start, start + source.frames))
         return encode_frames(self.vqgan, pixels).astype(np.int64)
 
-    def _rolled(self, draw: Draw) -> tuple[int, np.ndarray, np.ndarray]:
-        """(clip, tokens [F, C] as the model went on with it, the true ones) of a rollout."""
+    def _rolled(self, draw: Draw, *, named: bool) -> tuple[int, np.ndarray, np.ndarray]:
+        """(clip, tokens [F, C] as the model went on with it, the true ones) of a rollout.
+
+        Without a name of what it was, it still has to be that.
+        """
         assert self.rollouts is not None, "without rollouts none is drawn"
-        clip, made, pixels = self.rollouts.window(draw)
+        clip, made, pixels = self.rollouts.window(draw, faithful=not named)
         return clip, made, encode_frames(self.vqgan, pixels).astype(np.int64)
+
+    def _mistake(self, draw: Draw, fed_BFC: np.ndarray, share_B: np.ndarray, whole: Bool) -> None:
+        """Feeds codes near to the true ones for a share of each row's tokens, in place.
+
+        whole: rows whose first frame need not be a given one, which is true.
+        """
+        if not share_B.any():
+            return
+        wrong = draw.random(fed_BFC.shape) < share_B[:, None, None]
+        wrong[~whole, 0] = False
+        true = fed_BFC[wrong]
+        fed_BFC[wrong] = self._near_KJ[true, draw.integers(self._near_KJ.shape[1], size=len(true))]
 
     def _hide(
         self, draw: Draw, index: int, span: range, *, cut: bool
@@ -244,6 +269,18 @@ class Batches:
         codes = encode_frames(self.vqgan, blank_hidden(pixels, known)).astype(np.int64)
         covered = not (shown.astype(bool) & ~mask).any()
         return known.reshape(len(span), -1), codes, edges, covered
+
+
+@torch.no_grad()
+def near_codes(weight_KE: Tensor, count: int) -> npt.NDArray[np.int64]:
+    """int64 [K, min(count, K - 1)]: of each code those nearest to it, without itself."""
+    weight_KE = weight_KE.float()
+    found, codes = [], torch.arange(len(weight_KE), device=weight_KE.device)
+    for part in codes.split(1024):  # of a large codebook not all distances at once
+        distance_PK = torch.cdist(weight_KE[part], weight_KE)
+        distance_PK[codes[: len(part)], part] = torch.inf
+        found.append(distance_PK.topk(min(count, len(codes) - 1), largest=False).indices)
+    return torch.cat(found).cpu().numpy()
 
 
 def halves(height: int, width: int) -> Bool:

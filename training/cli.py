@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .commands import judge, model, ranker, tokenizers
+from .commands import average, judge, model, ranker, tokenizers
 
 EPILOG = """\
 examples:
@@ -25,6 +25,7 @@ examples:
   nuwa train model --start runs/model/checkpoint --rollouts runs/rollouts/rollouts.npz \\
       --rolled-clips 0.5 --none-clips 0.8 --images 24 --sketch-images 16 --hidden-images 32 \\
       --clips 8 --sketch-clips 2 --hidden-clips 2 --run runs/model-2
+  nuwa train average runs/model/checkpoint runs/model-2/checkpoint --out runs/mean/checkpoint
   nuwa train ranker --tokenizer runs/pruned --text runs/model/tokenizer.json --run runs/ranker
   nuwa train judge --out checkpoints/judge-digits
 
@@ -52,6 +53,9 @@ KINDS = {
     ),
     "prune": Kind("drop a VQ-GAN's background synonyms", tokenizers.add_prune, tokenizers.prune),
     "model": Kind("train NÜWA on a VQ-GAN's tokens", model.add_model, model.train_model),
+    "average": Kind(
+        "average models that go back to the same one", average.add_average, average.average
+    ),
     "ranker": Kind("train the scorer that picks best of N", ranker.add_ranker, ranker.train_ranker),
     "judge": Kind("train the judge that scores pictures", judge.add_judge, judge.train_judge),
 }
@@ -74,6 +78,6 @@ def run(arguments: argparse.Namespace) -> int:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1 and arguments.kind != "model":
         raise ValueError(f"{arguments.kind} is trained by one process, not by {processes}")
-    if arguments.threads:
+    if getattr(arguments, "threads", None):
         torch.set_num_threads(arguments.threads)
     return KINDS[arguments.kind].run(arguments)

@@ -2,7 +2,7 @@
 
 A VQ-GAN spends many codes on plain background, chosen by faint global differences; a model would
 have to learn a choice that nobody can see. All but one of those codes go; the encoder then uses the
-nearest one left. Knows classes only through a class map: 0 is background.
+nearest one left. Of pictures and of class maps, which say what is background: class 0.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .vqgan import VQGAN, to_signed
+from .vqgan import VQGAN, one_hot, to_signed
 
 Pixels = npt.NDArray[np.uint8]
 PLAIN = 8  # levels of a channel that a plain cell may span
@@ -22,13 +22,17 @@ PLAIN = 8  # levels of a channel that a plain cell may span
 
 @torch.no_grad()
 def prune_codebook(
-    vqgan: VQGAN, clips: Iterable[tuple[Pixels, Pixels]], *, threshold: float = 0.9
+    vqgan: VQGAN,
+    clips: Iterable[tuple[Pixels, Pixels]],
+    *,
+    threshold: float = 0.9,
+    sketches: bool = False,
 ) -> VQGAN:
-    """A copy with fewer codes; pixels change only where a dropped code was used.
+    """A copy with fewer codes; its output changes only where a dropped code was used.
 
-    clips: frames u8 [F, H, W, 3] and class maps u8 [F, H, W]. A code is dropped if more than
-    `threshold` of its cells are plain background, or if it is never used; the code nearest to the
-    mean background feature stays.
+    clips: frames u8 [F, H, W, 3] and class maps u8 [F, H, W]; sketches: the maps are what is
+    tokenized. A code is dropped if more than `threshold` of its cells are plain background, or if
+    it is never used; the code nearest to the mean background feature stays.
     """
     if not 0.0 < threshold < 1.0:
         raise ValueError(f"threshold {threshold} is not between 0 and 1")
@@ -36,8 +40,12 @@ def prune_codebook(
     counts = np.zeros((2, size))
     total, cells = torch.zeros(vqgan.config.embedding_dim), 0
     for frames, classes in clips:
-        encoded = vqgan.encode(to_signed(torch.from_numpy(frames)))
-        empty = ~_cells(classes, patch).any(axis=(2, 4)) & _plain(frames, patch)
+        empty = ~_cells(classes, patch).any(axis=(2, 4))
+        if sketches:
+            encoded = vqgan.encode(one_hot(torch.from_numpy(classes), vqgan.config.channels))
+        else:
+            encoded = vqgan.encode(to_signed(torch.from_numpy(frames)))
+            empty &= _plain(frames, patch)
         codes = encoded.codes.numpy()
         for row, where in enumerate((empty, ~empty)):
             counts[row] += np.bincount(codes[where], minlength=size)

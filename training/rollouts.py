@@ -5,6 +5,10 @@ windows of clips that it went on with by itself, with what should have been ther
 (dataset aggregation: Ross, Gordon and Bagnell, 2011): the sprite as it was at the start, in the
 places where the model moved it. Only windows in which it moves as sprites do have such an answer.
 
+And only while it still is that sprite: where a seven has become a one, nothing that is seen says
+that the answer is a seven, and who is told so learns that what it sees may change at any time.
+Such windows are kept for rows whose prompt says what the sprite is.
+
 Legend: R rollouts, F frames, C cells of a frame, W windows, S canvas side.
 """
 
@@ -15,6 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +41,9 @@ SLACK = 0.9  # steps by which a sprite's ink may be beside its place; the next i
 MOST_ASTRAY = 3  # frames in a row in which it is nowhere that it could have come to
 MOST_TURNS = 4  # in a window; of the world's own sprites two, and two more to come back
 CHUNK = 32  # clips between two states of the file
+# dB of SNR from which a frame counts as one that shows its sprite as it was: a VQ-GAN's round trip
+# leaves 12 to 16.
+FAITHFUL = 9.0
 ALIKE = 0.95  # share of the true frames' tokens on which two copies of a VQ-GAN agree
 
 
@@ -46,7 +54,8 @@ class Rollouts:
     corners_RF2: int16 (row, column), where the sprite's tile is by then, or should be where it is
     nowhere that it could have come to; -1 where that is not known; windows_W2: int64 (rollout,
     first frame) of the windows to train on, as many frames long as the world's clips;
-    settings: how they were made.
+    snr_RF: f16, dB, by how much the sprite outweighs what is wrong about it, -inf where it is not
+    known where it should be; settings: how they were made.
     """
 
     world: SpriteWorld
@@ -54,11 +63,22 @@ class Rollouts:
     tokens_RFC: npt.NDArray[np.int16]
     corners_RF2: npt.NDArray[np.int16]
     windows_W2: npt.NDArray[np.int64]
+    snr_RF: npt.NDArray[np.float16]
     settings: dict[str, Any]
 
-    def window(self, draw: np.random.Generator) -> tuple[int, npt.NDArray[np.int64], U8]:
+    @cached_property
+    def faithful_W2(self) -> npt.NDArray[np.int64]:
+        """Those of the windows that show the sprite as it was in every frame."""
+        frames_WF = self.windows_W2[:, 1:] + np.arange(FRAMES)
+        snr_WF = self.snr_RF[self.windows_W2[:, :1], frames_WF]
+        return self.windows_W2[(snr_WF >= FAITHFUL).all(axis=1)]
+
+    def window(
+        self, draw: np.random.Generator, *, faithful: bool
+    ) -> tuple[int, npt.NDArray[np.int64], U8]:
         """(clip, tokens [F, C] as they were made, u8 [F, S, S, 3] as they should have looked)."""
-        rollout, start = self.windows_W2[draw.integers(len(self.windows_W2))].tolist()
+        windows = self.faithful_W2 if faithful else self.windows_W2
+        rollout, start = windows[draw.integers(len(windows))].tolist()
         frames = slice(start, start + FRAMES)
         clip = int(self.clip_R[rollout])
         corners = [(row, column) for row, column in self.corners_RF2[rollout, frames].tolist()]
@@ -76,6 +96,7 @@ class Rollouts:
                 tokens=self.tokens_RFC,
                 corners=self.corners_RF2,
                 windows=self.windows_W2,
+                snr=self.snr_RF,
                 settings=json.dumps(self.settings),
             )
         partial.replace(path)
@@ -173,7 +194,8 @@ def collect(
             parts = [joined([*parts, _rollouts(source.world, made, settings)])]
             parts[0].save(path)
             progress(first + len(made), samples)
-    scores = {"rollouts": len(parts[0].clip_R), "windows": len(parts[0].windows_W2)}
+    windows = {"windows": len(parts[0].windows_W2), "faithful": len(parts[0].faithful_W2)}
+    scores = {"rollouts": len(parts[0].clip_R)} | windows
     return {"tasks": {"v2v": {"scores": scores}}}
 
 
@@ -187,6 +209,7 @@ def joined(parts: list[Rollouts]) -> Rollouts:
         np.concatenate([part.tokens_RFC for part in parts]),
         np.concatenate([part.corners_RF2 for part in parts]),
         np.concatenate(windows),
+        np.concatenate([part.snr_RF for part in parts]),
         parts[0].settings,
     )
 
@@ -196,9 +219,9 @@ def _read(path: Path) -> Rollouts:
         with np.load(path, allow_pickle=False) as file:
             settings = json.loads(str(file["settings"]))
             clip, tokens = file["clip"], file["tokens"]
-            corners, windows = file["corners"], file["windows"]
+            corners, windows, snr = file["corners"], file["windows"], file["snr"]
         world = Sprites(settings["source"]["level"]).world
-        return Rollouts(world, clip, tokens, corners, windows, settings)
+        return Rollouts(world, clip, tokens, corners, windows, snr, settings)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read as rollouts: {error}") from None
 
@@ -216,7 +239,8 @@ def _rollouts(
     settings: dict[str, Any],
 ) -> Rollouts:
     plans = [world.plan(index) for index, _, _ in made]
-    corners = [_own_corners(plan, pixels) for plan, (_, pixels, _) in zip(plans, made, strict=True)]
+    frames = [pixels for _, pixels, _ in made]
+    corners = [_own_corners(*each) for each in zip(plans, frames, strict=True)]
     windows = [
         (r, start)
         for r, (plan, corners_F2) in enumerate(zip(plans, corners, strict=True))
@@ -228,8 +252,19 @@ def _rollouts(
         np.stack([tokens.reshape(len(tokens), -1) for _, _, tokens in made]).astype(np.int16),
         np.stack(corners),
         np.array(windows, np.int64).reshape(-1, 2),
+        np.stack([_snr(*each) for each in zip(plans, corners, frames, strict=True)]),
         settings,
     )
+
+
+def _snr(plan: Plan, corners_F2: npt.NDArray[np.int16], made: U8) -> npt.NDArray[np.float16]:
+    """f16 [F]: Rollouts.snr_RF, the sprite's difference from the background over what is wrong."""
+    corners = [(int(row), int(column)) for row, column in np.maximum(corners_F2, 0)]
+    real = render_at(plan, corners)[0].astype(np.float64)
+    signal_F = np.square(real - np.median(real, axis=(1, 2), keepdims=True)).sum((1, 2, 3))
+    noise_F = np.square(real - made).sum((1, 2, 3))
+    snr_F = 10.0 * np.log10(signal_F / np.maximum(noise_F, 1.0))
+    return np.where((corners_F2 >= 0).all(1), snr_F, -np.inf).astype(np.float16)
 
 
 def _own_corners(plan: Plan, made: U8) -> npt.NDArray[np.int16]:

@@ -25,7 +25,8 @@ def guide(logits_TK: Tensor, guidance_T: Tensor, unconditional_row_T: Tensor) ->
 
     A row that names itself as its unconditional one keeps its logits exactly.
     """
-    unconditional_TK = logits_TK[unconditional_row_T.long()]
+    # Indexing with a tensor would be exported as GatherND: see export/operators.py.
+    unconditional_TK = logits_TK.index_select(0, unconditional_row_T)
     return unconditional_TK + guidance_T[:, None] * (logits_TK - unconditional_TK)
 
 
@@ -60,12 +61,42 @@ def sample(
     filters_T1 = ((top_k_T > 0) | (top_p_T < 1.0))[:, None]
 
     kept_TK = (scaled_TK >= cut_T1) | ~filters_T1
-    cdf_TK = torch.where(kept_TK, _weights(scaled_TK, highest_T1), 0).cumsum(dim=-1)
-    drawn_T = (cdf_TK * _ONE <= _whole(uniform_T)[:, None] * cdf_TK[:, -1:]).sum(dim=-1)
+    drawn_T = _draw(torch.where(kept_TK, _weights(scaled_TK, highest_T1), 0), uniform_T)
     drawn_T = drawn_T.clamp_max(logits_TK.shape[1] - 1)  # whatever the numbers are, not outside
     chosen_T = torch.where(temperature_T > 0, drawn_T, greedy_T)
     finite_T = (logits_TK - logits_TK).sum(dim=-1) == 0.0  # any other number less itself is NaN
     return torch.where(finite_T, chosen_T, -1).to(torch.int32)
+
+
+def _draw(weight_TK: Tensor, uniform_T: Tensor) -> Tensor:
+    """int64 [T]: how many running sums are at most uniform times the sum of all.
+
+    Summed up in blocks of b tokens, and these in turn: ONNX Runtime's CUDA provider adds up every
+    output of a CumSum from the first term on, which in one go would be K * K / 2 additions a row.
+    What padding would count is more than the sum times any uniform number.
+    """
+    rows, codes = weight_TK.shape
+    size = _block_size(codes)
+    if missing := -codes % size:
+        # Not F.pad: ONNX Runtime's CUDA provider has no Pad of whole numbers.
+        nothing = weight_TK.new_zeros(1, missing).expand(rows, missing)
+        weight_TK = torch.cat([weight_TK, nothing], dim=1)
+    within_TBb = weight_TK.unflatten(1, (-1, size)).cumsum(dim=-1)
+    block_TB = within_TBb[:, :, -1]
+    end_TB = block_TB.cumsum(dim=-1)
+    reached_T1 = _whole(uniform_T)[:, None] * end_TB[:, -1:]
+    left_TB = reached_T1 - (end_TB - block_TB) * _ONE
+    return (within_TBb * _ONE <= left_TB[:, :, None]).flatten(1).sum(dim=-1)
+
+
+def _block_size(codes: int) -> int:
+    """Up to 256, and a divisor of the number of codes if one is large enough, else 128."""
+    if codes <= 256:
+        return codes
+    for size in range(128, 257):  # from about the root of 12288 on
+        if codes % size == 0:
+            return size
+    return 128
 
 
 def _weights(scaled: Tensor, highest: Tensor) -> Tensor:

@@ -54,10 +54,11 @@ class NUWAOptions:
     clip; steady_clips: the share of all that is chosen from clips that end as they begin;
     own_tokens: up to which share of a clip's tokens is fed as the model draws them where all before
     is true, so that it learns to go on from what it made itself (scheduled sampling in two passes,
-    Mihaylova and Martins, 2019); named_clips: of those from anywhere, the share whose prompt is the
-    caption of an image of them after all, which says what stays for ever, and not how it moves;
-    rolled_clips: of those from anywhere, the share that is fed what a model made in rollouts
-    (rollouts.py).
+    Mihaylova and Martins, 2019); mistaken_tokens: up to which share is fed as a code near to the
+    true one instead, so that what is slightly wrong does not grow from frame to frame; named_clips:
+    of those from anywhere, the share whose prompt is the caption of an image of them after all,
+    which says what stays for ever, and not how it moves; rolled_clips: of those from anywhere, the
+    share that is fed what a model made in rollouts (rollouts.py).
     """
 
     images: int = 96
@@ -77,6 +78,7 @@ class NUWAOptions:
     anywhere_clips: float = 0.5
     steady_clips: float = 0.0
     own_tokens: float = 0.0
+    mistaken_tokens: float = 0.0
     named_clips: float = 0.0
     rolled_clips: float = 0.0
     average: float = 0.998
@@ -93,6 +95,7 @@ class NUWAOptions:
             "anywhere_clips",
             "steady_clips",
             "own_tokens",
+            "mistaken_tokens",
             "named_clips",
             "rolled_clips",
         ):
@@ -207,6 +210,7 @@ class NUWARecipe:
             anywhere=options.anywhere_clips,
             steady=options.steady_clips,
             own=options.own_tokens,
+            mistaken=options.mistaken_tokens,
             named=options.named_clips,
             rolled=options.rolled_clips,
         )
@@ -347,7 +351,7 @@ def _check_shares(options: NUWAOptions, team: Team) -> None:
 def _check_rollouts(options: NUWAOptions, rollouts: Rollouts | None) -> None:
     if (options.rolled_clips > 0) != (rollouts is not None):
         raise ValueError("rolled_clips (above 0) and rollouts go together")
-    if rollouts is not None and not len(rollouts.windows_W2):
+    if rollouts is not None and not len(rollouts.faithful_W2):
         raise ValueError("there is no window to train on in these rollouts; make more of them")
 
 

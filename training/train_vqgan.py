@@ -129,16 +129,18 @@ class VQGANRecipe:
         adversarial = options.discriminator_from is not None and step >= options.discriminator_from
         with self._autocast():
             features = self.model.features(inputs).float()
-            quantized, metrics = self._quantize(features, step)
+            quantized, codes = self._quantize(features, step)
             output = self.model.decode_features(quantized).float()
-        loss = reconstruction = self.content.loss(inputs, output)
-        if step >= options.quantize_from:
-            codebook_beta = options.beta
-            embedded = self.model.embed(self._codes(features))
+        error_BHW = self.content.error(inputs, output)
+        loss = reconstruction = error_BHW.mean() + self.content.perceived(inputs, output)
+        metrics: dict[str, float] = {}
+        if codes is not None:
+            metrics["codes_used"] = float(codes.unique().numel())
+            embedded = self.model.embed(codes)
             if options.codebook == "ema":
-                loss = loss + codebook_beta * F.mse_loss(features, embedded.detach())
+                loss = loss + options.beta * F.mse_loss(features, embedded.detach())
             else:
-                loss = loss + quantization_loss(features, embedded, codebook_beta)
+                loss = loss + quantization_loss(features, embedded, options.beta)
         if adversarial:
             with self._autocast():
                 generator = -self.discriminator(output).float().mean()
@@ -150,33 +152,32 @@ class VQGANRecipe:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
+        if codes is not None and options.codebook == "ema":
+            _, h, w = codes.shape
+            cost_Bhw = F.adaptive_avg_pool2d(error_BHW.detach()[:, None], (h, w))
+            rows = _rows(features), codes.flatten(), cost_Bhw.flatten()
+            metrics["revived"] = float(self.codebook.update(*rows))
         if adversarial:
             metrics["discriminator"] = self._train_discriminator(inputs, output.detach())
         self.average.update(step)
         quality = self.content.quality(inputs, output.detach())
         return {"loss": float(reconstruction.detach()), **quality, **metrics}
 
-    def _quantize(self, features: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Straight-through quantized features; features themselves before the codebook joins."""
-        options = self.options
-        if step < options.quantize_from:
-            return features, {}
-        rows = features.detach().permute(0, 2, 3, 1).reshape(-1, features.shape[1])
-        if step == options.quantize_from:
+    def _quantize(self, features: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+        """Straight-through quantized features [B, E, h, w] and codes [B, h, w].
+
+        Features themselves, and no codes, before the codebook joins.
+        """
+        if step < self.options.quantize_from:
+            return features, None
+        rows = _rows(features)
+        if step == self.options.quantize_from:
             self.codebook.initialise(rows, self._kept)
             self.average.copy()
-        codes = self._codes(features)
-        embedded = self.model.embed(codes)
-        metrics = {"codes_used": float(codes.unique().numel())}
-        if options.codebook == "ema":
-            metrics["revived"] = float(self.codebook.update(rows, codes.flatten()))
-        return features + (embedded - features).detach(), metrics
-
-    def _codes(self, features: Tensor) -> Tensor:
-        batch, width, h, w = features.shape
-        rows = features.detach().permute(0, 2, 3, 1).reshape(-1, width)
+        batch, _, h, w = features.shape
         with torch.autocast(self.device.type, enabled=False):
-            return self.model.quantize.codes(rows).view(batch, h, w)
+            codes = self.model.quantize.codes(rows).view(batch, h, w)
+        return features + (self.model.embed(codes) - features).detach(), codes
 
     def _train_discriminator(self, real: Tensor, fake: Tensor) -> float:
         with self._autocast():
@@ -220,6 +221,11 @@ class VQGANRecipe:
         from .checkpoint import save_tokenizer
 
         save_tokenizer(self.average.model, folder)
+
+
+def _rows(features: Tensor) -> Tensor:
+    """[B, E, h, w] -> [B h w, E], apart from the graph."""
+    return features.detach().permute(0, 2, 3, 1).reshape(-1, features.shape[1])
 
 
 @torch.no_grad()

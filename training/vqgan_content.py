@@ -17,7 +17,7 @@ from torch import Tensor
 from .metrics import mean_iou
 from .pictures import paint_classes
 from .vqgan import class_maps, one_hot, to_bytes, to_signed
-from .vqgan_losses import Perceptual, class_map_loss, reconstruction_loss
+from .vqgan_losses import Perceptual, class_map_error, reconstruction_error
 
 
 class Content(Protocol):
@@ -26,8 +26,11 @@ class Content(Protocol):
     def inputs(self, samples: Tensor) -> Tensor:
         """uint8 samples -> what the encoder reads, f32 [B, C, H, W]."""
 
-    def loss(self, inputs: Tensor, output: Tensor) -> Tensor:
-        """Scalar: how far the decoder's output [B, C, H, W] is from its input."""
+    def error(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """[B, H, W]: how far the decoder's output [B, C, H, W] is from its input."""
+
+    def perceived(self, inputs: Tensor, output: Tensor) -> Tensor | float:
+        """A scalar that is added to the mean error: what no pixel by itself tells."""
 
     def quality(self, inputs: Tensor, output: Tensor) -> dict[str, float]:
         """The same as figures for people."""
@@ -37,7 +40,7 @@ class Content(Protocol):
 
 
 class Pictures:
-    """uint8 [B, H, W, 3]; see vqgan_losses.reconstruction_loss for the options."""
+    """uint8 [B, H, W, 3]; see vqgan_losses.reconstruction_error for the options."""
 
     def __init__(
         self, *, emphasis: float = 0.0, square: float = 0.0, perceptual: Perceptual | None = None
@@ -47,10 +50,11 @@ class Pictures:
     def inputs(self, samples: Tensor) -> Tensor:
         return to_signed(samples)
 
-    def loss(self, inputs: Tensor, output: Tensor) -> Tensor:
-        return reconstruction_loss(
-            inputs, output, self.perceptual, emphasis=self.emphasis, square=self.square
-        )
+    def error(self, inputs: Tensor, output: Tensor) -> Tensor:
+        return reconstruction_error(inputs, output, emphasis=self.emphasis, square=self.square)
+
+    def perceived(self, inputs: Tensor, output: Tensor) -> Tensor | float:
+        return 0.0 if self.perceptual is None else self.perceptual(inputs, output).mean()
 
     def quality(self, inputs: Tensor, output: Tensor) -> dict[str, float]:
         error = F.mse_loss(output.clamp(-1, 1), inputs)
@@ -69,8 +73,11 @@ class ClassMaps:
     def inputs(self, samples: Tensor) -> Tensor:
         return one_hot(samples, self.classes)
 
-    def loss(self, inputs: Tensor, output: Tensor) -> Tensor:
-        return class_map_loss(inputs, output, emphasis=self.emphasis)
+    def error(self, inputs: Tensor, output: Tensor) -> Tensor:
+        return class_map_error(inputs, output, emphasis=self.emphasis)
+
+    def perceived(self, inputs: Tensor, output: Tensor) -> Tensor | float:
+        return 0.0
 
     def quality(self, inputs: Tensor, output: Tensor) -> dict[str, float]:
         made, real = class_maps(output).cpu().numpy(), class_maps(inputs).cpu().numpy()

@@ -45,15 +45,10 @@ def _initialise_discriminator(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def reconstruction_loss(
-    pixels: Tensor,
-    output: Tensor,
-    perceptual: Perceptual | None = None,
-    *,
-    emphasis: float = 0.0,
-    square: float = 0.0,
+def reconstruction_error(
+    pixels: Tensor, output: Tensor, *, emphasis: float = 0.0, square: float = 0.0
 ) -> Tensor:
-    """Mean absolute error, plus the mean perceptual distance if one is given.
+    """Absolute error of each pixel, mean of the channels: [B, C, H, W] twice -> [B, H, W].
 
     Where almost everything is background, the L1 optimum is at first to draw nothing else. Two
     helps against it: `emphasis` weighs pixels by 1 + emphasis * their distance from the picture's
@@ -65,18 +60,16 @@ def reconstruction_loss(
     if emphasis > 0.0:
         median = pixels.flatten(2).median(dim=2).values[:, :, None, None]
         error = error * (1.0 + emphasis * (pixels - median).abs().amax(dim=1, keepdim=True))
-    loss = error.mean()
-    return loss if perceptual is None else loss + perceptual(pixels, output).mean()
+    return error.mean(dim=1)
 
 
-def class_map_loss(one_hot: Tensor, logits: Tensor, *, emphasis: float = 0.0) -> Tensor:
-    """Binary cross-entropy of each class, summed over classes, averaged over pixels (paper, 3.1).
+def class_map_error(one_hot: Tensor, logits: Tensor, *, emphasis: float = 0.0) -> Tensor:
+    """Binary cross-entropy of each class, summed over classes (paper, 3.1): [B, H, W].
 
     emphasis: pixels of a class other than 0, the background, weigh 1 + emphasis.
     """
     error = F.binary_cross_entropy_with_logits(logits, one_hot, reduction="none").sum(1)
-    weight = 1.0 + emphasis * (1.0 - one_hot[:, 0])
-    return (error * weight).mean()
+    return error * (1.0 + emphasis * (1.0 - one_hot[:, 0]))
 
 
 def quantization_loss(features: Tensor, quantized: Tensor, beta: float) -> Tensor:

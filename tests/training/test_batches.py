@@ -9,7 +9,7 @@ import torch
 from nuwa.spec.config import ModelConfig, VisualConfig, preset
 from nuwa.spec.known import blank_hidden, known_cells
 from nuwa.spec.tasks import UNCONDITIONAL_PROMPT
-from nuwa.training.batches import Batches, Rows, cutting_halves, draw_mask, halves
+from nuwa.training.batches import NEAR, Batches, Rows, cutting_halves, draw_mask, halves, near_codes
 from nuwa.training.clips import FreshClips, encode_frames, store_clips
 from nuwa.training.readers import locate, read_motion
 from nuwa.training.sources import Sprites
@@ -118,6 +118,32 @@ def test_the_models_own_tokens_are_fed_after_the_first_frame_of_clips_without_a_
     for rows in (Rows(text=3, none=1.0), Rows(text=3, none=0.0, own=1.0)):
         assert batches.videos(np.random.default_rng(7), rows).own_BN is None
     assert batches.images(np.random.default_rng(7), Rows(text=3, none=1.0, own=1.0)).own_BN is None
+
+
+def test_near_codes_are_the_nearest_others():
+    weight = torch.tensor([[0.0], [1.0], [3.0], [7.0]])
+    assert near_codes(weight, 2).tolist() == [[1, 2], [0, 2], [1, 0], [2, 1]]
+    assert near_codes(weight, 9).shape == (4, 3)
+
+
+def test_mistaken_tokens_are_fed_but_not_learnt_in_clips_without_a_caption(batches):
+    rows = Rows(text=40, hidden=2, sketches=2, none=0.7, anywhere=0.5)
+    true = batches.videos(np.random.default_rng(9), rows)
+    rows = dataclasses.replace(rows, mistaken=0.6)
+    batch = batches.videos(np.random.default_rng(9), rows)
+    assert torch.equal(batch.target_BN, true.target_BN) and batch.prompts == true.prompts
+    assert torch.equal(batch.weight_BN, true.weight_BN)
+    fed, meant = (t.view(44, 10, 64).numpy() for t in (batch.fed_BN, true.fed_BN))
+    wrong = fed != meant
+    near = near_codes(batches.vqgan.quantize.embedding.weight, NEAR)
+    assert (near[meant[wrong]] == fed[wrong][:, None]).any(1).all()
+    none = np.array([prompt == UNCONDITIONAL_PROMPT for prompt in batch.prompts])
+    none[:4] = False
+    anywhere = (batch.weight_BN[:, 0] == 0).numpy() & none
+    shares = wrong[none, 1:].mean((1, 2))
+    assert not wrong[~none].any() and not wrong[none & ~anywhere][:, 0].any()
+    assert wrong[anywhere][:, 0].any(), "there even the first frame was made"
+    assert shares.min() < 0.1 < 0.4 < shares.max() < 0.65, "each row has a share of its own"
 
 
 def test_windows_may_be_named_by_the_caption_of_an_image(batches):

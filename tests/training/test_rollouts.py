@@ -52,7 +52,7 @@ def generate_clips(source, encode):
     def generate(task, prompt, frame_count, seed, frames, tokens):
         assert (task, frame_count, len(frames), tokens) == ("v2v", FRAMES, 2, True)
         made = clips[frames.tobytes()].copy()
-        made[2:, 30] = 255 * (made[2:, 29] > 0)
+        made[2:, 30] = made[2:, 29]
         if seed % 3 == 0:
             made[6:10] = 0  # one frame too many for the place to be known again
         return made, encode(made).astype(np.int32).reshape(-1, 8, 8)
@@ -80,7 +80,8 @@ def made(generate_clips, source, encode, tmp_path_factory) -> Rollouts:
     out = tmp_path_factory.mktemp("rollouts")
     report = collected(generate_clips, out)
     found = load_rollouts(out / rollouts.FILE, source, encode)
-    assert report["tasks"]["v2v"]["scores"] == {"rollouts": 5, "windows": len(found.windows_W2)}
+    counts = {"windows": len(found.windows_W2), "faithful": len(found.faithful_W2)}
+    assert report["tasks"]["v2v"]["scores"] == {"rollouts": 5} | counts
     return found
 
 
@@ -108,6 +109,31 @@ def test_rollouts_are_what_was_made_and_where(made, generate_clips, source):
         right = [start for start in range(5) if there[start : start + LENGTH].all()]
         assert starts == [start for start in right if source.may_show(index, start)]
     assert len(made.windows_W2) > 4
+
+
+def test_faithful_windows_show_what_was_there(made, source):
+    """A stripe through the sprite is little, another shape is not, and what is gone is nothing."""
+    there = made.corners_RF2.min(axis=2) >= 0
+    assert (np.isfinite(made.snr_RF) == there).all()
+    assert (made.snr_RF[:, :2] > 60).all(), "true frames"
+    gone = (made.snr_RF < 1) & there
+    assert gone.any(axis=1).tolist() == [(5 + r) % 3 == 0 for r in range(5)]
+    windows = made.windows_W2.tolist()
+    assert made.faithful_W2.tolist() == windows
+    snr_RF = made.snr_RF.copy()
+    first, start = windows[0]
+    snr_RF[first, start + LENGTH - 1] = rollouts.FAITHFUL - 1
+    kept = [[r, s] for r, s in windows if r != first or s > start + LENGTH - 1 or s < start]
+    assert dataclasses.replace(made, snr_RF=snr_RF).faithful_W2.tolist() == kept
+    assert len(kept) < len(windows)
+
+    index = one_way(source)
+    plan = source.world.plan(index)
+    other = dataclasses.replace(plan, glyph_TT=source.world.plan(index + 1).glyph_TT)
+    corners = np.array([plan.track.corner(frame) for frame in range(FRAMES)], np.int16)
+    places = [tuple(each) for each in corners.tolist()]
+    changed, _ = render_at(other, places)
+    assert (rollouts._snr(plan, corners, changed) < rollouts.FAITHFUL).all()
 
 
 def test_more_rollouts_go_on_where_a_file_ends(made, generate_clips, tmp_path, monkeypatch):
@@ -260,6 +286,7 @@ def test_rolled_rows_are_fed_what_was_made_and_predict_what_is_true(made, checkp
             made.tokens_RFC[r, start : start + LENGTH].tobytes(): (r, start)
             for r, start in made.windows_W2.tolist()
         }
+        faithful = made.faithful_W2.tolist()
         rollout, start = windows[fed[row].astype(np.int16).tobytes()]
         index = int(made.clip_R[rollout])
         places = [tuple(place) for place in made.corners_RF2[rollout, start:][:LENGTH].tolist()]
@@ -267,6 +294,7 @@ def test_rolled_rows_are_fed_what_was_made_and_predict_what_is_true(made, checkp
         assert (target[row] == encode_frames(checkpoint.vqgan, true)).all()
         named = batch.prompts[row] != UNCONDITIONAL_PROMPT
         assert not named or batch.prompts[row] == source.caption(index, video=False)
+        assert named or [rollout, start] in faithful
         kinds.add(named)
     assert kinds == {True, False}
     weight = batch.weight_BN.view(8, LENGTH, 64)

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from nuwa.training.sampling import guide, sample, sort_width
+from nuwa.training.sampling import _ONE, _draw, _whole, guide, sample, sort_width
 
 
 def slow(logits, temperature, top_k, top_p, uniform) -> int:
@@ -78,6 +79,38 @@ def test_frequencies_follow_the_distribution():
     uniform = np.random.default_rng(3).random(rows).astype(np.float32)
     counts = np.bincount(draw(logits, 1.0, 0, 1.0, uniform), minlength=4) / rows
     np.testing.assert_allclose(counts, probability, atol=0.012)
+
+
+@pytest.mark.parametrize("codes", [1, 33, 64, 97, 128, 200, 1673, 12288, 2**14])
+def test_sums_in_blocks_draw_what_one_running_sum_draws(codes):
+    """Whole numbers: exactly, also at the ends of blocks and of the uniform range."""
+    random = np.random.default_rng(codes)
+    weight = torch.from_numpy(random.integers(0, _ONE + 1, (40, codes)))
+    weight[torch.from_numpy(random.random((40, codes)) < 0.6)] = 0
+    weight[:4] = 0
+    weight[torch.arange(40), torch.from_numpy(random.integers(0, codes, 40))] = _ONE
+    uniform = torch.from_numpy((random.integers(0, 2**24, 40) / 2**24).astype(np.float32))
+    uniform[::5] = 0.0
+    uniform[1::5] = 1 - 2**-24
+    cdf = weight.cumsum(dim=-1)
+    edge = torch.from_numpy(random.integers(0, codes, 40))  # as near to it as uniform can be
+    fraction = cdf.gather(1, edge[:, None])[:, 0] / cdf[:, -1]
+    uniform[2::5] = ((fraction * _ONE).floor() / _ONE).clamp_max(1 - 2**-24).float()[2::5]
+    expected = (cdf * _ONE <= _whole(uniform)[:, None] * cdf[:, -1:]).sum(dim=-1)
+    assert torch.equal(_draw(weight, uniform), expected)
+    assert expected.max() < codes
+
+
+@pytest.mark.parametrize("codes", [1673, 8192, 12288, 12289])
+def test_no_running_sum_is_over_all_codes(codes):
+    """ONNX Runtime's CUDA provider needs as many additions as the square of its length."""
+    rows = torch.zeros(2)
+    ranks = torch.arange(1, dtype=torch.int32)
+    arguments = (torch.zeros(2, codes), rows + 1, rows.int(), rows + 1, rows, ranks)
+    graph = make_fx(sample, tracing_mode="fake")(*arguments).graph
+    sums = [node for node in graph.nodes if "cumsum" in str(node.target)]
+    lengths = [node.meta["val"].shape[-1] for node in sums]
+    assert len(lengths) == 3 and max(lengths) <= 256, "of the sorted ones, in and of the blocks"
 
 
 def test_guidance():

@@ -11,7 +11,7 @@ from nuwa.training.clips import FreshClips, store_clips
 from nuwa.training.prune import prune_codebook
 from nuwa.training.sources import Sprites
 from nuwa.training.sprites.world import SpriteWorld
-from nuwa.training.vqgan import VQGAN, to_signed
+from nuwa.training.vqgan import VQGAN, one_hot, to_signed
 
 from .tiny import TINY_VQGAN
 
@@ -52,6 +52,25 @@ def test_fresh_clips_are_those_of_the_source_without_end(vqgan, tmp_path):
     assert fresh.codes([(fresh.count - 1, range(1))]).shape == (1, 1, 64)
     with pytest.raises(AssertionError, match="no sketches"):
         fresh.sketches(spans)
+
+
+def test_pruning_a_vqgan_of_class_maps():
+    torch.manual_seed(0)
+    vqgan = VQGAN(dataclasses.replace(CONFIG, channels=21)).eval()
+    torch.nn.init.normal_(vqgan.quantize.embedding.weight, std=0.3)
+    world = SpriteWorld("digits", "train")
+    samples = [world.sample(i) for i in range(6)]
+    pruned = prune_codebook(vqgan, [(s.frames, s.segmentation) for s in samples], sketches=True)
+    maps = np.concatenate([s.segmentation for s in samples])
+    empty = ~maps.reshape(-1, 8, 8, 8, 8).any((2, 4))
+    with torch.no_grad():
+        codes = vqgan.encode(one_hot(torch.from_numpy(maps), 21)).codes.numpy()
+    size = CONFIG.codebook_size
+    plain, drawn = (np.bincount(codes[each], minlength=size) for each in (empty, ~empty))
+    kept = (plain + drawn > 0) & (plain <= 0.9 * (plain + drawn))
+    assert 0 < kept.sum() <= pruned.config.codebook_size <= kept.sum() + 1 < size
+    old, new = vqgan.quantize.embedding.weight, pruned.quantize.embedding.weight
+    assert (torch.cdist(old[kept], new).amin(1) == 0).all()
 
 
 def test_pruning_drops_what_stands_for_background_alone(vqgan):

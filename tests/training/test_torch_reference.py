@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -42,3 +43,34 @@ def test_tokens_are_ours(reference, top_k):
         assert torch.equal(made.generate(text, now), wanted)
         assert len(wanted.unique()) > 5
         text = text.flip(0)
+
+
+class Seen(Exception):
+    """Stops a compilation before code is generated."""
+
+
+@pytest.mark.slow
+def test_a_compiled_step_writes_its_caches_in_place(reference, monkeypatch):
+    """In one graph: what copied whole caches every token would make ours look faster than it is."""
+    from torch._inductor import compile_fx
+
+    found, passes = [], compile_fx.post_grad_passes
+
+    def seen(graph, *arguments, **options):
+        passes(graph, *arguments, **options)
+        found.extend(node for node in graph.graph.nodes if node.op == "call_function")
+        raise Seen
+
+    monkeypatch.setattr(compile_fx, "post_grad_passes", seen)
+    config = dataclasses.replace(SMALL, decoder=dataclasses.replace(SMALL.decoder, layers=2))
+    text = torch.zeros(1, config.text.length, dtype=torch.int64)
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="Seen"):
+        reference.Reference(model(config), GRID, device="cpu").generate(text, [3])
+    torch.compiler.reset()
+    kinds = [str(node.target).removeprefix("aten.") for node in found]
+    assert kinds.count("index_put_.default") == 2 * 2 + 1, "keys, values and the token"
+    assert not {"select_scatter.default", "index_put.default", "clone.default"} & {*kinds}
+    cells = GRID.size * config.decoder.width
+    copied = [node for node in found if "copy_" in str(node.target)]
+    assert all(node.meta["val"].numel() < cells for node in copied)

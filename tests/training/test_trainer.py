@@ -18,6 +18,8 @@ from nuwa.spec.sampling import Sampling
 from nuwa.spec.tasks import Task
 from nuwa.training import cli
 from nuwa.training.checkpoint import (
+    IMAGE_TOKENIZER,
+    SKETCH_TOKENIZER,
     load_checkpoint,
     load_tokenizer,
     save_checkpoint,
@@ -75,7 +77,7 @@ def command(folder, kind, run) -> list[str]:
         + ["--sketch-tokenizer", str(folder / "sketches"), "--visual-from", "4"]
         + ["--sketch-images", "1", "--hidden-images", "1"]
         + ["--sketch-clips", "1", "--hidden-clips", "1"]
-        + ["--steady-clips", "0.5", "--own-tokens", "0.9"],
+        + ["--steady-clips", "0.5", "--own-tokens", "0.9", "--mistaken-tokens", "0.2"],
     }[kind]
     return [sys.executable, "-c", code, kind, *shared, *own]
 
@@ -228,6 +230,25 @@ def test_tasks_without_rows_are_left_out(folder, tmp_path, capsys):
     assert set(again.config.tasks) == set(made.config.tasks), "TV2V too"
     assert again.sampling == sampling and again.ranker is not None
     assert again.provenance["start"] == {"data": "none"} and again.provenance["processes"] == 1
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "sketch-tokenizer"])
+def test_a_vqgan_goes_on_from_a_whole_checkpoints(folder, tmp_path, kind):
+    """From the one of the same kind, and unless it is said with as many codes."""
+    assert TINY.sketch is not None
+    kinds = {"tokenizer": (IMAGE_TOKENIZER, TINY.image)}
+    kinds["sketch-tokenizer"] = (SKETCH_TOKENIZER, TINY.sketch)
+    for name, config in kinds.values():
+        fewer = dataclasses.replace(config, codebook_size=config.codebook_size - 3)
+        save_tokenizer(VQGAN(fewer), tmp_path / "whole", name=name)
+    words = command(folder, kind, tmp_path / "run")[4:]
+    words[words.index("--quantize-from") + 1] = "0"
+    words[words.index("--steps") + 1] = "2"
+    parser = argparse.ArgumentParser()
+    run_command = cli.command(parser)
+    run_command(parser.parse_args([kind, *words, "--start", str(tmp_path / "whole")]))
+    before = load_tokenizer(tmp_path / "whole", kinds[kind][0])
+    assert load_tokenizer(tmp_path / "run" / "checkpoint").config == before.config
 
 
 def test_pruning_says_where_the_codes_come_from(folder, tmp_path):

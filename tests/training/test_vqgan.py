@@ -1,5 +1,7 @@
 """VQ-GAN: taming-transformers' names and shapes, its GroupNorm, its codebook, its losses."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,11 +9,13 @@ import torch.nn.functional as F
 from nuwa.spec.config import VQGANConfig
 from nuwa.training.codebook import CodebookAverage
 from nuwa.training.vqgan import VQGAN, GroupNorm, Quantizer, to_bytes, to_signed
+from nuwa.training.vqgan_content import Pictures
 from nuwa.training.vqgan_losses import (
     PatchDiscriminator,
     adaptive_weight,
+    class_map_error,
     quantization_loss,
-    reconstruction_loss,
+    reconstruction_error,
 )
 
 IMAGENET_F16 = VQGANConfig(
@@ -125,14 +129,84 @@ def test_codebook_follows_clusters_and_revives_dead_codes():
     assert found.max() < 0.5
 
 
+@pytest.mark.parametrize("keep", [0, 7, 12])
+def test_a_codebook_begins_with_the_codes_that_are_kept(keep):
+    torch.manual_seed(0)
+    quantizer = Quantizer(12, 2)
+    before = quantizer.embedding.weight.detach().clone()
+    features = 10.0 + torch.randn(240, 2)
+    CodebookAverage(quantizer).initialise(features, keep)
+    assert torch.equal(quantizer.embedding.weight[:keep], before[:keep])
+    assert (quantizer.embedding.weight[keep:] > 5.0).all(), "the others are features"
+
+
+def test_codes_without_features_enough_are_given_some_by_the_next_steps():
+    torch.manual_seed(0)
+    quantizer = Quantizer(50, 2)
+    average = CodebookAverage(quantizer)
+    average.initialise(torch.randn(20, 2), keep=5)
+    weight = quantizer.embedding.weight
+    assert int((average.count > 0).sum()) == 25 and len(weight.unique(dim=0)) == 50
+    codes = torch.zeros(20, dtype=torch.long)
+    assert [average.update(torch.randn(20, 2), codes) for _ in range(3)] == [20, 5, 0]
+
+
+def test_codes_are_revived_where_the_output_is_wrong():
+    """Many features far from any code, of which nothing depends, and few of which it does."""
+    torch.manual_seed(0)
+    quantizer = Quantizer(9, 2)
+    average = CodebookAverage(quantizer)
+    average.worth[1:] = 0.0
+    features = 50.0 + torch.randn(100, 2)
+    features[:4] *= -1.0
+    cost = torch.zeros(100)
+    cost[:4] = 1.0
+    assert average.update(features, torch.zeros(100, dtype=torch.long), cost) == 8
+    assert int((quantizer.embedding.weight[1:] < 0).all(dim=1).sum()) == 4
+
+
+def test_codes_of_what_nobody_sees_go_to_what_is_wrong():
+    """Half of the features are background, which differs in nothing that shows."""
+    torch.manual_seed(0)
+    quantizer = Quantizer(40, 2)
+    average = CodebookAverage(quantizer, decay=0.95, revive_below=0.3)
+
+    def batch() -> tuple[torch.Tensor, torch.Tensor]:
+        features = 3.0 * torch.randn(400, 2)
+        features[:200] -= 50.0
+        nearest = torch.cdist(features, quantizer.embedding.weight).amin(1)
+        return features, nearest * torch.cat([torch.full((200,), 1e-3), torch.ones(200)])
+
+    def seen() -> int:
+        return int((quantizer.embedding.weight > -25.0).all(dim=1).sum())
+
+    average.initialise(batch()[0])
+    assert seen() < 30
+    for _ in range(300):
+        features, cost = batch()
+        average.update(features, quantizer.codes(features), cost)
+    assert 34 <= seen() < 40, "but some are left for the background"
+
+
 def test_losses():
     x, y = torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), 0.5)
-    assert reconstruction_loss(x, y).item() == pytest.approx(0.5)
-    assert reconstruction_loss(x, y, square=2.0).item() == pytest.approx(1.0)
-    assert reconstruction_loss(x, y, lambda a, b: torch.ones(1)).item() == pytest.approx(1.5)
+    assert reconstruction_error(x, y).tolist() == [[[0.5] * 4] * 4]
+    assert reconstruction_error(x, y, square=2.0).mean().item() == pytest.approx(1.0)
     x[0, :, 0, 0] = 1.0  # one bright pixel on black weighs 1 + 4
-    expected = (15 * 0.5 + 5 * 0.5) / 16
-    assert reconstruction_loss(x, y, emphasis=4.0).item() == pytest.approx(expected)
+    error = reconstruction_error(x, y, emphasis=4.0)
+    assert error[0, 0, 0].item() == pytest.approx(2.5)
+    assert error[0].sum().item() == pytest.approx(15 * 0.5 + 2.5)
+    pictures = Pictures(perceptual=lambda a, b: torch.ones(1))
+    assert pictures.error(x, y).mean() + pictures.perceived(x, y) == pytest.approx(1.5)
+
+
+def test_a_pixel_of_a_class_weighs_more():
+    one_hot = torch.zeros(1, 3, 2, 2)
+    one_hot[0, 0] = 1.0
+    one_hot[0, :, 0, 0] = torch.tensor([0.0, 1.0, 0.0])
+    error = class_map_error(one_hot, torch.zeros(1, 3, 2, 2), emphasis=3.0)
+    each = 3 * math.log(2.0)
+    assert error[0].flatten().tolist() == pytest.approx([4 * each, each, each, each])
 
 
 def test_commitment_weighs_the_encoder_term():

@@ -63,6 +63,7 @@ def add_prune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of --data's order (%(default)s)")
     arguments.add_data(parser)
     parser.add_argument("--threshold", type=float, default=0.9, help="(%(default)s)")
+    parser.add_argument("--sketches", action="store_true", help="it is a VQ-GAN of class maps")
     arguments.add_threads(parser)
 
 
@@ -72,11 +73,11 @@ def prune(args: argparse.Namespace) -> int:
     from ..checkpoint import load_tokenizer, save_tokenizer
     from ..prune import prune_codebook
 
-    before = load_tokenizer(args.tokenizer)
+    before = load_tokenizer(args.tokenizer, _name(args.tokenizer, sketches=args.sketches))
     source = arguments.source(args, before.config.resolution)
     clips = (source.clip(i, range(source.frames)) for i in range(args.dataset_clips))
     counted = track(clips, "counting codes", total=args.dataset_clips)
-    after = prune_codebook(before, counted, threshold=args.threshold)
+    after = prune_codebook(before, counted, threshold=args.threshold, sketches=args.sketches)
     save_tokenizer(after, args.out)
     record.write_provenance(
         args.out,
@@ -85,6 +86,7 @@ def prune(args: argparse.Namespace) -> int:
             "kind": args.kind,
             "dataset_clips": args.dataset_clips,
             "threshold": args.threshold,
+            "sketches": args.sketches,
             "seed": args.seed,
             "tokenizer_run": record.run_of(args.tokenizer),
             "command": record.command_line(),
@@ -97,7 +99,9 @@ def prune(args: argparse.Namespace) -> int:
 
 def _add_vqgan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--start", type=Path, help="begin at this VQ-GAN's weights")
-    parser.add_argument("--codebook-size", type=int, help="instead of the config's")
+    parser.add_argument(
+        "--codebook-size", type=int, help="instead of that of --start, or without it of the config"
+    )
     parser.add_argument(
         "--emphasis",
         type=float,
@@ -114,10 +118,11 @@ def _train(
     from ..train_vqgan import VQGANOptions, VQGANRecipe
     from ..trainer import train
 
-    if args.codebook_size is not None:
-        config = dataclasses.replace(config, codebook_size=args.codebook_size)
     options = arguments.options(args, VQGANOptions)
-    start = None if args.start is None else load_tokenizer(args.start)
+    name = None if args.start is None else _name(args.start, sketches=config.channels != 3)
+    start = None if name is None else load_tokenizer(args.start, name)
+    size = args.codebook_size or (config if start is None else start.config).codebook_size
+    config = dataclasses.replace(config, codebook_size=size)
     settings = {
         "content": content,
         "start": record.path(args.start),
@@ -138,3 +143,11 @@ def _train(
     train(recipe, args.run, arguments.trainer_options(args))
     print(f"VQ-GAN: {args.run / 'checkpoint'}")
     return 0
+
+
+def _name(folder: Path, *, sketches: bool) -> str:
+    """Of the VQ-GAN in a folder; a whole checkpoint has one for pictures and one for sketches."""
+    from ..checkpoint import IMAGE_TOKENIZER, SKETCH_TOKENIZER
+
+    whole = (folder / f"{SKETCH_TOKENIZER}.json").exists()
+    return SKETCH_TOKENIZER if sketches and whole else IMAGE_TOKENIZER
