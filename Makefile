@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint proto setup clean
+.PHONY: demo test lint proto released setup clean
 
 setup: $(STAMP)
 
@@ -64,6 +64,10 @@ lint: $(STAMP)
 proto: $(STAMP)
 	$(BIN)/python proto/generate.py
 	$(BIN)/python proto/document.py
+
+# What later interfaces may not break (tests/interop): of a version that clients have.
+released: build/clients
+	build/clients/bin/buf build proto --exclude-source-info --output proto/released.binpb
 
 clean:
 	rm -rf build demo

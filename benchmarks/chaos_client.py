@@ -28,7 +28,7 @@ from nuwa.v1 import generation_pb2_grpc
 BAD = 0.3
 OVER_KSERVE = 0.3
 RIGHT, WRONG = "right", "WRONG"
-KINDS = ("cancel", "disconnect", "deadline", "slow reader")
+KINDS = ("cancel", "disconnect", "deadline", "slow reader", "unread answer")
 LATE = "late request"  # of a stream of KServe, beside one that has to be right even so
 EXPECTED = (  # of who misbehaves: cancelled, too late, or told so at once
     grpc.StatusCode.CANCELLED,
@@ -42,6 +42,7 @@ PROMPTS = {
     "image": "a red 3 on a black background .",
     "clip": "a red 3 on a black background moving up .",
 }
+V1, KSERVE = "/nuwa.v1.GenerationService", "/inference.GRPCInferenceService"
 TASKS = {"image": "t2i", "clip": "t2v"}
 SEEDS = 6
 FRAMES = 4
@@ -84,6 +85,7 @@ class OverV1:
     WINDOW = 65536
 
     def __init__(self, channel: grpc.aio.Channel, place: Place) -> None:
+        self._channel = channel
         self._stub = generation_pb2_grpc.GenerationServiceStub(channel)
 
     async def ask(self, kind: str, seed: int, timeout: float = 60.0) -> Digests:
@@ -113,6 +115,14 @@ class OverV1:
         while not (await call.read()).HasField("frame"):
             pass
         return call
+
+    def leave_unread(self, seed: int) -> Any:
+        """A call with one answer, which nobody takes: gRPC's own takes it for its caller."""
+        request = self._image(seed)
+        request.output.scale_factor = SCALE
+        return self._channel.unary_stream(f"{V1}/GenerateImage", type(request).SerializeToString)(
+            request
+        )
 
     @staticmethod
     def _image(seed: int) -> pb.GenerateImageRequest:
@@ -158,6 +168,7 @@ class OverKServe:
     WINDOW = 1024  # clips are not scaled here
 
     def __init__(self, channel: grpc.aio.Channel, place: Place) -> None:
+        self._channel = channel
         self._stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
         self._place = place
 
@@ -188,6 +199,13 @@ class OverKServe:
         call = self.begin(seed, frame_count=self._place.frames)
         await call.read()
         return call
+
+    def leave_unread(self, seed: int) -> Any:
+        """A call for a clip in one answer, which nobody takes."""
+        request = self._request("clip", seed)
+        return self._channel.unary_stream(f"{KSERVE}/ModelInfer", type(request).SerializeToString)(
+            request
+        )
 
     def _request(self, what: str, seed: int, **parameters: int) -> inference.ModelInferRequest:
         text, clip = PROMPTS[what].encode(), what == "clip"
@@ -248,7 +266,9 @@ async def misbehave(place: Place, over: Over, how: str, seed: int, draw: random.
         else:
             options = [("grpc.http2.lookahead_bytes", over.WINDOW), ("grpc.http2.bdp_probe", 0)]
             async with grpc.aio.insecure_channel(place.address, [*options, OWN]) as channel:
-                call = await type(over)(channel, place).begin_slowly(seed)
+                slow = type(over)(channel, place)
+                reads = how == "slow reader"
+                call = await slow.begin_slowly(seed) if reads else slow.leave_unread(seed)
                 await asyncio.sleep(SLOW_READER_TIMEOUT * draw.uniform(0.5, 2.0))
                 call.cancel()
     except grpc.aio.AioRpcError as error:

@@ -20,7 +20,7 @@ from typing import Any
 
 import grpc
 import numpy as np
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from hardware import hardware
 from hostile import (
     CLASSES,
@@ -31,6 +31,7 @@ from hostile import (
     mutated,
     pictures,
     restructured,
+    swollen,
     v1_requests,
 )
 
@@ -44,12 +45,13 @@ from nuwa.runtime.kserve.requests import read_request
 from nuwa.runtime.media import Limits, MediaError
 from nuwa.runtime.scheduler import Scheduler
 from nuwa.runtime.server import Server
+from nuwa.runtime.wire import reader
 from nuwa.spec.manifest import BundleError, Manifest
 from nuwa.spec.tasks import Task
 from nuwa.v1 import generation_pb2 as pb
 
 LIMITS = Limits(max_bytes=2**20, max_pixels=2**20, max_frames=64)
-TOLD = (FieldError, UnsupportedTaskError, NotFoundError, MediaError, BundleError, DecodeError)
+TOLD = (FieldError, UnsupportedTaskError, NotFoundError, MediaError, BundleError)
 STATUSES = {
     grpc.StatusCode.OK,
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -60,6 +62,7 @@ STATUSES = {
 SLOWEST = 5.0  # seconds for one case
 MOST_GROWTH = 512  # MiB of memory at its peak
 SHARE_OF_MESSAGES = 0.8  # of requests that stay messages; the rest are any bytes
+SHARE_OF_SWOLLEN = 0.02  # of requests that are tried as many small fields
 OVER_GRPC = 50  # every so many requests go to a server too
 
 
@@ -143,19 +146,23 @@ class Target:
 def targets(manifest: bytes) -> list[Target]:
     files, info = pictures(), StillEngine.info
     images, clips = v1_requests(files)
+    read_image, read_video, read_infer = (
+        reader(kind.FromString)
+        for kind in (pb.GenerateImageRequest, pb.GenerateVideoRequest, kserve.ModelInferRequest)
+    )
     host = Host(lambda path: StillEngine(), lambda engine, name: Scheduler(engine))
     host.add(StillEngine())
 
     def infer(data: bytes) -> None:
-        request = kserve.ModelInferRequest.FromString(data)
+        request = read_infer(data)
         model = find(host, request.model_name, request.model_version)
         read_request(request, model, info, LIMITS)
 
     def image(data: bytes) -> None:
-        convert.read_image_request(pb.GenerateImageRequest.FromString(data), info, LIMITS)
+        convert.read_image_request(read_image(data), info, LIMITS)
 
     def video(data: bytes) -> None:
-        convert.read_video_request(pb.GenerateVideoRequest.FromString(data), info, LIMITS)
+        convert.read_video_request(read_video(data), info, LIMITS)
 
     def file(data: bytes) -> None:
         problem: MediaError | None = None
@@ -226,7 +233,9 @@ def run(count: int, seed: int, manifest: bytes) -> tuple[dict[str, Any], list[st
         for case in range(count):
             draw = np.random.default_rng((seed, case))
             target = tried[case % len(tried)]
-            if target.kind is not None and draw.random() < SHARE_OF_MESSAGES:
+            if target.kind is not None and draw.random() < SHARE_OF_SWOLLEN:
+                data = swollen(draw, target.seeds)
+            elif target.kind is not None and draw.random() < SHARE_OF_MESSAGES:
                 data = restructured(draw, target.seeds, target.kind)
             else:
                 data = mutated(draw, target.seeds)

@@ -199,6 +199,15 @@ def mutated(draw: Draw, seeds: list[bytes]) -> bytes:
     return bytes(data)
 
 
+def swollen(draw: Draw, seeds: list[bytes]) -> bytes:
+    """One of the seeds with one small field behind it up to a million times."""
+    number, length = int(draw.integers(1, 20)), int(draw.integers(0, 4))
+    inner = (b"", b"\x0a", b"\x2a\x00", b"\x0a\x01a")[length]  # with and without a field of its own
+    field = _varint(number << 3 | 2) + _varint(len(inner)) + inner
+    times = int(2 ** draw.uniform(0, 20))
+    return seeds[draw.integers(len(seeds))] + times * field
+
+
 def restructured(draw: Draw, seeds: list[bytes], kind: type[Message]) -> bytes:
     """One of the seeds, messages of this kind, with up to four of its fields changed; what it is as
     a message stays so.

@@ -40,6 +40,9 @@ MOST_ATTEMPTS = 5  # that gRPC makes
 # if it does not answer in time, being frozen or gone without a word, they end as UNAVAILABLE.
 # Servers allow a question every 10 s.
 KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 30_000, 10_000
+# Of a call, that gRPC keeps to send it again. Its default of 256 KiB is less than a picture may
+# take as it is, and a call that is larger would never be made again.
+RETRY_BYTES = 64 * 2**20
 LOOKUP_SECONDS = 10.0  # that a server may take to say what it has loaded
 
 
@@ -76,6 +79,7 @@ def channel_options(address: str, attempts: int) -> list[tuple[str, int | str]]:
         ("grpc.max_receive_message_length", -1),
         ("grpc.max_send_message_length", -1),
         ("grpc.service_config", service_config(attempts)),
+        ("grpc.per_rpc_retry_buffer_size", RETRY_BYTES),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
         # Which gRPC (1.85) goes by instead: without it, its default of a minute.

@@ -143,6 +143,11 @@ def refuse_unknown_fields(message: Message, path: str = "") -> None:
         if not descriptor.is_repeated:
             refuse_unknown_fields(value, inner)
             continue
+        if descriptor.message_type.GetOptions().map_entry:
+            if descriptor.message_type.fields_by_name["value"].message_type is not None:
+                for key in value:
+                    refuse_unknown_fields(value[key], f"{inner}.{key}")
+            continue
         if len(value) > conditions.MAX_BOXES:
             raise FieldError(inner, f"{inner} has {len(value)} items, more than any list may")
         for item in value:

@@ -21,6 +21,7 @@ from . import selection
 from .answers import Answers
 from .convert import Job
 from .core import Done, Event, QueueFullError
+from .errors import FieldError
 from .handle import Handle
 from .host import Host, Loaded
 from .lanes import KEPT
@@ -178,19 +179,43 @@ class Intake:
         job: Job,
         context: grpc.ServicerContext,
         timeout: float | None = None,
+        *,
+        whole: bool = False,
     ) -> Iterator[Event]:
         """Queues a job now; its events, as Handle.events gives and raises them.
 
-        It ends with its call, by the call's deadline, or after `timeout` seconds.
+        It ends with its call, by the call's deadline, or after `timeout` seconds. whole: its answer
+        is one message. FieldError where the frames that have to wait for each other, for that or
+        until all are ranked, are more than may be unread.
         """
         followers = self._followers(loaded, job, context)
         try:
+            self._check_held(loaded, job, whole=whole)
             handle = self._submit(loaded, job, context, timeout)
         except Exception as error:
             _ended(loaded, job, followers, error, time.perf_counter())
             raise
         events = selection.events_of(handle, job.samples, loaded.engine.rankers)
         return self._followed(loaded, job, events, context, handle, followers)
+
+    def _check_held(self, loaded: Loaded, job: Job, *, whole: bool) -> None:
+        samples, generation, info = job.samples, job.generation, loaded.engine.info
+        held = samples.returned if whole else 0
+        if samples.rank_by:  # the best so far, and those that are being made
+            held = min(samples.count, samples.returned + loaded.engine.slots)
+        frame = info.height * info.width * 3
+        if whole and job.output.kind == "raw":
+            frame *= job.output.scale**2
+        most, size = self._most_unread, held * generation.frame_count * frame
+        if most is None or size <= most:
+            return
+        why = "until all samples are ranked" if samples.rank_by else "for one answer"
+        raise FieldError(
+            "return_count" if samples.returned > 1 else "frame_count",
+            f"{held} samples of {generation.frame_count} frames would have to be kept {why}, "
+            f"{size / 1e6:.0f} MB; the server's max_unread_bytes allows {most / 1e6:.0f} MB. Ask "
+            "for fewer at a time" + (", or for a stream" if whole else ""),
+        )
 
     def _followers(self, loaded: Loaded, job: Job, context: grpc.ServicerContext) -> list[Follower]:
         """Of a request that begins now."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -35,10 +36,11 @@ from .errors import (
     UnauthenticatedError,
     UnimplementedError,
 )
-from .lanes import MAX_METHOD, STREAMS, refusal
+from .lanes import GENERATING, MAX_METHOD, STREAMS, refusal
 from .logs import fields
 from .refusals import Refusals
 from .tracing import Tracing
+from .wire import reader
 
 log = logging.getLogger("nuwa.runtime")
 
@@ -49,6 +51,9 @@ NO_RETRY = "-1"
 # A status travels in HTTP/2 headers, of which clients take 8 KiB: three copies, one of them with up
 # to three bytes a byte.
 MAX_MESSAGE_BYTES = 600
+
+Read = Callable[[bytes], Message]
+Sending = Callable[[grpc.ServicerContext, str, Iterator[Any]], Iterator[Any]]
 
 # The first class that matches counts; anything else is INTERNAL.
 CODES: tuple[tuple[type[BaseException], grpc.StatusCode, str], ...] = (
@@ -71,8 +76,9 @@ CODES: tuple[tuple[type[BaseException], grpc.StatusCode, str], ...] = (
 
 
 class ErrorInterceptor(grpc.ServerInterceptor):
-    """arrival: how requests are read; on_error: hears the reason of each error; tracing: hears of
-    calls that fail before a request of theirs has begun.
+    """arrival: how requests are read; sending: as Intake.sending, how answers are sent; on_error:
+    hears the reason of each error; tracing: hears of calls that fail before a request of theirs has
+    begun.
 
     All handlers become those of streams of requests (arrival.py). Of health and reflection, which
     have statuses of their own, only what goes wrong in reading is told here. `refusals` counts
@@ -82,40 +88,47 @@ class ErrorInterceptor(grpc.ServerInterceptor):
     def __init__(
         self,
         arrival: Arrival,
+        sending: Sending,
         on_error: Callable[[str], None] = lambda reason: None,
         tracing: Tracing | None = None,
     ) -> None:
-        self._arrival, self._on_error, self._tracing = arrival, on_error, tracing
+        self._arrival, self._sending = arrival, sending
+        self._on_error, self._tracing = on_error, tracing
         self.refusals = Refusals()
 
     def intercept_service(self, continuation: Callable, details: Any) -> Any:
         handler, method = continuation(details), details.method
         if handler is None:
             return self._unknown(method) if method.startswith(GUARDED) else None
-        codecs = (_tolerant(handler.request_deserializer), handler.response_serializer)
+        read = reader(handler.request_deserializer)
+        codecs = (None, handler.response_serializer)  # requests come as bytes: wire.py
         if handler.request_streaming:
-            behaviour = self._of_stream(handler.stream_stream, method)
-            return grpc.stream_stream_rpc_method_handler(behaviour, *codecs)
-        if handler.response_streaming:
-            behaviour = self._guard_stream(handler.unary_stream, method)
-            return grpc.stream_stream_rpc_method_handler(behaviour, *codecs)
-        behaviour = self._guard(handler.unary_unary, method)
-        return grpc.stream_unary_rpc_method_handler(behaviour, *codecs)
+            behaviour = self._of_stream(handler.stream_stream, method, read)
+        elif handler.response_streaming:
+            behaviour = self._guard_stream(handler.unary_stream, method, read)
+        elif method in GENERATING:
+            behaviour = self._guard_stream(_sent(handler.unary_unary, self._sending), method, read)
+        else:
+            behaviour = self._guard(handler.unary_unary, method, read)
+            return grpc.stream_unary_rpc_method_handler(behaviour, *codecs)
+        return grpc.stream_stream_rpc_method_handler(behaviour, *codecs)
 
     def _unknown(self, method: str) -> Any:
         """For a method that our services do not have, of which gRPC itself would say less."""
         error = UnimplementedError(f"this server has no method {method[:MAX_METHOD]!r}")
         return refusal(self.abort, error, method)
 
-    def _request(self, requests: Iterator[Any], context: grpc.ServicerContext, method: str) -> Any:
+    def _request(
+        self, requests: Iterator[bytes], context: grpc.ServicerContext, method: str, read: Read
+    ) -> Any:
         try:
-            return _decoded(self._arrival.one(requests, context, method))
+            return read(self._arrival.one(requests, context, method))
         except Exception as error:
             self.abort(error, method, context)
 
-    def _guard(self, behaviour: Callable, method: str) -> Callable:
-        def guarded(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-            request = self._request(requests, context, method)
+    def _guard(self, behaviour: Callable, method: str, read: Read) -> Callable:
+        def guarded(requests: Iterator[bytes], context: grpc.ServicerContext) -> Any:
+            request = self._request(requests, context, method, read)
             if not method.startswith(GUARDED):
                 return behaviour(request, context)
             try:
@@ -125,9 +138,9 @@ class ErrorInterceptor(grpc.ServerInterceptor):
 
         return guarded
 
-    def _guard_stream(self, behaviour: Callable, method: str) -> Callable:
-        def guarded(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-            request = self._request(requests, context, method)
+    def _guard_stream(self, behaviour: Callable, method: str, read: Read) -> Callable:
+        def guarded(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Any]:
+            request = self._request(requests, context, method, read)
             if not method.startswith(GUARDED):
                 yield from behaviour(request, context)
                 return
@@ -138,14 +151,18 @@ class ErrorInterceptor(grpc.ServerInterceptor):
 
         return guarded
 
-    def _of_stream(self, behaviour: Callable, method: str) -> Callable:
-        """Streams of the Open Inference Protocol may be idle, those of reflection not."""
+    def _of_stream(self, behaviour: Callable, method: str, read: Read) -> Callable:
+        """Streams of the Open Inference Protocol may be idle, and go on after a request that is
+        none (Unreadable); those of reflection not.
+        """
 
-        def guarded(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-            if not method.startswith(GUARDED):
-                requests = map(_decoded, self._arrival.all(requests, context, method))
+        def guarded(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Any]:
             try:
-                yield from behaviour(requests, context)
+                if method.startswith(GUARDED):
+                    found: Iterator[Any] = (_read_or_not(each, read) for each in requests)
+                else:
+                    found = map(read, self._arrival.all(requests, context, method))
+                yield from behaviour(found, context)
             except (Exception, DeviceLostError) as error:
                 self.abort(error, method, context)
 
@@ -252,25 +269,32 @@ def _id_of(request: Any) -> str:
     return ""
 
 
-class _Undecodable:
-    """Stands for a request whose bytes are no message."""
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for a request of a stream whose bytes are no message, or one with too much in it."""
+
+    error: RequestError
 
 
-def _tolerant(deserialize: Callable[[bytes], Message]) -> Callable[[bytes], Message | _Undecodable]:
-    def tolerant(data: bytes) -> Message | _Undecodable:
-        try:
-            return deserialize(data)
-        except DecodeError:
-            return _Undecodable()  # raised in the handler instead, where it gets a status
-
-    return tolerant
+def _read_or_not(data: bytes, read: Read) -> Message | Unreadable:
+    try:
+        return read(data)
+    except RequestError as error:
+        return Unreadable(error)
 
 
-def _decoded(request: Any) -> Any:
-    """A request, or the iterator of them, whose reader looks at each."""
-    if isinstance(request, _Undecodable):
-        raise FieldError("", "the request is not a valid message (text must be UTF-8)")
-    return request
+def _sent(behaviour: Callable, sending: Sending) -> Callable:
+    """A handler with one answer as one with a stream of them, which ends when that is sent.
+
+    On the wire both are the same; but gRPC lets go of the former before its client has taken the
+    answer, so that nobody would see who does not, nor how much waits for them.
+    """
+
+    def streamed(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        answer = behaviour(request, context)
+        yield from sending(context, _id_of(answer), iter([answer]))
+
+    return streamed
 
 
 def _shorten(text: str) -> str:

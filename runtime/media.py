@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, JpegImagePlugin
 
 from . import animation
 from .class_maps import check_ids, ids_of_colours, ids_of_indices
@@ -183,6 +183,11 @@ def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(data), formats=READABLE_FORMATS) as image:
             limits.check(1, image.height, image.width)
+            if image.format != "MPO":
+                yield image
+                return
+        # A JPEG with further pictures behind it, as cameras make them: the first is the picture.
+        with JpegImagePlugin.JpegImageFile(io.BytesIO(data)) as image:
             yield image
     except MediaError:
         raise

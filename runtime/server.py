@@ -115,7 +115,7 @@ class Server:
             most_unread=settings.max_unread_bytes,
         )
         arrival = Arrival(patience, settings.slow_sender_timeout, intake.crowded)
-        errors = ErrorInterceptor(arrival, metrics.error, tracing)
+        errors = ErrorInterceptor(arrival, intake.sending, metrics.error, tracing)
         self._refusals = errors.refusals
         sizes = SIZES | {
             "generations": max_calls,

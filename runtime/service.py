@@ -35,8 +35,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         def make() -> tuple[pb.GenerateImageResponse, Origin]:
             with intake.model(request.model, context) as loaded:
                 job = convert.read_image_request(request, loaded.engine.info, intake.limits)
-                answer = replies.image_response(job, intake.events(loaded, job, context))
-                return answer, Origin.of(job, loaded)
+                events = intake.events(loaded, job, context, whole=True)
+                return replies.image_response(job, events), Origin.of(job, loaded)
 
         with intake.room():
             if not request.request_id:

@@ -6,19 +6,17 @@ Errors name tensors and parameters.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from google.protobuf.message import Message
-from google.protobuf.unknown_fields import UnknownFieldSet
-
 from nuwa.inference import grpc_service_pb2 as pb
 from nuwa.v1 import generation_pb2 as v1
 
 from .. import convert
-from ..convert import Job
+from ..convert import Job, refuse_unknown_fields
 from ..core import ModelInfo
 from ..errors import FieldError
 from ..host import SEPARATOR
@@ -60,22 +58,15 @@ class InferJob:
     empty_final: bool
 
 
-def refuse_unknown(request: Message) -> None:
-    """FieldError for a field that this version does not know: ignoring it would mislead."""
-    if unknown := UnknownFieldSet(request):
-        number, name = unknown[0].field_number, request.DESCRIPTOR.name
-        raise FieldError("", f"field number {number} of {name} is not known here")
-
-
 def check_index(request: pb.RepositoryIndexRequest) -> None:
     """FieldError for a repository, of which there are none."""
-    refuse_unknown(request)
+    refuse_unknown_fields(request)
     _refuse_repository(request)
 
 
 def check_load(request: pb.RepositoryModelLoadRequest) -> None:
     """FieldError for whatever would have a bundle be loaded otherwise than it is."""
-    refuse_unknown(request)
+    refuse_unknown_fields(request)
     _refuse_repository(request)
     _check_name(request, "loaded")
     if SEPARATOR in request.model_name:
@@ -92,7 +83,7 @@ def check_unload(request: pb.RepositoryModelUnloadRequest) -> None:
     """FieldError without a name, and for all parameters but DEPENDENTS, of which there are none: so
     both its values mean the same.
     """
-    refuse_unknown(request)
+    refuse_unknown_fields(request)
     _refuse_repository(request)
     _check_name(request, "taken away")
     for name, parameter in request.parameters.items():
@@ -120,7 +111,7 @@ def read_request(
     request: pb.ModelInferRequest, model: TaskModel, info: ModelInfo, limits: Limits
 ) -> InferJob:
     """FieldError for a tensor or parameter that is missing, wrong or unknown."""
-    refuse_unknown(request)
+    refuse_unknown_fields(request)
     inputs = read_inputs(request)
     by_name = {each.name: each for each in model.inputs}
     for name in inputs:
@@ -132,6 +123,9 @@ def read_request(
     video = model.task.is_video
     message = v1.GenerateVideoRequest() if video else v1.GenerateImageRequest()
     message.request_id, message.task = request.id, convert.TASK_VALUES[model.task]
+    # An id there makes a call one to answer again with the same. Here it is what clients tell
+    # answers apart by, who often count from 0 in every session.
+    message.sampling.seed = secrets.randbits(convert.SEED_BITS)
     message.output.format = v1.IMAGE_FORMAT_RAW_RGB
     message.output.include_tokens = "TOKENS" in wanted
     for name, tensor in inputs.items():
@@ -145,6 +139,11 @@ def read_request(
 
 def _outputs(request: pb.ModelInferRequest, model: TaskModel) -> list[str]:
     names = [each.name for each in model.outputs]
+    if len(request.outputs) > len(names):
+        raise FieldError(
+            "outputs",
+            f"{len(request.outputs)} outputs are asked for; {model.name} has {len(names)}",
+        )
     for asked in request.outputs:
         if asked.name not in names:
             raise FieldError(

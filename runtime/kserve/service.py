@@ -22,7 +22,7 @@ from nuwa.inference import grpc_service_pb2_grpc
 from nuwa.spec.tasks import Task
 
 from .. import media
-from ..convert import Job
+from ..convert import Job, refuse_unknown_fields
 from ..core import Done, Event, Frame, Timings
 from ..errors import FieldError, NotFoundError, NotReadyError
 from ..intake import Intake
@@ -33,7 +33,6 @@ from .requests import (
     check_load,
     check_unload,
     read_request,
-    refuse_unknown,
     renamed,
 )
 from .stream import Failure, Stream
@@ -91,7 +90,7 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     def ServerMetadata(
         self, request: Any, context: grpc.ServicerContext
     ) -> pb.ServerMetadataResponse:
-        refuse_unknown(request)
+        refuse_unknown_fields(request)
         version = importlib.metadata.version("nuwa-runtime")
         extensions = ["model_configuration", "statistics", "model_repository"]
         return pb.ServerMetadataResponse(name=NAME, version=version, extensions=extensions)
@@ -99,19 +98,19 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     def ModelMetadata(
         self, request: pb.ModelMetadataRequest, context: grpc.ServicerContext
     ) -> pb.ModelMetadataResponse:
-        refuse_unknown(request)
+        refuse_unknown_fields(request)
         return find(self._host, request.name, request.version).metadata
 
     def ModelConfig(
         self, request: pb.ModelConfigRequest, context: grpc.ServicerContext
     ) -> pb.ModelConfigResponse:
-        refuse_unknown(request)
+        refuse_unknown_fields(request)
         return pb.ModelConfigResponse(config=find(self._host, request.name, request.version).config)
 
     def ModelStatistics(
         self, request: pb.ModelStatisticsRequest, context: grpc.ServicerContext
     ) -> pb.ModelStatisticsResponse:
-        refuse_unknown(request)
+        refuse_unknown_fields(request)
         models = models_of(self._host)
         if request.name:
             models = [find(self._host, request.name, request.version)]
@@ -140,7 +139,15 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: pb.RepositoryModelUnloadRequest, context: grpc.ServicerContext
     ) -> pb.RepositoryModelUnloadResponse:
         check_unload(request)
-        self._host.unload(self._bundle(request.model_name))
+        name = request.model_name
+        bundle = self._bundle(name)
+        if bundle != name and any(each.name == bundle for each in self._host.loaded):
+            raise FieldError(
+                "model_name",
+                f"{name!r} is one of the models of {bundle!r}, which come and go together; to take "
+                f"all of them away, unload {bundle!r}",
+            )
+        self._host.unload(bundle)
         return pb.RepositoryModelUnloadResponse()
 
     def ModelInfer(
@@ -155,7 +162,7 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
                     "return_count to 1 (with rank_by), or use ModelStreamInfer",
                 )
             frames, done = [], None
-            for event in self._events(model, job, context):
+            for event in self._events(model, job, context, whole=True):
                 if isinstance(event, Frame):
                     frames.append(event)
                 elif isinstance(event, Done):
@@ -224,9 +231,15 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         return read_request(request, model, model.loaded.engine.info, self._intake.limits)
 
     def _events(
-        self, model: TaskModel, job: InferJob, context: grpc.ServicerContext
+        self,
+        model: TaskModel,
+        job: InferJob,
+        context: grpc.ServicerContext,
+        *,
+        whole: bool = False,
     ) -> Iterator[Event]:
-        return self._intake.events(model.loaded, job.job, context, job.timeout)
+        with renamed():
+            return self._intake.events(model.loaded, job.job, context, job.timeout, whole=whole)
 
     def _bundle(self, name: str) -> str:
         """The name of the bundle that a model belongs to, which may also be named itself."""

@@ -14,7 +14,8 @@ import grpc
 from nuwa.inference import grpc_service_pb2 as pb
 
 from ..core import QueueFullError
-from ..errors import RequestError, ShuttingDownError
+from ..errors import ShuttingDownError
+from ..interceptor import Unreadable
 
 log = logging.getLogger("nuwa.runtime")
 
@@ -69,7 +70,7 @@ class Stream:
             if not self._reading:
                 return
             self._reading, self._dismissed = False, True
-        self._pool.submit(self._finish_one)
+            self._pool.submit(self._finish_one)
 
     def close(self) -> None:
         """Lets threads that still have answers throw them away.
@@ -77,7 +78,9 @@ class Stream:
         Does not wait for them: the one that reads ends with the call, which is not over yet.
         """
         self._closed.set()
-        self._pool.shutdown(wait=False)
+        with self._lock:
+            self._reading = False  # so that nobody dismisses it any more
+            self._pool.shutdown(wait=False)
 
     def _read(self, requests: Iterator[Any]) -> None:
         """Takes requests until the client has sent its last one, or is gone."""
@@ -95,8 +98,8 @@ class Stream:
                 self._finish_one()
 
     def _take(self, request: Any) -> None:
-        if not isinstance(request, pb.ModelInferRequest):
-            self._put(Failure("", RequestError("the request is not a valid message")))
+        if isinstance(request, Unreadable):
+            self._put(Failure("", request.error))
             return
         with self._lock:
             dismissed, busy = self._dismissed, self._open > CALLS_PER_STREAM

@@ -108,7 +108,8 @@ def test_the_memory_of_a_pod_is_enough_for_all_calls_at_their_largest():
     text = (DEPLOY / "kubernetes" / "nuwa.yaml").read_text()
     assert f"At worst {calls} calls are open" in text
     decoded = 4 * settings.max_media_pixels  # in colour, and a mask
-    call = settings.max_message_bytes + decoded + settings.max_unread_bytes
+    # Those that wait for their reader, and those that wait to be ranked.
+    call = settings.max_message_bytes + decoded + 2 * settings.max_unread_bytes
     streams = settings.max_streams * settings.max_message_bytes  # a request that is being read
     needed = PROCESS_BYTES + KEPT_BYTES + calls * call + streams
     limit = container["resources"]["limits"]["memory"]

@@ -131,10 +131,14 @@ def repository(client):
     versions = [list(client.get_model_metadata("fake_t2i").versions)]
     client.load_model("fake_t2i")
     versions.append(list(client.get_model_metadata("fake_t2i").versions))
-    client.unload_model("fake_t2i", unload_dependents=True)
+    try:
+        client.unload_model("fake_t2i")
+    except InferenceServerException as error:
+        refused["part"] = [error.status(), error.message()]
+    client.unload_model("fake", unload_dependents=True)
     ready = client.is_model_ready("fake_t2i")
     client.load_model("fake_t2i")
-    client.unload_model("fake_t2i")
+    client.unload_model("fake")
     left = len(client.get_model_repository_index().models)
     return {"refused": refused, "versions": versions, "ready": ready, "left": left}
 

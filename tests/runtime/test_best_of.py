@@ -20,9 +20,11 @@ from nuwa.runtime.errors import EngineError, FieldError
 from nuwa.runtime.results import ClipDone
 from nuwa.runtime.samples import MAX_REQUEST_PIXELS, Samples
 from nuwa.runtime.selection import Contest
+from nuwa.runtime.server import Server
 from nuwa.spec.palette import voc_palette
 from nuwa.spec.tasks import Task
 from nuwa.v1 import generation_pb2 as pb
+from nuwa.v1 import generation_pb2_grpc
 
 from .fake_engine import CLASSES, FakeEngine, expected_pixels, expected_tokens
 from .messages import details, image, video, wait_until
@@ -182,6 +184,9 @@ def test_scores_that_are_no_numbers_are_the_rankers_fault(engine, score):
         client.generate_image("t2i", "a 3", samples=2, rank_by="first")
 
 
+LARGE = pb.Output(format=pb.IMAGE_FORMAT_RAW_RGB, scale_factor=8)  # 12 KiB a frame
+
+
 def test_a_failing_ranker_is_internal_and_frees_the_slots(stub, engine, caplog):
     with pytest.raises(grpc.RpcError) as failure:
         list(stub.GenerateVideo(video(sample_count=9, rank_by="broken", frame_count=2)))
@@ -203,6 +208,45 @@ def test_frames_of_lost_samples_are_not_kept():
         del frame
         assert sum(each() is not None for each in frames) <= 2 * 3
     assert [clip[0].sample_index for clip in contest.best] == [39, 38]
+
+
+@pytest.mark.parametrize(
+    ("request_", "field", "kept"),
+    [
+        # 8 x 8 pixels: 192 bytes a frame; two slots beside those that are returned
+        (
+            video(sample_count=64, rank_by="first", return_count=62),
+            "return_count",
+            "64 samples of 10",
+        ),
+        (image(sample_count=64, rank_by="first", output=LARGE), "frame_count", "1 samples"),
+        (image(sample_count=64, output=LARGE), "return_count", "64 samples"),
+    ],
+)
+def test_what_waits_to_be_ranked_or_for_one_answer_is_no_more_than_may_be_unread(
+    request_, field, kept
+):
+    with Server(FakeEngine(slots=2), max_unread_bytes=2**20) as server:
+        server.intake._most_unread = 100_000  # less than settings allow, as pictures here are small
+        with grpc.insecure_channel(server.address) as channel:
+            stub = generation_pb2_grpc.GenerationServiceStub(channel)
+
+            def ask(request):
+                video = isinstance(request, pb.GenerateVideoRequest)
+                return list(stub.GenerateVideo(request)) if video else stub.GenerateImage(request)
+
+            if kept.startswith("1 "):  # one frame that is returned, whatever was ranked
+                assert len(ask(request_).frame.data) == 12_288
+                return
+            with pytest.raises(grpc.RpcError) as caught:
+                ask(request_)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            _, fields = details(caught.value)
+            assert list(fields) == [field] and kept in fields[field]
+            assert "max_unread_bytes allows 0 MB" in fields[field]
+            request_.ClearField("return_count")
+            request_.sample_count = 8
+            assert ask(request_), "fewer are taken"
 
 
 def test_answers_to_plain_requests_list_no_samples(stub):

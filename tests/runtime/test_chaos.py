@@ -69,7 +69,9 @@ def slow(engine):
 
 
 @pytest.mark.parametrize("protocol", BOTH)
-@pytest.mark.parametrize("how", ["cancel", "disconnect", "deadline", "slow reader"])
+@pytest.mark.parametrize(
+    "how", ["cancel", "disconnect", "deadline", "slow reader", "unread answer"]
+)
 def test_whoever_misbehaves_leaves_nothing_behind(chaos, slow, server, protocol, how):
     async def do(place, over):
         return [await chaos.misbehave(place, over, how, 1, random.Random(n)) for n in range(3)]

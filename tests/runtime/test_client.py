@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import io
 import os
 import signal
 import subprocess
@@ -15,13 +16,14 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from PIL import Image, PngImagePlugin
 
 from nuwa.runtime import client as client_module
 from nuwa.runtime import media
 from nuwa.runtime import server as server_module
 from nuwa.runtime.async_client import AsyncClient
 from nuwa.runtime.client import Client, ClientError, LocalClient
-from nuwa.runtime.core import Accepted, Frame, Progress, UnsupportedTaskError
+from nuwa.runtime.core import Accepted, Frame, Progress, QueueFullError, UnsupportedTaskError
 from nuwa.runtime.errors import DeadlineExceededError, FieldError
 from nuwa.runtime.requests import image_request, video_request
 from nuwa.runtime.results import ClipDone
@@ -281,6 +283,30 @@ def test_calls_of_the_asyncio_client_go_round_the_servers_of_an_address(pair):
 
     asyncio.run(main())
     assert all(engine.admitted for engine in engines)
+
+
+@pytest.mark.parametrize("size", [1_000, 300_000, 4_000_000])
+def test_calls_of_any_size_are_made_again(server, monkeypatch, size):
+    """gRPC by itself makes none again that has sent more than 256 KiB."""
+    tries, room = [], server.intake.room
+
+    def full_twice():
+        tries.append(1)
+        if len(tries) < 3:
+            raise QueueFullError("full", 0.01)
+        return room()
+
+    monkeypatch.setattr(server.intake, "room", full_twice)
+    said = PngImagePlugin.PngInfo()
+    said.add(b"puRe", bytes(size))  # a chunk that nobody reads
+    file = io.BytesIO()
+    Image.fromarray(PICTURE).save(file, "PNG", pnginfo=said)
+    with Client(server.address) as client:
+        assert (
+            client.generate_image("i2i", image=file.getvalue(), mask=[(0, 0, 4, 4)], seed=4).seed
+            == 4
+        )
+    assert len(tries) == 3
 
 
 def test_no_server():

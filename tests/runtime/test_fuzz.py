@@ -29,7 +29,7 @@ def test_nothing_hostile_does_more_than_be_refused(fuzz, tiny_bundle):
     assert not faults
     outcomes = report["outcomes"]
     for name in ("image request", "clip request", "infer request"):
-        assert min(outcomes[name][kind] for kind in ("FieldError", "DecodeError", "read")) > 10
+        assert min(outcomes[name][kind] for kind in ("FieldError", "read")) > 10
         assert outcomes[name]["gRPC INVALID_ARGUMENT"] > 3
     assert outcomes["file"]["MediaError"] > outcomes["file"]["read"] > 10
     assert outcomes["manifest"]["BundleError"] > 100
@@ -65,6 +65,7 @@ def test_cases_are_repeatable(fuzz):
     target = fuzz.targets(b"")[0]
     for make in (
         lambda draw: fuzz.mutated(draw, target.seeds),
+        lambda draw: fuzz.swollen(draw, target.seeds),
         lambda draw: fuzz.restructured(draw, target.seeds, target.kind),
     ):
         first, again = (

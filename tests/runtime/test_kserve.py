@@ -482,7 +482,10 @@ def test_fields_that_are_not_known_are_refused(stub, server, method):
             setattr(request, field, "fake_t2i")
     request.MergeFromString(UNKNOWN)
     told, _ = refused(lambda: getattr(stub, method)(request))
-    assert told == f"field number 100 of {method}Request is not known here"
+    assert told == (
+        f"field number 100 of inference.{method}Request is not known to this server, which may be "
+        "older than the client"
+    )
     assert [each.title for each in server.host.loaded] == ["fake/1"], "it did nothing"
 
 
@@ -573,10 +576,73 @@ def test_what_cannot_be_loaded_is_told_by_the_name_of_its_field(bundled, stub):
     assert told == "model 'fake' was not loaded from a bundle"
 
 
+@pytest.mark.parametrize("path", ["inputs.0", "outputs.0", "parameters.seed", "inputs.0.contents"])
+def test_nor_are_they_inside(stub, path):
+    request = ask("t2i", {"seed": 3}, PROMPT=text())
+    request.outputs.add(name="IMAGE")
+    inner = request
+    for name in path.split("."):
+        if name.isdigit():
+            inner = inner[int(name)]
+        else:
+            inner = inner[name] if inner is request.parameters else getattr(inner, name)
+    inner.MergeFromString(UNKNOWN)
+    told, _ = refused(lambda: stub.ModelInfer(request))
+    assert f"field number 100 of {inner.DESCRIPTOR.full_name} is not known" in told
+
+
+def test_no_more_outputs_are_asked_for_than_there_are(stub):
+    request = ask("t2i", PROMPT=text())
+    for _ in range(3):
+        request.outputs.add(name="IMAGE")
+    told, fields = refused(lambda: stub.ModelInfer(request))
+    assert told == "3 outputs are asked for; fake_t2i has 2" and fields == {"outputs": told}
+
+
+def test_a_seed_that_is_not_set_does_not_follow_from_the_id(stub):
+    """Clients number their requests from 0 on, and mean nothing by it."""
+    request = ask("t2i", PROMPT=text())
+    seeds = {value(stub.ModelInfer(request), "seed") for _ in range(4)}
+    assert len(seeds) == 4 and all(0 <= seed < 2**32 for seed in seeds)
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_one_of_a_bundles_models_is_not_taken_away_by_itself(bundled, loaded):
+    stub, server = bundled
+    if not loaded:
+        server.host.unload("fake")
+    request = pb.RepositoryModelUnloadRequest(model_name="fake_t2i")
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.RepositoryModelUnload(request)
+    if loaded:
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "unload 'fake'" in details(caught.value)[1]["model_name"]
+        assert len(server.host.loaded) == 1
+    else:
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE, "no model is loaded"
+
+
+class Ended:
+    """A context of a call that is over."""
+
+    def is_active(self):
+        return False
+
+
+def test_a_stream_that_ends_while_the_server_shuts_down_does_not_stop_it():
+    """stop() dismisses streams that it knew of a moment before, some of which have ended."""
+    found = stream.Stream(lambda request, context: iter(()), Ended())
+    gate = threading.Event()
+    found.start(iter(gate.wait, True))  # reads until the gate opens
+    found.close()
+    found.dismiss()
+    gate.set()
+
+
 @pytest.mark.parametrize("dependents", [True, False])
 def test_dependents_are_none_so_that_unloading_them_changes_nothing(bundled, dependents):
     stub, server = bundled
-    request = pb.RepositoryModelUnloadRequest(model_name="fake_t2i")
+    request = pb.RepositoryModelUnloadRequest(model_name="fake")
     request.parameters["unload_dependents"].bool_param = dependents
     stub.RepositoryModelUnload(request)
     assert titles(server) == []

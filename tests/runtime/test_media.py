@@ -239,6 +239,23 @@ def test_photographs_are_turned_upright():
     assert media.stated_size(data) == (8, 4)
 
 
+def test_a_jpeg_with_further_pictures_behind_it_is_its_first():
+    """MPO, as cameras make them, to which Pillow gives another name."""
+    photo = Image.fromarray(CLIP[0])
+    exif = photo.getexif()
+    exif[0x0112] = 6
+    data = file_of(photo, "MPO", exif=exif, save_all=True, append_images=[Image.fromarray(CLIP[1])])
+    with Image.open(io.BytesIO(data)) as opened:
+        assert opened.format == "MPO" and opened.n_frames == 2
+    height, width, _ = CLIP[0].shape
+    found = media.decode_clip(data)
+    assert found.shape == (1, width, height, 3) and media.stated_size(data) == (width, height)
+    single = media.decode_clip(file_of(photo, "JPEG", exif=exif))
+    assert np.abs(found.astype(int) - single).max() < 32
+    with pytest.raises(MediaError, match="is a JPEG, which changes class ids"):
+        media.decode_class_map(data, 21)
+
+
 CLASSES = 21
 IDS = np.arange(12, dtype=np.uint8).reshape(3, 4) + 9
 MAPS = np.stack([IDS, IDS[::-1], IDS[::-1], 0 * IDS])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from nuwa.inference import grpc_service_pb2 as inference
 from nuwa.runtime.pulse import Pulse
 from nuwa.runtime.server import SERVICE, Server
 from nuwa.runtime.watch import Watch
@@ -151,3 +152,34 @@ def test_a_client_that_does_not_read_is_cut_off_and_others_are_not(server, engin
         other.close()
     wait_until(lambda: server.scheduler.active == server.scheduler.queued == 0)
     assert np.prod((1000, 64, 64, 3)) > 2**23, "more than gRPC's buffers hold"
+
+
+@pytest.mark.parametrize("protocol", ["nuwa", "kserve"])
+def test_nor_is_an_answer_in_one_message_kept_for_ever(protocol, server, engine, caplog):
+    """gRPC itself would let go of such a call, and keep the answer, until its client reads."""
+    if protocol == "nuwa":
+        method, request = "/nuwa.v1.GenerationService/GenerateImage", image(sample_count=64)
+        request.output.format, request.output.scale_factor = pb.IMAGE_FORMAT_RAW_RGB, 8
+    else:
+        method = "/inference.GRPCInferenceService/ModelInfer"
+        request = inference.ModelInferRequest(model_name="fake_v2v")
+        request.inputs.add(name="VIDEO", datatype="UINT8", shape=[1, 8, 8, 3])
+        request.raw_input_contents.append(bytes(192))
+        request.parameters["frame_count"].int64_param = 1000
+    window = [  # which gRPC would enlarge
+        ("grpc.http2.lookahead_bytes", 65536),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    with grpc.insecure_channel(server.address, window) as channel:
+        ask = channel.unary_stream(method, type(request).SerializeToString, None)
+        calls = [ask(request) for _ in range(3)]  # whose answers nobody takes
+        lane = server._lanes._lanes["generations"]
+        wait_until(lambda: lane._open == 3, 20)
+        wait_until(lambda: lane._open == 0, 20)
+        assert caplog.text.count("its reader took nothing for 0.5 s: cancelled") == 3
+        for call in calls:
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call)
+            assert caught.value.code() is grpc.StatusCode.CANCELLED
+        assert len(list(ask(request))) == 1, "to a client that reads it is one answer"
