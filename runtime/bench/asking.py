@@ -5,20 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from ..client import BaseClient, ClientError
 from ..core import Frame, ModelInfo, Pixels, Timings
 from ..interceptor import CODES
 from ..results import ClipDone
 from .observation import OK, Observation
-from .workload import Workload
+from .workload import Query, Workload
 
 Ask = Callable[[int, float], Observation]  # (number of the query, when it was due)
+Send = Callable[[float], Observation]  # (when it was due)
+
+
+def prepared(ask: Ask, number: int) -> Send:
+    """The query of that number, built now, so that building it counts as nobody's latency; what
+    has no `prepare` builds it when it is sent.
+    """
+    prepare: Callable[[int], Send] | None = getattr(ask, "prepare", None)
+    return partial(ask, number) if prepare is None else prepare(number)
 
 
 @dataclass(frozen=True)
 class Asker:
-    """Called with a query's number and when it was due. For any number of threads.
+    """Called with a query's number and when it was due; or the query is prepared, and sent later.
+    For any number of threads.
 
     client: one that does not retry; model: what requests name, "" where there is one only;
     deadline: seconds for one request.
@@ -31,7 +42,12 @@ class Asker:
     deadline: float | None = None
 
     def __call__(self, number: int, scheduled: float) -> Observation:
-        query = self.workload.query(number, self.info, self.model)
+        return self.prepare(number)(scheduled)
+
+    def prepare(self, number: int) -> Send:
+        return partial(self._sent, self.workload.query(number, self.info, self.model))
+
+    def _sent(self, query: Query, scheduled: float) -> Observation:
         frames: list[float] = []
         timings, status = Timings(), OK
         sent = time.perf_counter()

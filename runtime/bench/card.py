@@ -10,8 +10,9 @@ Legend: T rows of a step, h, w cells of a frame.
 from __future__ import annotations
 
 import json
+import platform
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,49 @@ from nuwa.spec.manifest import Manifest
 from nuwa.spec.plan import Call, Plan, RollingPlan, completion_plan, decode_plan
 from nuwa.spec.tasks import Task
 
+from ..backends.base import NATIVE_CPU, ONNXRUNTIME_CPU
 from ..bundle import manifest_hash, read_manifest
 
-WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # of a number in a step's matrices
-CACHE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 4}  # of one in the caches
+# Of a number in a step's matrices, and of one in the caches, as bundles have them.
+WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "int8": 1}
+CACHE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 2, "int8": 4}
+PRODUCTS = {"fp8": "bf16"}  # a bundle's precision -> that of the numbers it multiplies, if another
+HALF = ("aarch64", "arm64")  # processors on which ONNX Runtime has products of fp16
 SHORTEST_TEXT = 2  # tokens: where it begins and ends
 REPORTS = ("evaluate*.json", "evaluation*.json", "report.json")
 SETTINGS = ("evaluator", "level", "split", "samples", "seed", "unfinished")
 FIGURES = ("model", "low", "high", "real", "reconstructed", "samples")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What a backend holds in memory of a bundle. weight_bytes, cache_bytes: of a number in a
+    step's matrices, and in the caches; products: the precision of the numbers that it multiplies.
+    """
+
+    weight_bytes: int
+    cache_bytes: int
+    products: str
+
+
+def storage_of(precision: str, backend: str = "", processor: str | None = None) -> Storage:
+    """Of a bundle of this precision; backend: "" for one that stores what the bundle does;
+    processor: of platform.machine(), by default of this machine.
+
+    Processors without arithmetic of fp16 compute in fp32: native-cpu keeps weights and caches in
+    it, ONNX Runtime weights alone, which it converts when it loads them. Its caches stay fp16.
+    """
+    own = Storage(
+        WEIGHT_BYTES[precision], CACHE_BYTES[precision], PRODUCTS.get(precision, precision)
+    )
+    if precision != "fp16":
+        return own
+    if backend == NATIVE_CPU:
+        return storage_of("fp32")
+    if backend == ONNXRUNTIME_CPU and (processor or platform.machine()) not in HALF:
+        return replace(own, weight_bytes=WEIGHT_BYTES["fp32"], products="fp32")
+    return own
+
 
 Shapes = list[tuple[int, int]]
 Bool = npt.NDArray[np.bool_]
@@ -73,7 +109,8 @@ class Card:
     """A generation of `samples` samples side by side, each step of all of them one call.
 
     lanes: rows for each position of a sample, two where guidance compares with no prompt;
-    given_frames: of V2V; parameters: of the whole bundle; weights_bytes: of a step's matrices;
+    given_frames: of V2V; precision: of the bundle, products_precision: of the numbers that are
+    multiplied; parameters: of the whole bundle; weights_bytes: of a step's matrices;
     flops_per_row: of the products; cache_bytes: keys and values of one sample, all its lanes;
     head_bytes: of its last matrix, which a step that draws nothing leaves out; steps: of the
     schedule; first_frame_steps: after how many of them the first frame that was not given can be
@@ -89,6 +126,7 @@ class Card:
     lanes: int
     schedule: str
     precision: str
+    products_precision: str
     parameters: int
     weights_bytes: int
     head_bytes: int
@@ -126,6 +164,7 @@ class Card:
             "rows_per_position": self.lanes,
             "schedule": self.schedule,
             "precision": self.precision,
+            "products_precision": self.products_precision,
             "parameters": self.parameters,
             "weights_bytes": self.weights_bytes,
             "flops_per_row": self.flops_per_row,
@@ -153,13 +192,14 @@ def card(
     known: Bool | None = None,
     prompt: bool | None = None,
     text_length: int | None = None,
+    backend: str = "",
 ) -> Card:
     """The card of a request; ValueError for one that this model cannot be asked.
 
     precision: of the bundle, if not another; given_frames: of V2V; known: bool [h, w], the cells
     outside a task's mask, none by default (spec.known.known_cells); prompt: whether there is one,
     by default where the task needs it; text_length: tokens of it, by default the fewest there can
-    be.
+    be; backend: that runs it, by default one that stores what the bundle does (storage_of).
     """
     config, decoder = manifest.config, manifest.config.decoder
     precision = precision or manifest.precision
@@ -171,7 +211,8 @@ def card(
         raise ValueError(f"schedule {schedule!r} is not one of 'wave', 'raster'")
     lanes = len(lane_texts("a prompt" if prompt else "", guidance))
     head = decoder.width * config.image.codebook_size
-    costs = _Costs(config, precision, lanes, samples, text_length)
+    stored = storage_of(precision, backend)
+    costs = _Costs(config, stored, lanes, samples, text_length)
     visual = None
     if task.needs_sketch or (task.needs_mask and kept.any() and config.visual is not None):
         visual = visual_window(config, plans[schedule].grid)
@@ -185,9 +226,10 @@ def card(
         lanes=lanes,
         schedule=schedule,
         precision=precision,
+        products_precision=stored.products,
         parameters=manifest.parameter_count,
-        weights_bytes=int(weights_bytes(config, WEIGHT_BYTES[precision])),
-        head_bytes=WEIGHT_BYTES[precision] * head,
+        weights_bytes=int(weights_bytes(config, stored.weight_bytes)),
+        head_bytes=stored.weight_bytes * head,
         flops_per_row=step_flops(config, 1),
         cache_bytes=lanes * manifest.cache_entries * decoder.layers * costs.entry_bytes,
         wave_steps=plans["wave"].steps,
@@ -245,19 +287,19 @@ class _Costs:
     def __init__(
         self,
         config: ModelConfig,
-        precision: str,
+        stored: Storage,
         lanes: int,
         samples: int,
         text_length: int | None,
     ) -> None:
         decoder, text = config.decoder, config.text
-        self.entry_bytes = 2 * decoder.width * CACHE_BYTES[precision]  # key and value, a layer
+        self.entry_bytes = 2 * decoder.width * stored.cache_bytes  # key and value, a layer
         self._layers = decoder.layers
         self._windows = Counter(map(decoder.neighbour_columns, range(decoder.layers)))
         self._lanes, self._samples = lanes, samples
         *layers, head = (inputs * outputs for inputs, outputs in products(config))
         self._weights, self._head = sum(layers), head
-        self._weight_bytes = WEIGHT_BYTES[precision]
+        self._weight_bytes = stored.weight_bytes
         least = SHORTEST_TEXT if text.mask_padding else text.length
         # A guided sample reads two texts: the prompt, and the word for none.
         self._text = (text_length or least) + (lanes - 1) * least

@@ -31,7 +31,7 @@ def estimate(entry: dict[str, Any] | None, unit: str) -> str:
 
 
 def interval(entry: dict[str, Any], unit: str) -> str:
-    """Its 95 % interval, or nothing."""
+    """Its 95 % interval, or nothing: a value may have none."""
     return between(entry.get("low"), entry.get("high"), unit)
 
 

@@ -4,15 +4,19 @@ A machine drifts: what it does in one minute differs from the next one's by more
 within a minute say. So a round counts as one observation, the logarithm of its median. Rounds of
 two runs that took turns (turns.py) are pairs, and what is compared is how far apart those of each
 pair are, by Wilcoxon's signed-rank test, as a machine's bad moments are far off. Of runs that did
-not, Welch's t-test compares all of the one with all of the other. Knows how results are laid out in
-JSON, and not how they were measured.
+not, Welch's t-test compares all of the one with all of the other.
+
+Processes of one build differ, too, each in all of its rounds (launches.py). Of results of several
+launches each a launch is one observation. One launch does not show how far another would be from
+it: its interval is made wider by what launches were seen to differ by, and the verdict says so.
+Knows how results are laid out in JSON, and not how they were measured.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -29,6 +33,13 @@ Rounds = Sequence[Sequence[float | None]]
 HEADS = ("metric", "a", "b", "b / a", "interval", "launches", "verdict")
 STYLES = {"slower": "red", "faster": "green", "no difference": "", "unknown": "yellow"}
 LEAST_ROUNDS = 2
+LEAST_LAUNCHES = 2  # of a result, from which they say how far launches are apart
+# The standard deviation of the logarithm of a launch's median, where only one is known. Source:
+# benchmarks/results/compare-runs-t2i-launches-2026-11-22.json, 240 pairs of launches on two cores
+# of an EPYC: logarithms of their ratios have a deviation of 4.1 % once what depends on which of
+# both was started first is left out, so 2.9 % a launch; some 1.5 % of it is of the rounds within.
+LAUNCHES_APART = 0.025
+MOST_FREEDOM = 1e4  # with which Student's t is the normal one
 SCHEMA = "nuwa-bench-compare/1"
 RATE = "highest_rate"  # what a search is about
 WHOLE = "throughput"  # compared as one number where no metric has rounds
@@ -74,6 +85,7 @@ def compare(
     name: str = "",
     unit: str = "s",
     paired: bool = False,
+    apart: tuple[float, float] = (0.0, 0.0),
 ) -> Difference:
     """The verdict on one metric: the values of each round of both results.
 
@@ -84,7 +96,9 @@ def compare(
     values are passed over, with what they are paired with. "unknown" with fewer than LEAST_ROUNDS
     rounds, or too few pairs for an interval, or where a median is 0.
 
-    paired: rounds of the same index were measured right after each other.
+    paired: rounds of the same index were measured right after each other. apart: standard
+    deviations of what all rounds of a, and of b, have in common by chance, in logarithms; not of
+    pairs.
     """
     if not threshold >= 0:
         raise ValueError(f"a threshold of {threshold}: at least 0")
@@ -93,7 +107,7 @@ def compare(
     if paired:
         both = [(x, y) for x, y in zip(a, b, strict=False) if _known(x) and _known(y)]
         a, b = [x for x, _ in both], [y for _, y in both]
-    first, second = _medians(a), _medians(b)
+    first, second = medians_of(a), medians_of(b)
     rounds = min(len(first), len(second))
     least = signed_rank_needed(confidence) if paired else LEAST_ROUNDS
     if rounds < least:
@@ -107,7 +121,7 @@ def compare(
         assert found is not None, "there are enough"
         middle, low, high = found
     else:
-        middle, half = _welch(*logs, confidence)
+        middle, half = _welch(*logs, confidence, apart)
         low, high = middle - half, middle + half
     return Difference(
         name,
@@ -145,19 +159,7 @@ def compare_results(
         for key in ("unit", "better") if of_a and of_b else ():
             differing += _unlike(of_a.get(key), of_b.get(key), f"metrics.{name}.{key}")
     _refuse(differing)
-    found = [
-        compare(
-            _rounds(a)[name],
-            _rounds(b)[name],
-            threshold,
-            confidence,
-            better=_metric(a, name).get("better", "lower"),
-            name=name,
-            unit=_metric(a, name).get("unit", ""),
-            paired=took_turns(a, b),
-        )
-        for name in names
-    ]
+    found = [_of_rounds(name, a, b, threshold, confidence) for name in names]
     if is_search(a):
         found.append(_compare_searches(a, b, threshold))
     elif not found and all(_metric(each, WHOLE).get("value") is not None for each in (a, b)):
@@ -166,6 +168,48 @@ def compare_results(
         raise ValueError("results that cannot be compared: no metric has rounds in both")
     told = a.get("outcomes") and b.get("outcomes")
     return [*found, compare_failures(a, b, threshold)] if told else found
+
+
+def _of_rounds(
+    name: str, a: Mapping[str, Any], b: Mapping[str, Any], threshold: float, confidence: float
+) -> Difference:
+    """Of launches, where a result has several; else of its rounds, with what one launch hides."""
+    paired = took_turns(a, b)
+    known = [None if paired else _launches(result, name) for result in (a, b)]
+    units = [each or _rounds(result)[name] for each, result in zip(known, (a, b), strict=True)]
+    one, other = (0.0 if paired or each else LAUNCHES_APART for each in known)
+    found = compare(
+        units[0],
+        units[1],
+        threshold,
+        confidence,
+        better=_metric(a, name).get("better", "lower"),
+        name=name,
+        unit=_metric(a, name).get("unit", ""),
+        paired=paired,
+        apart=(one, other),
+    )
+    return found if found.reason else replace(found, reason=_alone(one > 0, other > 0))
+
+
+def _alone(a: bool, b: bool) -> str:
+    """Why a verdict says less than its rounds seem to, of results of a single launch."""
+    if not a and not b:
+        return ""
+    whose = "each" if a and b else f"of {'a' if a else 'b'}"
+    return f"one launch {whose}: builds may differ by a few percent for that alone"
+
+
+def _launches(result: Mapping[str, Any], name: str) -> Rounds | None:
+    """Of each launch its one value, the geometric mean of its rounds' medians; None with fewer than
+    LEAST_LAUNCHES that have one.
+    """
+    found = []
+    for launch in result.get("each_launch") or ():
+        medians = medians_of((launch.get("rounds") or {}).get(name) or ())
+        if len(medians) and medians.min() > 0:
+            found.append([math.exp(float(np.log(medians).mean()))])
+    return found if len(found) >= LEAST_LAUNCHES else None
 
 
 def unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -380,19 +424,24 @@ def _known(values: Sequence[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def _medians(rounds: Rounds) -> np.ndarray:
+def medians_of(rounds: Rounds) -> np.ndarray:
     return np.array([np.median(values) for each in rounds if (values := _known(each))])
 
 
-def _welch(a: np.ndarray, b: np.ndarray, confidence: float) -> tuple[float, float]:
-    """mean(b) - mean(a), and half the width of its interval."""
+def _welch(
+    a: np.ndarray, b: np.ndarray, confidence: float, apart: tuple[float, float]
+) -> tuple[float, float]:
+    """mean(b) - mean(a), and half the width of its interval. apart: as in compare; taken for known,
+    and so without degrees of freedom of its own.
+    """
     difference = float(b.mean() - a.mean())
     of_a, of_b = (float(each.var(ddof=1)) / len(each) for each in (a, b))
-    squared = of_a + of_b
+    squared = of_a + of_b + apart[0] ** 2 + apart[1] ** 2
     if not squared:
         return difference, 0.0
     share_a, share_b = of_a / squared, of_b / squared
-    freedom = 1 / (share_a**2 / (len(a) - 1) + share_b**2 / (len(b) - 1))
+    unsure = share_a**2 / (len(a) - 1) + share_b**2 / (len(b) - 1)
+    freedom = 1 / max(unsure, 1 / MOST_FREEDOM)
     return difference, student_t(confidence, freedom) * math.sqrt(squared)
 
 

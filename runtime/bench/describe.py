@@ -5,7 +5,8 @@ docs/bench-result.md says what each field is.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nuwa.spec.known import known_cells
@@ -19,7 +20,7 @@ from .floor import floor
 from .hardware import Hardware
 from .running import Settings
 from .targets import Target
-from .workload import GIVEN_FRAMES, Workload
+from .workload import Workload, frames_sent
 
 NOT_ASKED = "No floor: rates were not asked for."
 ELSEWHERE = (
@@ -30,23 +31,70 @@ BYTES_ONLY = (
     "The floor is of moving bytes alone: products were measured in {measured}, and the bundle "
     "computes in {own}."
 )
+APART = 0.1  # of the rates before a run and after it, from which a note says so
 
 
 def given_frames(workload: Workload, frames: int) -> int:
     """Of a clip's frames those that the client sent, which come back first."""
-    return min(GIVEN_FRAMES, frames - 1) if workload.task is Task.V2V else 0
+    return frames_sent(frames) if workload.task is Task.V2V else 0
+
+
+Measure = Callable[[int], tuple[rates.Rates | None, str]]  # (repeats) -> (rates, what to know)
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a generation must move and compute, and how long that takes at this machine's rates.
+
+    rates: None where these were not asked for or cannot be had, as `note` says; at_once:
+    generations that can share a step; measure: how they are measured, again.
+    """
+
+    card: cards.Card
+    rates: rates.Rates | None
+    note: str
+    at_once: float
+    measure: Measure
+
+    def again(self) -> Described:
+        """With the faster rates of both times."""
+        if self.rates is None:
+            return self
+        after, _ = self.measure(rates.REPEATS_AGAIN)
+        return self if after is None else replace(self, rates=rates.faster(self.rates, after))
+
+    def notes(self) -> list[str]:
+        """For the result, beside that of the floor."""
+        apart = 0.0 if self.rates is None else rates.apart(self.rates)
+        if apart <= APART:
+            return []
+        return [
+            f"The machine's rates before and after the run were {100 * apart:.0f} % apart; the "
+            "floor is of the faster ones."
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        if self.rates is None:
+            return self.card.to_json() | {"floor_note": self.note}
+        least, note = floor(self.card, self.rates), self.note
+        together = {"generations": self.at_once, "seconds": least.together(self.at_once)}
+        if least.products_seconds is None:
+            own = self.card.products_precision
+            note = BYTES_ONLY.format(measured=self.rates.precision, own=own)
+        return (
+            self.card.to_json()
+            | least.to_json()
+            | {"floor_together": together, "rates": self.rates.to_json()}
+            | ({"floor_note": note} if note else {})
+        )
 
 
 def describe_card(
     target: Target, workload: Workload, settings: Settings, frugal: bool = False
-) -> dict[str, Any]:
-    """What a generation must move and compute, and how long that takes at this machine's rates.
-
-    Empty where the bundle's folder is not known; without rates and floor, but a note that says why,
-    where these were not asked for or cannot be had.
-    """
+) -> Described | None:
+    """With rates as they are now; None where the bundle's folder is not known."""
     if target.bundle is None:
-        return {}
+        return None
     manifest, task = open_bundle(target.bundle, verify=False).manifest, workload.task
     sampling = target.info.sampling.get(task, Sampling())
     frames = workload.frame_count(target.info)
@@ -63,25 +111,25 @@ def describe_card(
         schedule=workload.schedule,
         given_frames=given_frames(workload, frames),
         known=known,
+        backend=target.info.backend,
+        prompt=all(workload.prompt(number).strip() for number in range(len(workload.prompts) or 1)),
     )
-    measured, note = _rates(target, settings, cards.products(manifest.config), made, frugal)
-    if measured is None:
-        return made.to_json() | {"floor_note": note}
-    least = floor(made, measured)
-    at_once = _at_once(target, workload, settings)
-    together = {"generations": at_once, "seconds": least.together(at_once)}
-    if least.products_seconds is None:
-        note = BYTES_ONLY.format(measured=measured.precision, own=made.precision)
-    return (
-        made.to_json()
-        | least.to_json()
-        | {"floor_together": together, "rates": measured.to_json()}
-        | ({"floor_note": note} if note else {})
-    )
+    shapes = cards.products(manifest.config)
+
+    def measure(repeats: int) -> tuple[rates.Rates | None, str]:
+        return _rates(target, settings, shapes, made, frugal, repeats)
+
+    measured, note = measure(rates.REPEATS)
+    return Described(made, measured, note, _at_once(target, workload, settings), measure)
 
 
 def _rates(
-    target: Target, settings: Settings, shapes: cards.Shapes, made: cards.Card, frugal: bool
+    target: Target,
+    settings: Settings,
+    shapes: cards.Shapes,
+    made: cards.Card,
+    frugal: bool,
+    repeats: int,
 ) -> tuple[rates.Rates | None, str]:
     """(of what computes, what to know of them), or (None, why there are none)."""
     if not settings.rates:
@@ -92,7 +140,12 @@ def _rates(
         tf32 = "tensorrt" in target.info.backend
         try:
             found = device_rates.measure(
-                shapes, made.row_counts, precision=made.precision, tf32=tf32, frugal=frugal
+                shapes,
+                made.row_counts,
+                precision=made.products_precision,
+                tf32=tf32,
+                frugal=frugal,
+                repeats=repeats,
             )
         except Exception as error:  # CUDA's and ONNX Runtime's are of no common kind
             return None, f"No floor: the GPU's rates could not be measured: {error}"
@@ -106,6 +159,7 @@ def _rates(
         made.row_counts,
         threads=threads,
         working_set=made.weights_bytes,
+        repeats=repeats,
         frugal=frugal,
     )
     return found, ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -26,7 +25,6 @@ def by_loadgen(asker: Asker, settings: Settings, folder: Path, outstanding: int)
     if settings.scenario == "offline":
         guess = scenarios.offline(asker, Extent(GUESS_SECONDS, 1), outstanding)
         rate, outstanding = guess.rate or rate, guess.outstanding or outstanding
-    began = time.perf_counter()
     try:
         observed, told = loadgen.drive(
             asker,
@@ -43,10 +41,8 @@ def by_loadgen(asker: Asker, settings: Settings, folder: Path, outstanding: int)
         )
     except Interrupted as ended:
         rounds, throughput = _rounds(ended.rounds[0], settings)
-        seconds = time.perf_counter() - began
         rate_seen, rates = _known(throughput)
-        return Seen(rounds, seconds, rate_seen, rates, interrupted=True)
-    seconds = time.perf_counter() - began
+        return Seen(rounds, _taken(ended.rounds[0]), rate_seen, rates, interrupted=True)
     rounds, throughput = _rounds(observed, settings)
     rate_seen, rates = _known(throughput)
     ours = judged(observed, settings)
@@ -60,7 +56,7 @@ def by_loadgen(asker: Asker, settings: Settings, folder: Path, outstanding: int)
     }
     return Seen(
         rounds,
-        seconds,
+        _taken(observed),
         rate_seen,
         rates,
         load=_load(observed, settings),
@@ -105,16 +101,23 @@ def judged(observed: Sequence[Observation], settings: Settings) -> dict[str, Any
     return {"valid": not reasons, "reasons": reasons, **found}
 
 
+def _taken(observed: Sequence[Observation]) -> float:
+    """Seconds from when the first query was due to the last answer: LoadGen's start and its end,
+    when it writes its logs, are nobody's work. 0 without queries.
+    """
+    if not observed:
+        return 0.0
+    return max(each.ended for each in observed) - min(each.scheduled for each in observed)
+
+
 def _span(observed: Sequence[Observation], settings: Settings) -> float:
     """As LoadGen counts it: to the last answer, or where queries have times of their own to the
     last of these, one more of which would have been beyond the duration.
     """
-    if not observed:
-        return 0.0
-    ended = max(each.ended for each in observed) - min(each.scheduled for each in observed)
-    if settings.scenario == "server" and settings.rate is not None:
-        return max(ended, math.ceil(len(observed) + 1) / settings.rate)
-    return ended
+    taken = _taken(observed)
+    if observed and settings.scenario == "server" and settings.rate is not None:
+        return max(taken, math.ceil(len(observed) + 1) / settings.rate)
+    return taken
 
 
 def _rounds(

@@ -21,7 +21,8 @@ from .workload import Workload
 
 EARLY = {"single-stream": 0.9, "multi-stream": 0.99}  # MLPerf's quantile of each
 NO_PHASES = ("total", "steps")  # of what the server says of a request
-BESIDE = ("pixels", "encoding", "ranking")  # phases that run while others do, or after them
+# Phases that run while others do, or after them, and what is part of another (prefill of decode).
+BESIDE = ("pixels", "encoding", "ranking", "prefill")
 SHOWN = 50  # requests of the timeline
 KEPT = 4000  # latencies of the picture
 ENCODINGS = 20  # of a frame, for what its file takes
@@ -45,7 +46,9 @@ class Surroundings:
 
 
 def metrics(seen: Seen, workload: Workload, settings: Settings, around: Surroundings) -> Json:
-    """Of the requests that were answered."""
+    """Of the requests that were answered. Values are in order of time, as what intervals are worth
+    follows from how neighbours depend on each other.
+    """
     answered = [each for each in seen.all if each.ok]
     if not answered:
         return {}
@@ -296,13 +299,12 @@ def steps(
         least = floors.get(rows)
         if least is None and of_any is not None:
             least = of_any.seconds(rows)
-        high = statistics.summary(values).quantiles[0.99]
         found.append(
             {
                 "rows": rows,
                 "count": len(values),
                 "median": statistics.quantile(values, 0.5),
-                "p99": high.value,
+                "p99": statistics.supported(values, 0.99),
                 "floor": least,
             }
         )

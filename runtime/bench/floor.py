@@ -88,9 +88,9 @@ def of_any_rows(told: dict[str, Any] | None) -> FloorOfAny | None:
 
 def floor(card: Card, rates: Rates) -> Floor:
     """What the steps of a card take at least at these rates: each its bytes or its products,
-    whichever take longer. Products count only if the rates are of the card's precision.
+    whichever take longer. Products count only if the rates are of the precision of the card's.
     """
-    known = card.precision == rates.precision and bool(rates.products)
+    known = card.products_precision == rates.precision and bool(rates.products)
     speed = rates.bytes_per_second
     moved = [step.bytes / speed for step in card.steps]
     computed, by_blas = [0.0] * len(moved), list(moved)

@@ -1,4 +1,4 @@
-"""Several launches of two runs, compared as one.
+"""Several launches of one run as one result, and of two runs compared as one.
 
 How fast a process is depends on how it came to lie in memory, and stays so until it ends: two of
 the same build may differ by some percent in all of their rounds. More rounds do not show that, more
@@ -17,11 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from .compare import NOT_ANSWERED, Difference, compare_failures, compare_results, judge
+from .compare import (
+    NOT_ANSWERED,
+    Difference,
+    compare_failures,
+    compare_results,
+    judge,
+    medians_of,
+)
 from .statistics import student_t
 
 Pair = tuple[Mapping[str, Any], Mapping[str, Any]]  # results a and b of one launch
 LEAST = 2  # launches of which there is an interval
+OF_EACH = ("when", "outcomes", "metrics", "rounds")  # parts of each launch's result that are kept
 
 
 def compare_launches(
@@ -50,6 +58,38 @@ def compare_launches(
         a, b = (_outcomes(results) for results in zip(*pairs, strict=True))
         found.append(compare_failures(a, b, threshold))
     return found
+
+
+def together(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One result of those of each launch, in order: that of the middle one by what is compared
+    first, with what ended how in all of them, and `each_launch`.
+
+    Figures are not pooled: what one launch has in common is no noise within it.
+    """
+    assert results, "at least one"
+    middle = sorted(results, key=_pace)[(len(results) - 1) // 2]
+    number = next(at for at, each in enumerate(results, 1) if each is middle)
+    said = dict.fromkeys(note for each in results for note in each.get("notes") or ())
+    about = (
+        f"Figures are of launch {number} of {len(results)}, the middle one; --compare takes "
+        "all of them."
+    )
+    return {
+        **middle,
+        "when": results[0]["when"],
+        "notes": [*([about] if len(results) > 1 else []), *said],
+        "outcomes": _outcomes(results)["outcomes"],
+        "each_launch": [{name: each.get(name) for name in OF_EACH} for each in results],
+        **({"interrupted": True} if any(each.get("interrupted") for each in results) else {}),
+    }
+
+
+def _pace(result: Mapping[str, Any]) -> float:
+    """The mean of the medians of its rounds, of the first metric that has any; 0 without."""
+    for rounds in (result.get("rounds") or {}).values():
+        if (medians := medians_of(rounds)).size:
+            return float(medians.mean())
+    return 0.0
 
 
 def _together(launches: Sequence[Difference], threshold: float, confidence: float) -> Difference:

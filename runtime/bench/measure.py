@@ -63,8 +63,8 @@ def measure(
     if settings.rates and target.bundle is not None:
         say("the machine's rates")
     heat = sensors.hottest(hardware)
-    card = describe_card(target, workload, settings, frugal)
-    if frugal and "rates" in card:
+    takes = describe_card(target, workload, settings, frugal)
+    if frugal and takes is not None and takes.rates is not None:
         cool_down(hardware, heat)
     say("warm-up")
     warm_up = {"first_seconds": cold} | warmed(asker, settings.warm_up, settings.at_once)
@@ -81,6 +81,11 @@ def measure(
         settings.turns.finish()
     finally:
         power = sampler.stop()
+    peak = memory.process_peak(hardware)  # before rates are measured again
+    if takes is not None and takes.rates is not None and not seen.interrupted:
+        say("the machine's rates, again")
+        takes = takes.again()
+    card = {} if takes is None else takes.to_json()
     observed, span = seen.all, figures.counted(seen, settings)
     frames = workload.frame_count(target.info)
     given = given_frames(workload, frames)
@@ -111,6 +116,7 @@ def measure(
             *seen.notes,
             *notes(target, warm_up, power, conditions, seen.asked),
             *([device_note] if device_note else []),
+            *([] if takes is None else takes.notes()),
         ],
         "machine": described,
         "model": describe_model(target, settings),
@@ -126,7 +132,7 @@ def measure(
         "timeline": {"requests": figures.timeline(observed)},
         "latencies": figures.latencies(observed),
         "memory": {
-            "process_peak_bytes": memory.process_peak(hardware) if target.local else None,
+            "process_peak_bytes": peak if target.local else None,
             "preparing_peak_bytes": prepared if target.local else None,
             "device_peak_bytes": device,
         },
@@ -136,8 +142,8 @@ def measure(
     }
     if figures.beaten(result):
         result["notes"].append(
-            "Some of it was faster than its floor: the machine was slower when its rates were "
-            "measured, and the floor is no floor."
+            "Some of it was faster than its floor: the machine was slower both times that its "
+            "rates were measured, and the floor is no floor."
         )
     if metrics_at is not None:
         after = server_metrics.read(metrics_at)

@@ -3,7 +3,9 @@
 All through numpy: copies and reads in threads, products by the BLAS that numpy was built with. What
 stays in a cache is read faster than memory is copied, so both are measured. A floor takes the
 fastest of everything, and of every rate its best repeat: another process may have been in the way
-of the others, and other kernels than BLAS's may be better at few rows. Knows no model beyond sizes.
+of the others, and other kernels than BLAS's may be better at few rows. Processes that are in the
+way stay for minutes, so a run's rates are measured before it and after it (`faster`). Knows no
+model beyond sizes.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,9 @@ import numpy.typing as npt
 from .hardware import Hardware
 from .machine import available_bytes, last_level_cache, memory_bytes
 
-REPEATS = 15
+REPEATS, REPEATS_AGAIN = 15, 7  # the second time, after a run, it is enough to see a faster machine
 SHORTEST = 0.005  # seconds of a repeat; what takes less is done several times
+COMPARED = ("best_bytes_per_second", "gemm_best_flops_per_second")  # what floors are made of
 MOST_SIZES = 8  # numbers of rows whose products are timed
 MANY_ROWS = 256  # of one that always is: products of many rows are the fastest
 LEAST_COPIED = 1 << 28  # bytes
@@ -156,6 +159,45 @@ def measure(
         "gemm_threads": threads if single else "those of BLAS",
     }
     return Rates(copy, products, read, about=about)
+
+
+def faster(before: Rates, after: Rates) -> Rates:
+    """Of each measurement the one with the better best repeat; `about` has both bests of COMPARED.
+
+    before, after: of the same shapes and sizes.
+    """
+    both = {name: [_best(each, name) for each in (before, after)] for name in COMPARED}
+    products = {
+        rows: _faster(each, after.products.get(rows)) for rows, each in before.products.items()
+    }
+    return replace(
+        before,
+        copy=_faster(before.copy, after.copy),
+        products=products,
+        read=None if before.read is None else _faster(before.read, after.read),
+        about={
+            **before.about,
+            "before_and_after": {n: each for n, each in both.items() if all(each)},
+        },
+    )
+
+
+def apart(rates: Rates) -> float:
+    """By which share the faster time was faster, of what floors are made of; 0 if it was measured
+    once.
+    """
+    pairs = rates.about.get("before_and_after", {}).values()
+    return max((max(pair) / min(pair) - 1 for pair in pairs), default=0.0)
+
+
+def _faster(before: Measurement, after: Measurement | None) -> Measurement:
+    return before if after is None or after.best <= before.best else after
+
+
+def _best(rates: Rates, name: str) -> float:
+    if name == "gemm_best_flops_per_second":
+        return rates.most_flops_per_second if rates.products else 0.0
+    return rates.bytes_per_second
 
 
 def copied_bytes(hardware: Hardware) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import scenarios, statistics
-from .asking import Asker
+from .asking import Asker, prepared
 from .observation import Observation
 from .scenarios import Extent, Interrupted, Rounds
 from .targets import Target
@@ -111,7 +111,7 @@ def warmed(asker: Asker, most: int, at_once: int = 1) -> dict[str, Any]:
     began, first, requests = time.perf_counter(), None, 0
     latencies: list[float] = []
     while requests < most and time.perf_counter() - began < WARM_UP_SECONDS:
-        seen = asker(requests, time.perf_counter())
+        seen = prepared(asker, requests)(time.perf_counter())
         requests += 1
         if not seen.ok:
             continue

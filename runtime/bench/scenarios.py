@@ -2,8 +2,9 @@
 
 Source: MLCommons' inference rules (github.com/mlcommons/inference_policies). Each runs in rounds,
 of which results tell apart what differs within a machine's minute from what differs between them;
-where another run takes turns with it, a round is one turn. Ctrl-C ends each with Interrupted, which
-has what was observed until then.
+where another run takes turns with it, a round is one turn. Queries are built before they are due:
+what that takes is the benchmark's, and no latency. Ctrl-C ends each with Interrupted, which has
+what was observed until then.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import count
 
-from .asking import Ask
+from .asking import Ask, prepared
 from .observation import Observation, together
 from .turns import Turns
 
@@ -70,7 +71,7 @@ def _share(total: int, index: int, parts: int) -> int:
 def single_stream(ask: Ask, extent: Extent, first: int = 0, turns: Turns | None = None) -> Rounds:
     """The next query is sent when the one before is answered."""
     numbers = count(first)
-    return _in_rounds(extent, lambda: ask(next(numbers), time.perf_counter()), turns)
+    return _in_rounds(extent, lambda: prepared(ask, next(numbers))(time.perf_counter()), turns)
 
 
 def multi_stream(
@@ -81,8 +82,9 @@ def multi_stream(
     with ThreadPoolExecutor(streams, "nuwa-bench") as pool:
 
         def query() -> Observation:
+            sends = [prepared(ask, next(numbers)) for _ in range(streams)]
             now = time.perf_counter()
-            calls = [pool.submit(ask, next(numbers), now) for _ in range(streams)]
+            calls = [pool.submit(send, now) for send in sends]
             return together([call.result() for call in calls])
 
         return _in_rounds(extent, query, turns)
@@ -160,7 +162,7 @@ def offline(
                 number = next(numbers)
             if last is not None and number >= last:
                 return
-            one = ask(number, time.perf_counter())
+            one = prepared(ask, number)(time.perf_counter())
             with lock:
                 seen.append(one)
                 counted += one.ended >= start
@@ -294,9 +296,9 @@ def server(
         due = list(arrivals(rate, extent, draw))
         while due:
             for moment in due:
-                scheduled = began + moment
+                scheduled, send = began + moment, prepared(ask, first + len(calls))
                 time.sleep(max(0.0, scheduled - time.perf_counter()))
-                calls.append((scheduled, pool.submit(ask, first + len(calls), scheduled)))
+                calls.append((scheduled, pool.submit(send, scheduled)))
             began += len(due) / rate
             left = None if extent.most is None else extent.most - len(calls)
             seconds = 0.0 if more is None or left == 0 else more(*_until_now(calls))

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 SCHEMA = "nuwa-bench/1"
 REQUIRED = ("when", "command", "model", "workload", "scenario", "metrics")
-BULKY = ("timeline", "latencies", "rounds")
+BULKY = ("timeline", "latencies", "rounds", "each_launch")
 KINDS: dict[str, type] = {
     "when": str,
     "command": str,
@@ -40,6 +40,7 @@ KINDS: dict[str, type] = {
     "memory": dict,
     "power": dict,
     "rounds": dict,
+    "each_launch": list,
 }
 NAMES: dict[type, str] = {
     str: "a string",

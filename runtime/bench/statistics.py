@@ -1,8 +1,11 @@
 """What a sample of latencies or rates supports saying, and how many values the rest would take.
 
 Quantiles and their intervals are order statistics: values that were measured, whatever their
-distribution, never extrapolated. All but `steady` take values for independent draws; what drifts
-between rounds is compare.py's. Knows no unit: results are in that of the values.
+distribution, never extrapolated. Latencies follow each other: who waits in a queue has neighbours
+who do, and a machine has slow minutes. So a `summary` is of values in order of time, and its
+intervals are of as many independent ones as they are worth (`serial_effect`). What else takes
+values for independent draws says nothing of it; what drifts between rounds is compare.py's. Knows
+no unit: results are in that of the values.
 """
 
 from __future__ import annotations
@@ -24,12 +27,18 @@ import numpy.typing as npt
 SHARES = (0.5, 0.9, 0.95, 0.99)
 EXACT_RANKS = 60  # values up to which the signed-rank statistic's chances are counted out
 LEAST_WINDOWS = 3  # that a series must be steady for
+# Numbers of batches that a series is cut into, to see how its neighbours depend on each other: few
+# long ones see slow drift, many short ones say more surely what a queue does.
+BATCHES = (10, 20)
+LEAST_BATCH = 4  # values of a batch
+MARKED = (0.1, 0.9)  # shares of values that are marked: few marks say nothing of neighbours
 
 
 @dataclass(frozen=True)
 class Quantile:
-    """low, high: its interval. needs: how many values it takes, where there are too few for it; the
-    others are None then.
+    """low, high: its interval, None where values depend so much on each other that they are worth
+    too few. needs: how many values it takes, where there are too few for it; the others are None
+    then.
     """
 
     value: float | None = None
@@ -91,15 +100,18 @@ class Bound:
 def summary(
     values: npt.ArrayLike, shares: Sequence[float] = SHARES, confidence: float = 0.95
 ) -> Summary:
-    """Of one value at least. Quantiles that the sample cannot support are refused."""
-    ordered = _ordered(values)
+    """Of one value at least, in order of time. Quantiles that so many values cannot support are
+    refused; their intervals are of as many as these are worth.
+    """
+    series = _checked(values)
+    ordered = np.sort(series)
     return Summary(
         len(ordered),
         float(ordered.mean()),
         float(ordered.std(ddof=1)) if len(ordered) > 1 else None,
         float(ordered[0]),
         float(ordered[-1]),
-        {share: _supported(ordered, share, confidence) for share in shares},
+        {share: _with_interval(series, ordered, share, confidence) for share in shares},
     )
 
 
@@ -116,18 +128,31 @@ def quantile(values: npt.ArrayLike, share: float) -> float:
     return float(ordered[math.ceil(Decimal(str(float(share))) * len(ordered)) - 1])
 
 
+def supported(values: npt.ArrayLike, share: float, confidence: float = 0.95) -> float | None:
+    """The quantile alone; None with fewer than `needed`."""
+    ordered = _ordered(values)
+    return quantile(ordered, share) if len(ordered) >= needed(share, confidence) else None
+
+
 def interval(
-    values: npt.ArrayLike, share: float, confidence: float = 0.95
+    values: npt.ArrayLike, share: float, confidence: float = 0.95, effect: float = 1.0
 ) -> tuple[float, float] | None:
     """Two values of the sample with the quantile between them, whatever the distribution.
 
     With equal tails: the quantile is below the lower one, and above the upper one, with a chance of
-    at most (1 - confidence) / 2 each. None with fewer than `needed`.
+    at most (1 - confidence) / 2 each. effect: how many of the values tell as much as an independent
+    one, as `serial_effect` says of them in order of time; then the ends are those of so many fewer
+    values, at the same shares of the sample. None where they are worth fewer than `needed`.
     """
     ordered = _ordered(values)
-    if len(ordered) < needed(share, confidence):
+    count = len(ordered)
+    worth = int(count / effect)
+    if worth < needed(share, confidence):
         return None
-    low, high = _ranks(len(ordered), share, confidence)
+    low, high = _ranks(worth, share, confidence)
+    if worth < count:
+        scale = (count + 1) / (worth + 1)
+        low, high = max(1, math.floor(low * scale)), min(count, math.ceil(high * scale))
     return float(ordered[low - 1]), float(ordered[high - 1])
 
 
@@ -238,15 +263,43 @@ def design_effect(marks: npt.ArrayLike, batches: int = 20) -> float:
     marks: 0 or 1 each. By batch means: the variance of the number of ones in a batch, beside that
     of a binomial one. 1 with fewer values than batches. Source: Kish, Survey Sampling, 1965.
     """
-    series = _checked(marks)
-    size = len(series) // batches
+    return max(1.0, _batch_effect(_checked(marks), batches))
+
+
+def serial_effect(values: npt.ArrayLike, share: float, confidence: float = 0.95) -> float:
+    """How many values in order of time tell as much of a quantile as one independent draw; 1 at
+    least.
+
+    The design effect of which values are at or below the sample's quantile (of a share within
+    MARKED). By several numbers of batches, the largest of what they say, each made larger by what
+    so few batches do not know: Student's t beside the normal one's. Of independent values that
+    makes intervals some 20 % wider. What goes up and down but a few times in the whole series is
+    seen too little of, and so is all in fewer than LEAST_BATCH * min(BATCHES) values, which are
+    taken for independent.
+    """
+    series = _checked(values)
+    marks = series <= quantile(series, min(max(share, MARKED[0]), MARKED[1]))
+    normal = NormalDist().inv_cdf((1 + confidence) / 2)
+    found = (
+        _batch_effect(marks, batches) * (student_t(confidence, batches - 1) / normal) ** 2
+        for batches in BATCHES
+        if len(series) >= LEAST_BATCH * batches
+    )
+    return max([1.0, *found])
+
+
+def _batch_effect(marks: np.ndarray, batches: int) -> float:
+    """The variance of the number of ones in a batch beside a binomial one; 0 where the marks do not
+    say.
+    """
+    size = len(marks) // batches
     if not size:
-        return 1.0
-    counts = series[: size * batches].reshape(batches, size).sum(axis=1)
+        return 0.0
+    counts = marks[: size * batches].reshape(batches, size).sum(axis=1)
     share = float(counts.mean()) / size
     if not 0 < share < 1:
-        return 1.0
-    return max(1.0, float(counts.var(ddof=1)) / (size * share * (1 - share)))
+        return 0.0
+    return float(counts.var(ddof=1)) / (size * share * (1 - share))
 
 
 def slope(
@@ -377,10 +430,15 @@ def _ranks(count: int, share: float, confidence: float) -> tuple[int, int]:
     return low, high
 
 
-def _supported(ordered: np.ndarray, share: float, confidence: float) -> Quantile:
-    ends = interval(ordered, share, confidence)
-    if ends is None:
-        return Quantile(needs=needed(share, confidence))
+def _with_interval(
+    series: np.ndarray, ordered: np.ndarray, share: float, confidence: float
+) -> Quantile:
+    """series: the values in order of time; ordered: by size."""
+    least = needed(share, confidence)
+    if len(series) < least:
+        return Quantile(needs=least)
+    effect = serial_effect(series, share, confidence)
+    ends = interval(ordered, share, confidence, effect) or (None, None)
     return Quantile(quantile(ordered, share), *ends)
 
 

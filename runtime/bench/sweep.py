@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -49,9 +50,10 @@ class Choice:
 class Outcome:
     """latency: median of one request at a time, in seconds, of so many requests; throughput:
     answers a second with the slots full; low, high: of their 95 % intervals, None where there were
-    too few; outcomes: requests by how they ended; model: as in a result, the bundle's hashes and
-    scores among it; folder: of the bundle, absolute; problem: why there is nothing. worth: no other
-    is surely better in one, and in the other not surely worse.
+    too few, or latencies depended too much on each other; outcomes: requests by how they ended;
+    model: as in a result, the bundle's hashes and scores among it; folder: of the bundle, absolute;
+    problem: why there is nothing. worth: no other is surely better in one, and in the other not
+    surely worse.
     """
 
     choice: Choice
@@ -138,9 +140,9 @@ def _apart(a: Span, b: Span) -> tuple[bool, bool]:
 
 
 def _latency(one: Outcome) -> Span:
-    """Its interval; where there is none, the value alone."""
+    """Its interval; where there is none, anything: nothing is surely sooner or later then."""
     if one.latency_low is None or one.latency_high is None:
-        return (one.latency or 0.0,) * 2
+        return 0.0, math.inf
     return one.latency_low, one.latency_high
 
 
@@ -257,14 +259,14 @@ def _figures(known: Outcome, asker: Asker, seconds: float) -> Outcome:
         return replace(known, problem=f"no request was answered: {status}")
     outstanding = 2 * known.choice.slots
     crowd = scenarios.offline(asker, Extent(seconds / 2, ROUNDS), outstanding, first + len(alone))
-    waits = statistics.interval(latencies, 0.5) or (None, None)
+    median = statistics.summary(latencies, (0.5,)).quantiles[0.5]  # in order of time
     rate = (statistics.mean_interval(crowd.rates) if crowd.rates else None) or (None, None)
     seen: list[Observation] = [*alone, *(each for one in crowd.rounds for each in one)]
     return replace(
         known,
         latency=statistics.quantile(latencies, 0.5),
-        latency_low=waits[0],
-        latency_high=waits[1],
+        latency_low=median.low,
+        latency_high=median.high,
         requests=len(latencies),
         throughput=crowd.rate,
         throughput_low=None if rate[0] is None else max(rate[0], 0.0),

@@ -26,7 +26,7 @@ PARTS = (
     *("model", "workload", "scenario", "machine"),
 )
 LABELS = {"measuring": "measuring takes"}  # of metrics, where their names say too little
-INSIDE = ("media_encoding",)  # phases that are measured by themselves, and are part of another
+INSIDE = ("media_encoding", "prefill")  # phases that are part of another: of client, of decode
 OVERLAP = "Phases overlap: together they are longer than a request."
 INDENT = "\u00a0\u00a0"  # of a name that belongs to the one above
 
@@ -74,7 +74,8 @@ def subtitle(result: dict[str, Any]) -> list[str]:
 
 def sections(result: dict[str, Any]) -> list[Section]:
     """Every table that has rows, the card first."""
-    made = (_card, _results, _phases, _steps, server, server_steps, load, _outcomes, _conditions)
+    measured = (_results, _launches, _phases, _steps, server, server_steps, load, _outcomes)
+    made = (_card, *measured, _conditions)
     return [section for section in (make(result) for make in made) if section.rows]
 
 
@@ -166,6 +167,25 @@ def _results(result: dict[str, Any]) -> Section:
         for row in _metric(LABELS.get(name, words(name)), metric or {})
     )
     return Section("Results", ("metric", "value", "95 % interval", "at best", "of that"), rows)
+
+
+def _launches(result: dict[str, Any]) -> Section:
+    """Each launch of several beside the others."""
+    launches = [each for each in result.get("each_launch") or () if each]
+    rows = tuple(_launch(number, each) for number, each in enumerate(launches, 1))
+    heads = ("launch", "answered", "latency, p50", "throughput")
+    return Section("Launches", heads, rows if len(rows) > 1 else ())
+
+
+def _launch(number: int, launch: dict[str, Any]) -> tuple[str, ...]:
+    metrics = launch.get("metrics") or {}
+    latency, throughput = (metrics.get(name) or {} for name in ("latency", "throughput"))
+    return (
+        str(number),
+        count((launch.get("outcomes") or {}).get("ok") or 0),
+        estimate((latency.get("quantiles") or {}).get("0.5"), latency.get("unit", "s")),
+        quantity(throughput.get("value"), throughput.get("unit", "1/s")),
+    )
 
 
 def _metric(name: str, metric: dict[str, Any]) -> Iterator[tuple[str, ...]]:

@@ -164,17 +164,21 @@ def take_turns(extent: Extent, runs: Sequence[Run]) -> int:
     """Has two runs do their rounds of the extent, and says how many pairs there were.
 
     Each round comes right after one of the other run, as what it finds in caches is the other's
-    then, for both. The first run goes first in the first half of the pairs, the other one in the
-    second, so that neither has more of what slowly changes.
+    then, for both; but for one, where who goes first changes. The first run goes first in the first
+    half of the pairs, the other one in the second, so that neither has more of what slowly changes.
 
     Rounds are fewer where requests take longer than rounds and all of the time is over; but as many
     as a comparison needs, and all where so many queries were asked for. A run that is over ends it.
+    Where the time will end it, the half is that of the time, or of the pairs that are needed.
     """
-    pairs, taken = 0, 0.0
+    pairs, taken, order = 0, 0.0, runs
+    least, timed = signed_rank_needed(), extent.least <= 1
     for index, _ in enumerate(_rounds(extent)):
-        if index >= signed_rank_needed() and extent.least <= 1 and taken > 2 * extent.seconds:
+        if timed and index >= least and taken > 2 * extent.seconds:
             break
-        order = runs if index < extent.rounds // 2 else runs[::-1]
+        half = timed and index >= least // 2 and taken > extent.seconds
+        if half or index >= extent.rounds // 2:
+            order = runs[::-1]
         began = time.perf_counter()
         if not all(run.round() for run in order):
             break

@@ -103,9 +103,8 @@ def point(
     kept, queue = bound_kept(late, tail, share), queue_of(known)
     sustained = queue.steady and len(known) / rate >= (LONG - 2) * bound  # of those known, about
     met = False if kept.met is False or queue.growing else True if kept.met and sustained else None
-    found = statistics.summary(latencies, statistics.shares_with(share)) if latencies else None
     p50, p99, asked = (
-        found.quantiles[each].value if found else None for each in (0.5, 0.99, share)
+        statistics.supported(latencies, each) if latencies else None for each in (0.5, 0.99, share)
     )
     return Point(
         rate,

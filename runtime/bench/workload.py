@@ -71,13 +71,11 @@ class Workload:
         if self.task.is_video:
             options["frame_count"] = count
         if self.task.needs_frames:
-            given = moving_square(count, info.height, number)
-            if self.task is Task.V2V:
-                options["video"] = given[: min(GIVEN_FRAMES, count - 1)]
-            else:
-                options["video" if self.task.is_video else "image"] = (
-                    given if self.task.is_video else given[0]
-                )
+            drawn = frames_sent(count) if self.task is Task.V2V else count
+            given = moving_square(drawn, info.height, number)
+            options["video" if self.task.is_video else "image"] = (
+                given if self.task.is_video else given[0]
+            )
         if self.task.needs_mask:
             mask = np.zeros((info.height, info.width), bool)
             mask[:, : info.width // 2] = True
@@ -88,10 +86,11 @@ class Workload:
         return Query(self.task, self.prompt(number), options)
 
     def prompt(self, number: int) -> str:
-        if not self.task.needs_text:
-            return ""
+        """One of the workload's own, for any task; without them a caption where one is needed."""
         if self.prompts:
             return self.prompts[number % len(self.prompts)]
+        if not self.task.needs_text:
+            return ""
         caption = PROMPTS[number % len(PROMPTS)]
         motion = f" moving {MOTIONS[number % len(MOTIONS)]}" if self.task.is_video else ""
         return f"{caption}{motion} ."
@@ -100,6 +99,11 @@ class Workload:
         if not self.task.is_video:
             return 1
         return info.max_frames if self.frames is None else self.frames
+
+
+def frames_sent(count: int) -> int:
+    """Of a V2V clip of so many frames those that the client sends."""
+    return min(GIVEN_FRAMES, count - 1)
 
 
 def moving_square(frames: int, side: int, number: int) -> U8:

@@ -64,6 +64,7 @@ examples:
   nuwa bench --server 127.0.0.1:50051 --scenario offline --outstanding 16
   nuwa bench --preset base --precision fp16 --profile server    random weights, no checkpoint
   nuwa bench demo/bundle --loadgen logs                         MLCommons LoadGen drives
+  nuwa bench demo/bundle --launches 5 --out bench               five processes, as one result
   nuwa bench demo/bundle --baseline bench/result.json           exit status 1 if it is slower
   nuwa bench new --against old --task t2i                       in turns: exit status 1 if slower
   nuwa bench --compare a/result.json b/result.json
@@ -129,7 +130,8 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
         "--launches",
         type=arguments.positive,
         metavar="N",
-        help="of both, with --against; --seconds and --rounds are of all together (default: "
+        help="processes one after the other, as two of one build differ by some percent; "
+        "--seconds and --rounds are of all together (default: 1; of both with --against "
         f"{bench_against.LAUNCHES}, of --server 1)",
     )
     for word in (bench_against.WORD, bench_against.INSTEAD):
@@ -188,8 +190,6 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--threshold {args.threshold} is not at least 0")
     if args.against is not None and (args.compare or args.baseline):
         raise ValueError("--against compares by itself: no --compare or --baseline beside it")
-    if args.launches is not None and args.against is None:
-        raise ValueError("--launches is of --against")
     if args.compare:
         first, second = args.compare
         return _compare(first, second, args.threshold)
@@ -210,6 +210,8 @@ def run(args: argparse.Namespace) -> int:
         return bench_against.run(args, _settings(args).extent, say)
     if args.instead is not None:
         bench_against.measure_instead(args)
+    if (args.launches or 1) > 1:
+        return _launched(args)
     return _measure(args, _turns(args))
 
 
@@ -250,6 +252,27 @@ def _measure(args: argparse.Namespace, turns: Turns) -> int:
         result["notes"].append(
             "Random weights, without guidance (which doubles the rows) unless it was asked for."
         )
+    return _finish(args, result, before)
+
+
+def _launched(args: argparse.Namespace) -> int:
+    """As _measure, in several processes; status 1 also if not all of them have a result."""
+    from ..bench import schema
+    from . import bench_launches
+
+    bench_launches.check(args)
+    before = None if args.baseline is None else schema.read(args.baseline)
+    if args.out is not None:
+        arguments.make_writable(args.out)
+    result, whole = bench_launches.run(args, _settings(args).extent, before, say)
+    result["command"] = command_line(args)
+    return _finish(args, result, before) or int(not whole)
+
+
+def _finish(args: argparse.Namespace, result: dict[str, Any], before: dict[str, Any] | None) -> int:
+    """Tells the result, and what it is beside the one before; the exit status."""
+    from ..bench import schema
+
     told = dict(result)  # and what is only in the last line
     try:
         _report(result, args.out)

@@ -52,18 +52,18 @@ class Side:
 def run(args: argparse.Namespace, extent: Extent, say: Callable[[str], None]) -> int:
     """extent: of all launches together. Prints the comparison; the exit status."""
     launches = _launches(args)
-    sides = other(args), Side("b", "this", PYTHON, _told(args, (*OWN,)), not args.no_rates)
+    sides = other(args), Side("b", "this", PYTHON, words_of(args, (*OWN,)), not args.no_rates)
     if args.out is not None:
         arguments.make_writable(args.out)
     with tempfile.TemporaryDirectory(prefix="nuwa-against-") as scratch:
         folder = Path(scratch) if args.out is None else args.out
-        pairs, interrupted = _measured(sides, _parts(extent, launches), folder, say)
+        pairs, interrupted = _measured(sides, each_launch(extent, launches), folder, say)
         return _tell(pairs, interrupted, args, launches, say)
 
 
 def other(args: argparse.Namespace) -> Side:
     """What this is compared with. ValueError for what is nothing that can be."""
-    what, words = args.against, _told(args, (*OWN, *NEW_ONES))
+    what, words = args.against, words_of(args, (*OWN, *NEW_ONES))
     if what and (args.server or Path(what).is_dir()):
         return Side("a", what, PYTHON, [INSTEAD, what, *words])
     if (found := shutil.which(what)) is not None:
@@ -83,16 +83,20 @@ def measure_instead(args: argparse.Namespace) -> None:
         args.bundle, args.preset, args.precision = [args.instead], None, None
 
 
+def of_servers(launches: int) -> ValueError:
+    return ValueError(
+        f"--launches {launches}: servers are launched by who has them; compare results of several "
+        "launches of them"
+    )
+
+
 def _launches(args: argparse.Namespace) -> int:
     if args.server and (args.launches or 1) > 1:
-        raise ValueError(
-            f"--launches {args.launches}: servers are launched by who has them; compare results of "
-            "several launches of them"
-        )
+        raise of_servers(args.launches)
     return 1 if args.server else args.launches or LAUNCHES
 
 
-def _parts(extent: Extent, launches: int) -> list[Extent]:
+def each_launch(extent: Extent, launches: int) -> list[Extent]:
     """One for each launch."""
     whole = replace(extent, rounds=launches)
     return [replace(each, rounds=-(-extent.rounds // launches)) for each in whole.each()]
@@ -230,7 +234,7 @@ def _notes(pairs: Sequence[Pair]) -> list[str]:
     return list(dict.fromkeys(said))
 
 
-def _told(args: argparse.Namespace, without: Sequence[str]) -> list[str]:
+def words_of(args: argparse.Namespace, without: Sequence[str]) -> list[str]:
     """What this command was told, but for some options that take a value."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in without:

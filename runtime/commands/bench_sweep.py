@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..bench.sweep import Choice, Outcome
     from ..bench.workload import Workload
 
-NOT_OF_A_SWEEP = ("server", "metrics", "baseline", "against", "loadgen")  # options
+NOT_OF_A_SWEEP = ("server", "metrics", "baseline", "against", "launches", "loadgen")  # options
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:

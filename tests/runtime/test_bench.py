@@ -20,6 +20,7 @@ from nuwa.runtime.bench import (
     scenarios,
     serving,
 )
+from nuwa.runtime.bench import workload as workloads
 from nuwa.runtime.bench.asking import Asker
 from nuwa.runtime.bench.observation import Observation, together
 from nuwa.runtime.bench.running import Settings
@@ -126,6 +127,59 @@ def test_as_many_as_there_can_be():
     result = measured(Delayed(), Workload(Task.T2I), settings)
     assert result["metrics"]["throughput"]["value"] == about(1 / (4 * STEP))
     assert len(result["rounds"]["throughput"]) == 4
+
+
+@pytest.mark.usefixtures("virtual")
+@pytest.mark.parametrize("scenario", ["single-stream", "multi-stream", "server", "offline"])
+def test_building_a_query_is_nobodys_latency(scenario, monkeypatch):
+    """It takes longer than the request; of server, where there is time enough between them."""
+    whole = ENCODE + 4 * STEP + PIXELS
+    built = Workload.query
+
+    def query(workload, number, info, model=""):
+        time.sleep(2.0)
+        return built(workload, number, info, model)
+
+    monkeypatch.setattr(Workload, "query", query)
+    monkeypatch.setattr(scenarios, "arrivals", lambda *_: [4.0, 8.0, 12.0])
+    settings = Settings(
+        scenario,
+        Extent(4.0, rounds=1, least=3, most=6),
+        streams=1,
+        outstanding=1,
+        rate=0.25,
+        bound=10.0,
+        warm_up=1,
+    )
+    result = measured(Delayed(), Workload(Task.T2I), settings)
+    latency = result["metrics"]["latency"]
+    assert latency["least"] == about(whole) == latency["most"]
+    if scenario in ("single-stream", "multi-stream"):
+        assert result["metrics"]["throughput"]["value"] == about(1 / (2.0 + whole))
+
+
+def test_of_a_clip_to_continue_only_what_is_given_is_drawn(monkeypatch):
+    drawn = []
+    plain = workloads.moving_square
+
+    def moving_square(frames, side, number):
+        drawn.append(frames)
+        return plain(frames, side, number)
+
+    monkeypatch.setattr(workloads, "moving_square", moving_square)
+    info = FakeEngine().info
+    query = Workload(Task.V2V, frames=1000).query(5, info)
+    assert drawn == [2] and query.options["frame_count"] == 1000
+    np.testing.assert_array_equal(query.options["video"], plain(1000, info.height, 5)[:2])
+    assert len(Workload(Task.V2V, frames=2).query(5, info).options["video"]) == 1
+
+
+def test_prompts_are_asked_of_every_task():
+    info, prompts = FakeEngine().info, ["a red 3 .", "a blue 7 ."]
+    for task in Task:
+        asked = [Workload(task, prompts=prompts).query(number, info).prompt for number in range(3)]
+        assert asked == [prompts[0], prompts[1], prompts[0]], task
+        assert bool(Workload(task).query(0, info).prompt) is task.needs_text
 
 
 @pytest.mark.usefixtures("virtual")

@@ -10,17 +10,34 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import platform
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from nuwa.runtime.backends.device_memory import HostMemory
-from nuwa.runtime.bench import device_rates, rates
-from nuwa.runtime.bench.card import Card, Step, card, evaluation_of, products
+from nuwa.runtime.bench import describe, device_rates, measure, rates
+from nuwa.runtime.bench.card import (
+    HALF,
+    Card,
+    Step,
+    Storage,
+    card,
+    evaluation_of,
+    products,
+    storage_of,
+)
 from nuwa.runtime.bench.floor import Floor, FloorOfAny, FloorOfRows, floor, of_any_rows
 from nuwa.runtime.bench.rates import Measurement, Rates
+from nuwa.runtime.bench.running import Settings
+from nuwa.runtime.bench.scenarios import Extent as bench_extent
+from nuwa.runtime.bench.targets import IN_PROCESS, Target
+from nuwa.runtime.bench.workload import Workload
 from nuwa.runtime.bundle import manifest_hash
+from nuwa.runtime.client import LocalClient
 from nuwa.spec.conditions import visual_window
 from nuwa.spec.config import (
     PRESETS,
@@ -34,6 +51,8 @@ from nuwa.spec.grid import Extent, Grid
 from nuwa.spec.manifest import MANIFEST, Manifest
 from nuwa.spec.plan import RollingPlan, completion_plan, decode_plan
 from nuwa.spec.tasks import Task
+
+from .fake_engine import FakeEngine
 
 WEIGHTS, HEAD, ENTRY, LAYERS = 106496, 8192, 256, 2  # bytes of all matrices, of the head's
 
@@ -128,13 +147,63 @@ def test_a_text_whose_padding_counts_is_read_whole():
 
 
 @pytest.mark.parametrize(
-    "precision, weights, entry", [("fp16", WEIGHTS // 2, ENTRY // 2), ("int8", WEIGHTS // 4, ENTRY)]
+    "precision, weights, entry",
+    [
+        ("fp16", WEIGHTS // 2, ENTRY // 2),
+        ("int8", WEIGHTS // 4, ENTRY),
+        ("fp8", WEIGHTS // 4, ENTRY // 2),
+    ],
 )
 def test_precision_decides_the_size_of_numbers(precision, weights, entry):
     made = card(dataclasses.replace(SMALL, precision=precision), Task.T2I)
     assert made.weights_bytes == weights
     assert step_bytes(made) == [weights + LAYERS * entry * (1 + 2)]
     assert card(SMALL, Task.T2I, precision=precision) == made
+
+
+@pytest.mark.parametrize(
+    ("precision", "backend", "processor", "stored"),
+    [
+        ("fp16", "native-cpu", "x86_64", Storage(4, 4, "fp32")),
+        ("fp16", "native-cpu", "aarch64", Storage(4, 4, "fp32")),
+        ("fp16", "onnxruntime-cpu", "x86_64", Storage(4, 2, "fp32")),
+        ("fp16", "onnxruntime-cpu", "aarch64", Storage(2, 2, "fp16")),
+        ("fp16", "onnxruntime-cuda", "x86_64", Storage(2, 2, "fp16")),
+        ("int8", "native-cpu", "x86_64", Storage(1, 4, "int8")),
+        ("fp32", "onnxruntime-cpu", "x86_64", Storage(4, 4, "fp32")),
+        ("fp8", "tensorrt", "x86_64", Storage(1, 2, "bf16")),
+        ("fp16", "", "x86_64", Storage(2, 2, "fp16")),
+    ],
+)
+def test_backends_store_numbers_of_their_own(precision, backend, processor, stored):
+    assert storage_of(precision, backend, processor) == stored
+
+
+def test_a_backend_of_fp32_has_the_card_and_the_floor_of_fp32():
+    half = dataclasses.replace(SMALL, precision="fp16")
+    made, whole = card(half, Task.T2I, backend="native-cpu"), card(SMALL, Task.T2I)
+    assert (made.precision, made.products_precision) == ("fp16", "fp32")
+    assert dataclasses.replace(made, precision="fp32") == whole
+    slow = Rates(measured(1e9), {1: measured(1e6)}, precision="fp32")
+    assert floor(made, slow).seconds == floor(whole, slow).products_seconds > 0
+    assert floor(card(half, Task.T2I), slow).products_seconds is None
+
+
+def test_onnx_runtime_computes_fp16_in_fp32_on_this_processor():
+    """What storage_of says of it: weights are converted once, when they are loaded."""
+    onnx = pytest.importorskip("onnx")
+    if platform.machine() in HALF:
+        pytest.skip("this processor has products of fp16")
+    ort = pytest.importorskip("onnxruntime")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = f"{folder}/optimized.onnx"
+        ort.InferenceSession(
+            device_rates._graph([(8, 8)], "fp16"), options, providers=["CPUExecutionProvider"]
+        )
+        graph = onnx.load(f"{folder}/optimized.onnx").graph
+    assert [each.data_type for each in graph.initializer] == [onnx.TensorProto.FLOAT]
 
 
 def test_a_sketch_is_seen_where_its_window_is():
@@ -219,7 +288,7 @@ def test_layers_of_other_windows_read_their_own_entries():
         ({"frames": 3}, "3 frames"),
         ({"samples": 0}, "samples 0"),
         ({"given_frames": 1}, "given_frames 1"),
-        ({"precision": "fp8"}, "fp8"),
+        ({"precision": "fp4"}, "fp4"),
         ({"schedule": "spiral"}, "spiral"),
         ({"task": Task.V2V}, "given_frames 0"),
         ({"task": Task.V2V, "given_frames": 2, "frames": 2}, "fewer than the 2"),
@@ -311,6 +380,10 @@ def test_floor_takes_products_only_at_their_own_precision():
     assert (made.products_seconds, made.blas_seconds) == (None, None)
     assert made.by_rows[0].blas_seconds is None
     assert made.to_json()["floor_products_seconds"] is None
+    for precision in ("bf16", "fp8"):  # fp8 is multiplied as bf16
+        clip = card(SMALL, Task.T2V, frames=2, precision=precision)
+        made = floor(clip, Rates(measured(1e9), {1: measured(1.0)}, precision="bf16"))
+        assert made.products_seconds is not None
 
 
 def test_a_floor_holds_for_generations_that_share_steps():
@@ -406,6 +479,52 @@ def test_blas_gets_its_threads_back():
     with rates.blas_threads(1) as single:
         assert single and found[0]() == 1
     assert found[0]() == before
+
+
+BEFORE = Rates(measured(100.0), {2: measured(5.0), 8: measured(9.0)}, read=measured(300.0))
+AFTER = Rates(measured(110.0), {2: measured(4.0), 8: measured(12.0)}, read=measured(290.0))
+
+
+def test_a_floor_is_of_the_faster_rates_of_before_and_after():
+    both = rates.faster(BEFORE, AFTER)
+    assert (both.copy, both.read) == (AFTER.copy, BEFORE.read)
+    assert both.products == {2: BEFORE.products[2], 8: AFTER.products[8]}
+    told = both.to_json()
+    assert told["before_and_after"] == {
+        "best_bytes_per_second": [300.0, 290.0],
+        "gemm_best_flops_per_second": [9.0, 12.0],
+    }
+    assert rates.apart(both) == pytest.approx(1 / 3) and rates.apart(BEFORE) == 0
+    without = Rates(measured(100.0), {})
+    assert rates.faster(without, without).about["before_and_after"] == {
+        "best_bytes_per_second": [100.0, 100.0]
+    }
+
+
+def test_rates_are_measured_again_after_the_run(monkeypatch):
+    """Another process was in the way before: without the second time the floor were too slow."""
+    monkeypatch.setattr(describe, "open_bundle", lambda *_, **__: SimpleNamespace(manifest=SMALL))
+    monkeypatch.setattr(measure, "describe_model", lambda *_: {})
+    found, asked = iter([BEFORE, AFTER]), []
+
+    def measured_now(*args, **named):
+        asked.append(named["repeats"])
+        return next(found)
+
+    monkeypatch.setattr(rates, "measure", measured_now)
+    engine = FakeEngine()
+    info = dataclasses.replace(engine.info, backend="native-cpu")
+    with LocalClient(engine) as client:
+        target = Target(client, info, IN_PROCESS, Path("nowhere"), 1, None)
+        short = Settings(extent=bench_extent(0.1, rounds=1), warm_up=1)
+        result = measure.measure(target, Workload(Task.T2I), short)
+    assert asked == [rates.REPEATS, rates.REPEATS_AGAIN]
+    least = floor(card(SMALL, Task.T2I, backend="native-cpu"), rates.faster(BEFORE, AFTER))
+    assert result["card"]["floor_seconds"] == least.seconds
+    assert result["metrics"]["latency"]["floor"] == least.seconds
+    assert result["card"]["rates"]["before_and_after"]["gemm_best_flops_per_second"] == [9.0, 12.0]
+    (note,) = (note for note in result["notes"] if "before and after" in note)
+    assert "were 33 % apart" in note
 
 
 def test_few_sizes_are_apart_in_ratio():

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from nuwa.runtime.bench import html, making, measure, schema
 from nuwa.runtime.bench.card import evaluation_of
 from nuwa.runtime.bundle import read_manifest
 from nuwa.runtime.cli import main
+from nuwa.runtime.commands import bench_against, bench_launches
 from nuwa.runtime.server import Server
 
 from .fake_engine import FakeEngine
@@ -64,6 +67,10 @@ def last_line(capsys) -> dict:
         ("a --precision int8", "a bundle has its own"),
         ("a --checkpoint c", "--checkpoint is of `sweep`"),
         ("a --metrics x:1", "--metrics is of --server"),
+        ("a --launches 2 --loadgen x", "LoadGen's logs are of one"),
+        ("a --launches 2 --scenario server --bound 1", "a search for the highest rate is of one"),
+        ("--server h:1 --launches 2", "servers are launched by who has them"),
+        ("sweep a --launches 2", "--launches is not of a sweep"),
         ("a --baseline /nowhere", "/nowhere"),
         ("--preset sprites --scores x", "random weights have none"),
         ("/nowhere", "does not exist"),
@@ -90,6 +97,70 @@ def test_a_server_is_measured_and_results_are_compared(address, result, tmp_path
     assert told["schema"] == "nuwa-bench-compare/1" and told["a"] == str(result)
     assert told["differences"][0]["name"] == "latency"
     assert {"verdict", "ratio", "low", "high"} <= told["differences"][0].keys()
+
+
+def test_a_run_in_launches_is_one_result(tiny_bundle, tmp_path, capfd):
+    short = ["--task", "t2i", "--seconds", "0.6", "--rounds", "4", "--no-rates", "--launches", "2"]
+    words = [str(tiny_bundle), *short, "--threshold", "9", "--out"]
+    assert main(["bench", *words, str(tmp_path / "a")]) == 0
+    printed = capfd.readouterr()
+    assert "launch 2 of 2" in printed.err and "Launches" in printed.out
+    last = json.loads(printed.out.splitlines()[-1])
+    assert "each_launch" not in last and "launch " in last["notes"][0]
+    whole = schema.read(tmp_path / "a/result.json")
+    each = [schema.read(tmp_path / f"a/launch-{number}/result.json") for number in (1, 2)]
+    assert [one["rounds"] for one in whole["each_launch"]] == [one["rounds"] for one in each]
+    assert whole["outcomes"]["ok"] == sum(one["outcomes"]["ok"] for one in each)
+    assert whole["scenario"]["rounds"] == 2 and whole["scenario"]["seconds"] == 0.3
+    assert "--launches 2" in whole["command"]
+    words = [*words, str(tmp_path / "b"), "--baseline", str(tmp_path / "a/result.json")]
+    assert main(["bench", *words]) == 0
+    last = json.loads(capfd.readouterr().out.splitlines()[-1])
+    latency = last["comparison"]["differences"][0]
+    assert (latency["name"], latency["verdict"], latency["reason"]) == (
+        *("latency", "no difference"),
+        "",
+    )
+
+
+def test_a_launch_without_a_result_is_told(tiny_bundle, tmp_path, monkeypatch, capsys):
+    """The second one does not start."""
+    program, starts = tmp_path / "program.py", tmp_path / "starts"
+    program.write_text(
+        "import sys\nfrom pathlib import Path\nfrom nuwa.runtime.cli import main\n"
+        f"starts = Path({str(starts)!r})\nstarts.open('a').write('.')\n"
+        "sys.exit('no memory') if len(starts.read_text()) > 1 else sys.exit(main(sys.argv[1:]))\n"
+    )
+    monkeypatch.setattr(bench_against, "PYTHON", [sys.executable, str(program)])
+    words = [str(tiny_bundle), "--task", "t2i", "--seconds", "0.3", "--rounds", "3", "--no-rates"]
+    words += ["--launches", "3"]
+    assert main(["bench", *words]) == 1
+    printed = capsys.readouterr()
+    assert "launch 2 of 3 has no result" in printed.err and starts.read_text() == ".."
+    assert json.loads(printed.out.splitlines()[-1])["outcomes"]["ok"]
+    assert main(["bench", *words]) == 2
+    assert "the first launch has no result" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c_is_passed_on_to_a_launch(tmp_path):
+    """Once, and what it does then is waited for."""
+    began, heard = tmp_path / "began", tmp_path / "heard"
+    program = (
+        "import time\nfrom pathlib import Path\n"
+        f"try:\n    Path({str(began)!r}).touch()\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n"
+        f"    time.sleep(0.2)\n    Path({str(heard)!r}).touch()\n"
+    )
+
+    def interrupt():
+        while not began.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    bench_launches._waited([sys.executable, "-c", program])
+    assert heard.exists()
 
 
 def test_a_baseline_of_something_else_is_refused_before_measuring(

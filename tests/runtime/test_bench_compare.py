@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from nuwa.runtime.bench.compare import (
+    LAUNCHES_APART,
     Difference,
     baseline_exit,
     check_comparable,
@@ -119,6 +120,83 @@ def test_a_and_b_are_mirrored():
     assert there.ratio == pytest.approx(there.b / there.a)
 
 
+ALONE = "one launch each: builds may differ by a few percent for that alone"
+
+
+def launched(random: np.random.Generator, speed: float, launches: int, apart: float) -> dict:
+    """A result of so many launches, each with a speed of its own in all of its rounds."""
+    size = {"count": 4, "values": 8} if launches > 1 else {}
+    each = [rounds(random, speed * random.lognormal(sigma=apart), **size) for _ in range(launches)]
+    kept = [{"rounds": {"latency": one}, "outcomes": {"ok": 9}} for one in each]
+    return result(each[0]) | ({"each_launch": kept} if launches > 1 else {})
+
+
+def latencies(
+    random: np.random.Generator, speed: float, launches: tuple[int, int], apart: float
+) -> list[Difference]:
+    return [
+        compare_results(
+            launched(random, 1.0, launches[0], apart),
+            launched(random, speed, launches[1], apart),
+            threshold=0.0,
+        )[0]
+        for _ in range(REPETITIONS)
+    ]
+
+
+def test_one_launch_of_each_does_not_tell_what_is_of_launches():
+    """Processes of one build, each some percent off in all of its rounds. By their rounds alone
+    every other comparison would be sure of a difference.
+    """
+    random = np.random.default_rng(8)
+    found = latencies(random, 1.0, (1, 1), LAUNCHES_APART)
+    assert all(each.reason == ALONE for each in found)
+    assert sum(each.verdict == "no difference" for each in found) >= 91
+    sure = 0
+    for _ in range(REPETITIONS):
+        a, b = (launched(random, 1.0, 1, LAUNCHES_APART)["rounds"]["latency"] for _ in "ab")
+        sure += compare(a, b, threshold=0.0).verdict != "no difference"
+    assert sure >= 30
+    slower = latencies(random, 1.2, (1, 1), LAUNCHES_APART)
+    assert sum(each.verdict == "slower" for each in slower) >= 95
+
+
+def test_a_launch_that_is_3_percent_off_is_no_sure_difference():
+    a, b = ([[speed, 1.001 * speed, 0.999 * speed]] * 10 for speed in (1.0, 1.03))
+    assert compare(a, b, threshold=0.0).verdict == "slower"
+    found = compare_results(result(a), result(b), threshold=0.0)[0]
+    assert (found.verdict, found.reason) == ("no difference", ALONE)
+    assert found.ratio == pytest.approx(1.03)
+    half = 1.96 * 2**0.5 * LAUNCHES_APART
+    assert np.log([found.low, found.high]) - np.log(1.03) == pytest.approx([-half, half], rel=1e-3)
+
+
+def test_several_launches_are_what_is_compared():
+    """However far apart launches of this machine are, as they show it themselves."""
+    random = np.random.default_rng(9)
+    found = latencies(random, 1.0, (6, 6), 0.05)
+    assert not any(each.reason for each in found)
+    assert 90 <= sum(each.low <= 1 <= each.high for each in found) <= 99
+    slower = latencies(random, 1.15, (6, 6), 0.05)
+    assert sum(each.verdict == "slower" for each in slower) >= 95
+    assert 90 <= sum(each.low <= 1.15 <= each.high for each in slower) <= 99
+    mixed = latencies(random, 1.0, (6, 1), LAUNCHES_APART)
+    assert mixed[0].reason == ALONE.replace("each", "of b")
+    assert sum(each.verdict == "no difference" for each in mixed) >= 91
+    both = latencies(random, 1.0, (1, 6), LAUNCHES_APART)
+    assert both[0].reason == ALONE.replace("each", "of a")
+
+
+def test_values_of_launches_are_means_of_their_rounds():
+    a, b = result([[1.0], [1.0]]), result([[1.0], [1.0]])
+    a["each_launch"] = [{"rounds": {"latency": [[0.5], [2.0]]}}, {"rounds": {"latency": [[1.0]]}}]
+    b["each_launch"] = [{"rounds": {"latency": [[2.0], [8.0, None]]}}, {"rounds": {}}, {}]
+    b["each_launch"].append({"rounds": {"latency": [[1.0], []]}})
+    found = compare_results(a, b)[0]
+    assert (found.a, found.b, found.ratio) == pytest.approx((1.0, 2.0, 2.0))
+    assert compare_results(a, b)[1].reason == ALONE, "throughput has no launches"
+
+
 def test_what_cannot_be_told():
     one = compare([[1.0, 2.0]], [[1.0], [2.0], [3.0]])
     assert (one.verdict, one.reason, one.ratio) == ("unknown", "1 of at least 2 rounds", None)
@@ -201,10 +279,10 @@ def test_what_may_differ_is_listed():
 def test_differences_are_printed():
     a, b = result([[0.5], [0.5]]), result([[0.75], [0.75]], [[20.0]])
     output = io.StringIO()
-    console = Console(file=output, width=120)
+    console = Console(file=output, width=160)
     print_differences(compare_results(a, b), ["model.digest: aa, bb"], console)
     lines = [" ".join(line.split()) for line in output.getvalue().splitlines()]
-    assert "latency 500 ms 750 ms 1.500 1.500 .. 1.500 slower" in lines
+    assert f"latency 500 ms 750 ms 1.500 1.400 .. 1.608 slower: {ALONE}" in lines
     assert "throughput – – – unknown: 1 of at least 2 rounds" in lines
     assert "differs: model.digest: aa, bb" in lines
 

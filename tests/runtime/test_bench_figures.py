@@ -201,6 +201,19 @@ def test_phases_are_those_that_timings_have():
     assert list(figures.phases(seen)) == ["decode", "client"]
 
 
+def test_what_is_part_of_decoding_is_drawn_once():
+    """Prefill is of decode: pixels, of which some are made meanwhile, come after both."""
+    times = Timings(queue=0.1, encode=0.1, decode=0.6, prefill=0.3, pixels=0.7, total=1.0)
+    (shown,) = figures.timeline([Observation(0.0, 0.0, 1.1, timings=times)])
+    assert {name: pytest.approx(span) for name, span in shown["phases"].items()} == {
+        "queue": [0.0, 0.1],
+        "encode": [0.1, 0.2],
+        "decode": [0.2, 0.8],
+        "pixels": [0.8, 1.0],
+        "client": [1.0, 1.1],
+    }
+
+
 def test_pictures_of_an_answer_are_encoded():
     frames = np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), np.uint8)
     assert figures.encoding("png", frames)["media_encoding"]["count"] == figures.ENCODINGS

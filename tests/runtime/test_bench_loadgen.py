@@ -13,12 +13,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from nuwa.runtime.bench import driven, loadgen, running
+from nuwa.runtime.bench import driven, figures, loadgen, running
 from nuwa.runtime.bench.observation import Observation
 from nuwa.runtime.bench.running import Settings
 from nuwa.runtime.bench.scenarios import Extent, Interrupted
 from nuwa.runtime.bench.targets import IN_PROCESS, Target
+from nuwa.runtime.bench.workload import Workload
 from nuwa.runtime.errors import UnavailableError
+from nuwa.spec.tasks import Task
 
 NOWHERE = Target(None, None, IN_PROCESS, None, 1, None)
 
@@ -120,6 +122,25 @@ def test_offline_has_the_throughput_of_each_round(folder, monkeypatch):
     assert len(seen.rates) == 4 and np.mean(seen.rates) == pytest.approx(seen.rate, rel=0.05)
     theirs = seen.loadgen["figures"]["Samples per second"]
     assert seen.rate == pytest.approx(theirs, rel=0.03)
+
+
+def test_throughput_leaves_out_the_start_and_the_end_of_loadgen(tmp_path, monkeypatch):
+    """Three requests, one a second, of a LoadGen that takes long to begin and to write its logs."""
+    seen = [Observation(10.0 + i, 10.0 + i, 11.0 + i) for i in range(3)]
+
+    def drive(*args, **named):
+        time.sleep(0.3)
+        if named["most"] == 3:
+            raise Interrupted([seen])
+        return seen, loadgen.Verdict(True, {}, "")
+
+    monkeypatch.setattr(loadgen, "drive", drive)
+    for most in (None, 3):
+        settings = Settings(extent=Extent(1.0, most=most), loadgen=tmp_path, outstanding=1)
+        told = running.run(asker(0.0), NOWHERE, settings, 0)
+        assert told.seconds == 3.0 and told.interrupted is (most == 3)
+        found = figures.metrics(told, Workload(Task.T2I), settings, figures.Surroundings())
+        assert found["throughput"]["value"] == pytest.approx(1.0)
 
 
 def test_loadgen_does_not_know_that_requests_were_refused(folder):

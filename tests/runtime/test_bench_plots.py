@@ -188,6 +188,17 @@ def test_what_is_part_of_another_phase_is_not_counted_twice():
     assert plots.figures(result)[0].about == overlap[0]
 
 
+def test_prefill_is_within_decode():
+    """20 ms of decoding, 8 of which caught up with given tokens: a row of its own, and no bar."""
+    result, plain = made_up(), figure(made_up(), "Where a request's time goes")
+    result["phases"]["prefill"] = summary([0.008] * 100)
+    tags = figure(result, "Where a request's time goes")
+    assert tags.of("rect", "area c") == plain.of("rect", "area c")
+    assert [text for _, text in tags.of("rect", "area rest")] == ["in no phase 4.95 ms"]
+    phases = section(result, "Phases of a request")
+    assert phases.notes == () and phases.rows[-1][:2] == ("prefill", "8.00 ms")
+
+
 def test_phases_that_overlap_are_both_seen():
     result = made_up()
     result["timeline"]["requests"][1]["phases"]["pixels"] = [0.04, 0.055]

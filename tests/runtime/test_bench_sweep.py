@@ -91,6 +91,9 @@ def test_noise_does_not_decide_what_is_worth_having():
     assert worth(outcome("a", 1.0, 5.0, 0.05), outcome("b", 1.3, 7.0, 0.05)) == ["a", "b"]
     without = dataclasses.replace(outcome("b", 1.3, 4.9), throughput_low=None)
     assert worth(outcome("a", 1.0, 5.0, 0.01), without) == ["a"], "then the value stands for itself"
+    unsure = dataclasses.replace(outcome("b", 1.3, 4.9, 0.05), latency_low=None, latency_high=None)
+    assert worth(outcome("a", 1.0, 5.0, 0.05), unsure) == ["a", "b"], "b may be the quicker one"
+    assert worth(outcome("a", 1.0, 9.0, 0.05), unsure) == ["a"], "which has surely more throughput"
 
 
 def test_the_best_settings_are_what_a_server_reads_from_anywhere(tmp_path, monkeypatch):
@@ -129,7 +132,9 @@ def test_a_sweep_measures_each(monkeypatch):
         *["UnavailableError: there is no GPU"] * 2,
     ]
     for one in found[:2]:
-        assert one.latency_low <= one.latency <= one.latency_high and one.requests >= sweep.LEAST
+        if one.latency_low is not None:  # this machine may have had a slow moment
+            assert one.latency_low <= one.latency <= one.latency_high
+        assert one.requests >= sweep.LEAST
         assert one.throughput_low <= one.throughput_high and one.throughput > 1
         assert one.answers > 1 and one.outcomes["ok"] >= one.requests + one.answers
         assert one.model["bundle_hash"] == "0" * 64 and one.model["evaluation"] is None

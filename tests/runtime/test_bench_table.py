@@ -18,6 +18,7 @@ from .bench_report import (
     printed,
     rows_of,
     section,
+    summary,
 )
 
 
@@ -240,6 +241,29 @@ def test_a_terminal_of_80_columns_cuts_no_number():
     assert re.search(r"p50 +34\.9 ms +34\.6 \.\. 35\.6 ms +19\.8 ms +56\.7 %", text)
 
 
+def test_launches_stand_side_by_side():
+    result = made_up()
+    metrics = {"latency": summary([0.03] * 9), "throughput": {"unit": "1/s", "value": 30.0}}
+    result["each_launch"] = [
+        {"metrics": metrics, "outcomes": {"ok": 9}},
+        {"metrics": {"latency": {"unit": "s", "quantiles": {"0.5": {"needs": 6}}}}},
+    ]
+    assert section(result, "Launches").rows == (
+        ("1", "9", "30.0 ms", "30.0 /s"),
+        ("2", "0", "needs 6 samples", "–"),
+    )
+    assert max(map(len, printed(result).splitlines())) <= 80
+    Tags(html.page(result))
+
+
+def test_a_value_without_an_interval_stands_alone():
+    """As of values that depend too much on each other."""
+    result = made_up()
+    result["metrics"]["latency"]["quantiles"]["0.5"] = {"value": 0.0349}
+    assert rows_of(result, "Results")["p50"][:2] == ("34.9 ms", "")
+    assert "34.9 mslatency, p50" in [text for _, text in Tags(html.page(result)).of("div", "tile")]
+
+
 def test_names_are_no_markup_for_the_terminal():
     result = made_up()
     result["notes"] = ["[red]x[/red]"]
@@ -253,7 +277,7 @@ def test_any_part_may_be_missing(part, left):
     result = made_up()
     for name in PARTS if part == "all" else (part,):
         if left == "missing":
-            del result[name]
+            result.pop(name, None)
         else:
             result[name] = None if left == "null" else schema.KINDS[name]()
     printed(result)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from nuwa.runtime.bench import compare, measure, scenarios, schema, statistics
-from nuwa.runtime.bench.launches import compare_launches
+from nuwa.runtime.bench.launches import compare_launches, together
 from nuwa.runtime.bench.observation import Observation
 from nuwa.runtime.bench.running import Settings
 from nuwa.runtime.bench.scenarios import Extent, Interrupted
@@ -91,9 +91,34 @@ def test_each_goes_first_in_half_of_the_pairs(tmp_path):
 
 
 def test_slow_rounds_are_fewer(tmp_path):
-    """As soon as there are enough pairs and the time of both is over."""
+    """As soon as there are enough pairs and the time of both is over; and still each goes first in
+    half of them.
+    """
     two = Two(tmp_path, 50, 50, takes=0.1)
-    assert two.take_turns(Extent(0.3, rounds=50)) == (6, "ab" * 6 + "..")
+    assert two.take_turns(Extent(0.3, rounds=50)) == (6, "ababab" + "bababa" + "..")
+
+
+def test_who_goes_first_changes_when_half_of_the_time_is_over():
+    """Pairs of two seconds, of as many rounds as would take ten times as long as there is."""
+    now, led = [0.0], []
+
+    class Takes:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def round(self) -> bool:
+            now[0] += 1.0
+            led.append(self.name)
+            return True
+
+        def over(self) -> None:
+            pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "perf_counter", lambda: now[0])
+        pairs = take_turns(Extent(10.0, rounds=100), [Takes("a"), Takes("b")])
+    firsts = led[::2]
+    assert pairs == 11 and firsts == ["a"] * 6 + ["b"] * 5
 
 
 def test_who_was_asked_for_queries_has_all_of_its_rounds(tmp_path):
@@ -409,6 +434,27 @@ def test_launches_that_know_too_little():
         compare_launches([])
 
 
+def test_of_several_launches_the_middle_one_is_shown_and_all_are_kept():
+    results = [
+        result([speed], answered, throughput=[[1 / speed]])
+        | {"when": f"day {number}", "notes": ["same", f"of {number}"], "steps": [number]}
+        for number, (speed, answered) in enumerate([(1.2, 9), (1.0, 9), (1.1, 5)])
+    ]
+    joined = together(results)
+    assert joined["steps"] == [2] and joined["rounds"] == results[2]["rounds"]
+    assert joined["when"] == "day 0" and joined["outcomes"] == {"ok": 23, "INTERNAL": 7}
+    assert joined["notes"] == [
+        "Figures are of launch 3 of 3, the middle one; --compare takes all of them.",
+        *("same", "of 0", "of 1", "of 2"),
+    ]
+    assert [each["rounds"] for each in joined["each_launch"]] == [
+        each["rounds"] for each in results
+    ]
+    assert "interrupted" not in joined and "steps" not in joined["each_launch"][0]
+    one = together([results[0] | {"interrupted": True}])
+    assert one["notes"] == ["same", "of 0"] and one["interrupted"]
+
+
 def test_processes_that_differ_by_chance_are_told_for_the_same():
     """Each launch of a build is some percent off, in all of its rounds."""
     draw, told, as_one = random.Random(2), [], []
@@ -543,7 +589,7 @@ def test_what_cannot_be_compared_in_turns(tmp_path, capsys, server):
     assert main([*words, "--against", server.address, "--launches", "2"]) == 2
     assert "--launches 2: servers are launched by who has them" in capsys.readouterr().err
     assert main([*words, "--launches", "2"]) == 2
-    assert "--launches is of --against" in capsys.readouterr().err
+    assert "--launches 2: servers are launched by who has them" in capsys.readouterr().err
     assert main(["bench", str(tmp_path / "b"), *SHORT, "--against", "none-such"]) == 2
     assert "neither a bundle's folder nor a program" in capsys.readouterr().err
 
