@@ -3,10 +3,14 @@
 The floor comes first: the bytes that all steps of a generation must move (weights once a step, what
 a sequence sees of its cache and text once, what it writes), at the speed at which the device copies
 memory. Sampling is included, text and pixels are not. The share of the host is what lies outside
-the backend's step. With --reference the same sizes are decoded by PyTorch, one token at a time
-(torch_reference.py), before and after. For TensorRT engines are built first, with the plugins of
-3DNA; it is an error if there are none, except with --function-bodies. Each batch size runs in a
-process of its own. The last line is JSON.
+the backend's step. On a GPU, what lies inside is told apart by CUDA events around what a step
+launches: device (kernels and the gaps between them; which, `nsys profile` shows), and gap, the rest
+(staging, the launch itself, the way of the answer).
+
+With --reference the same sizes are decoded by PyTorch, one token at a time (torch_reference.py),
+before and after. For TensorRT engines are built first, with the plugins of 3DNA; it is an error if
+there are none, except with --function-bodies. Each batch size runs in a process of its own. The
+last line is JSON.
 
     python benchmarks/batches.py BUNDLE
     python benchmarks/batches.py --random base --backend onnxruntime-cuda --reference
@@ -22,7 +26,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ceiling import copy_bandwidth, text_entries, timed, weights_bytes
@@ -32,6 +39,7 @@ from nuwa import plugins_trt
 from nuwa.export.engines import EngineOptions, build_engines
 from nuwa.runtime.backends.base import AUTO, BACKENDS
 from nuwa.runtime.backends.device_memory import CudaMemory
+from nuwa.runtime.bench.card import CACHE_BYTES, WEIGHT_BYTES
 from nuwa.runtime.core import GenerationRequest
 from nuwa.runtime.engine import Engine, load_engine
 from nuwa.spec import engines
@@ -44,7 +52,6 @@ from nuwa.spec.tasks import Task
 
 ON_GPU = ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 COPIED = 1 << 30  # bytes
-WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 PROMPT = "a red digit 3 on a black background moving left ."
 
 
@@ -156,10 +163,17 @@ def measure(bundle: Path, options: argparse.Namespace) -> dict:
             f"{frames:3} frames x {batch:3}: {row['median_seconds']:8.4f} s, "
             f"{row['per_second']:8.2f} a second, floor {row['floor_seconds']:8.4f} s "
             f"({row['fraction_of_floor']:.0%}), {row['steps']} steps of "
-            f"{1e3 * row['step_seconds']:.3f} ms, host {row['host_share']:.1%}",
+            f"{1e3 * row['step_seconds']:.3f} ms, host {row['host_share']:.1%}{_split(row)}",
             flush=True,
         )
     return report
+
+
+def _split(row: dict) -> str:
+    if row["device_seconds"] is None:
+        return ""
+    device, gap = (statistics.mean(row[f"{name}_seconds"]) for name in ("device", "gap"))
+    return f"; of a step {1e3 * device:.3f} ms device, {1e3 * gap:.3f} ms gap"
 
 
 def plugins(options: argparse.Namespace) -> Path | None:
@@ -193,7 +207,7 @@ def floor_seconds(
 ) -> float:
     """What the bytes of all steps take at this rate. text: entries of it that a row sees."""
     plan, decoder = decode_plan(model.decoder, grid), model.decoder
-    number = WEIGHT_BYTES[precision] if precision != "int8" else 4  # of keys and values
+    number = CACHE_BYTES[precision]
     seconds = 0.0
     for call in range(plan.steps):
         part = plan.rows(call)
@@ -214,11 +228,11 @@ def _measure(
         reference.append(_reference(frames, batch, options))
     totals, host = [], []
     for repeat in range(options.repeats + 1):
-        inside.seconds, inside.calls = 0.0, 0
+        inside.clear()
         total = _generate(engine, batch, frames, repeat)
         if repeat:
             totals.append(total)
-            host.append(1 - inside.seconds / total)
+            host.append(1 - sum(inside.seconds) / total)
     if options.reference:
         reference.append(_reference(frames, batch, options))
     inside.restore()
@@ -228,12 +242,15 @@ def _measure(
     row = {
         "frames": frames,
         "batch": batch,
-        "steps": inside.calls,
+        "steps": len(inside.seconds),
         "seconds": totals,
         "median_seconds": seconds,
         "per_second": batch / seconds,
-        "step_seconds": seconds / inside.calls,
+        "step_seconds": seconds / len(inside.seconds),
         "host_share": statistics.median(host),
+        # Of each step of the last generation; None where there is no GPU to ask.
+        "device_seconds": inside.device,
+        "gap_seconds": inside.gap,
         "floor_seconds": floor,
         "fraction_of_floor": floor / seconds,
     }
@@ -243,24 +260,73 @@ def _measure(
     return row
 
 
-class _Inside:
-    """Counts the calls of a backend's step and the time in them."""
+class CudaEvents:
+    """Seconds between what is launched first and last in a stream, by the GPU's own clock.
 
-    def __init__(self, engine: Engine) -> None:
-        self._backend, self._step = engine._backend, engine._backend.step
-        self.seconds, self.calls = 0.0, 0
+    memory: a CudaMemory. An event costs its stream less than a microsecond.
+    """
+
+    def __init__(self, memory: Any) -> None:
+        self._memory = memory
+        self._first, self._last = (memory._call("cudaEventCreate")[0] for _ in range(2))
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        self._memory._call("cudaEventRecord", self._first, self._memory.stream)
+        yield
+        self._memory._call("cudaEventRecord", self._last, self._memory.stream)
+
+    def seconds(self) -> float:
+        """Of what was last between them; all of the stream is done."""
+        (milliseconds,) = self._memory._call("cudaEventElapsedTime", self._first, self._last)
+        return milliseconds / 1e3
+
+
+class _Inside:
+    """Seconds of every call of a backend's step, and of them those on the device.
+
+    device, gap: what it launches and the rest, None of a backend that keeps no rows on a GPU;
+    events: what times it, on a CudaMemory, and what stands for it in tests.
+    """
+
+    def __init__(self, engine: Engine, events: Any = CudaEvents) -> None:
+        self._backend: Any = engine._backend
+        self._step = self._backend.step
+        memory = getattr(getattr(self._backend, "_rows", None), "memory", None)
+        timed = hasattr(self._backend, "launching") and memory is not None
+        self._events = events(memory) if timed else None
+        self.clear()
 
         def step(parts):
             began = time.perf_counter()
             done = self._step(parts)
-            self.seconds += time.perf_counter() - began
-            self.calls += 1
+            self.seconds.append(time.perf_counter() - began)
+            if self._events is not None:
+                self._device.append(self._events.seconds())
             return done
 
         self._backend.step = step
+        if self._events is not None:
+            self._backend.launching = self._events.around
+
+    def clear(self) -> None:
+        self.seconds: list[float] = []
+        self._device: list[float] = []
+
+    @property
+    def device(self) -> list[float] | None:
+        return self._device if self._events is not None else None
+
+    @property
+    def gap(self) -> list[float] | None:
+        if self._events is None:
+            return None
+        return [all_ - device for all_, device in zip(self.seconds, self._device, strict=True)]
 
     def restore(self) -> None:
         self._backend.step = self._step
+        if self._events is not None:
+            self._backend.launching = nullcontext
 
 
 def _generate(engine: Engine, batch: int, frames: int, seed: int) -> float:

@@ -66,9 +66,14 @@ class RasterStep(nn.Module):
         constant("near", np.stack(near).astype(np.int64))
         constant("coordinates", grid.coordinates().astype(np.int64))
         constant("place", np.zeros(1, np.int64))
-        shape = (config.layers, batch, size, config.width)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        # A tensor a layer: a write to a part of one tensor is compiled to a copy of all of it.
+        self.keys, self.values = (
+            [
+                torch.zeros(batch, size, config.width, dtype=dtype, device=device)
+                for _ in range(config.layers)
+            ]
+            for _ in "kv"
+        )
         self.tokens = torch.full((batch, size + 1), nuwa.config.bos, device=device)
         self.uniform = torch.zeros((batch, size), device=device)
         self.temperature = torch.ones(batch, device=device)
@@ -105,13 +110,12 @@ class RasterStep(nn.Module):
         x_Bd = self.nuwa.embedding(fed_B, coordinates_B3)
         for layer, block in enumerate(self.nuwa.blocks):
             q, k, v = block.self_project(x_Bd)
-            self.keys[layer].index_copy_(1, place, k[:, None])
-            self.values[layer].index_copy_(1, place, v[:, None])
+            keys, values = self.keys[layer], self.values[layer]
+            keys.index_copy_(1, place, k[:, None])
+            values.index_copy_(1, place, v[:, None])
             near_n = self.near[self.window_of[layer]][place][0, : self.columns[layer]]
             seen_n = near_n.clamp_min(0)
-            key, value = (
-                cache[layer].index_select(1, seen_n) for cache in (self.keys, self.values)
-            )
+            key, value = (cache.index_select(1, seen_n) for cache in (keys, values))
             hidden = near_n < 0
             bias = torch.zeros((), dtype=q.dtype, device=q.device)
             mask_hn = bias.expand(self.heads, len(near_n)) if block.bias is None else block.bias
@@ -155,7 +159,9 @@ class Reference:
         self.step.top_k.fill_(top_k)
         width = sort_width([top_k], [1.0], nuwa.config.image.codebook_size)
         self.step.ranks = torch.arange(width, device=self.device)
-        self._run: Callable[[], object] = torch.compile(self.step) if compiled else self.step
+        self._run: Callable[[], object] = self.step
+        if compiled:
+            self._run = torch.compile(self.step, fullgraph=True)
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def generate(self, text_BM: Tensor, seeds: list[int]) -> Tensor:

@@ -7,13 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nuwa.spec.engines import RUNTIMES, TENSORRT
 from nuwa.spec.manifest import PRECISIONS, Manifest
+
+from . import engines_cli
 
 EPILOG = """\
 examples:
   nuwa export runs/model/checkpoint bundles/sprites
   nuwa export runs/model/checkpoint bundles/sprites-fp16 --precision fp16
   nuwa export runs/model/checkpoint bundles/sprites --overwrite
+  nuwa export runs/model/checkpoint bundles/sprites-bf16 --precision bf16 --tensorrt --plugins
+  nuwa export runs/model/checkpoint bundles/sprites-fp16 --precision fp16 --tensorrt tensorrt-rtx \\
+      --target sm_89
 
 Every graph is run on ONNX Runtime and compared with PyTorch; a bundle whose numbers disagree is not
 written.
@@ -31,11 +37,22 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
         choices=PRECISIONS,
         default="fp32",
         help="storage type of weights and caches (%(default)s); bf16 is for GPUs only, and leaves "
-        "the tokenizers fp16; int8 is for processors, and of the decoder's weights only",
+        "the tokenizers fp16; int8, for processors, and fp8, for TensorRT and else as bf16, are "
+        "of the decoder's weights only",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace OUT if it is a bundle already"
     )
+    parser.add_argument(
+        "--tensorrt",
+        nargs="?",
+        choices=RUNTIMES,
+        const=TENSORRT,
+        metavar="RUNTIME",
+        help=f"then build engines of it, with {' or '.join(RUNTIMES)} (%(const)s); more options "
+        "has `nuwa build-engines`",
+    )
+    engines_cli.add_options(parser.add_argument_group("with --tensorrt"))
     return run
 
 
@@ -46,8 +63,17 @@ def run(arguments: argparse.Namespace) -> int:
     errors = Console(stderr=True)
     if not arguments.checkpoint.is_dir():
         raise ValueError(f"{arguments.checkpoint} is not a checkpoint folder")
+    options = None
+    if arguments.tensorrt is not None:  # what cannot be built is told before anything is written
+        from .engines import check
+
+        check(options := engines_cli.options(arguments, arguments.tensorrt))
+    elif arguments.target or arguments.plugins is not None or arguments.slots != 1:
+        raise ValueError("--target, --slots and --plugins are of engines: give --tensorrt, too")
     manifest = _export(arguments, errors)
     report(manifest, arguments.out, Console())
+    if options is not None:
+        engines_cli.build(arguments.out, options)
     return 0
 
 

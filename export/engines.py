@@ -96,6 +96,15 @@ class EngineOptions:
             raise ValueError("--version-compatible is for TensorRT; leave it out with TensorRT-RTX")
 
 
+def check(options: EngineOptions) -> None:
+    """EngineError if engines cannot be built here for what is missing."""
+    trt = _module(options.runtime)
+    _plugin_abi(trt, options.plugins)
+    for target in options.targets or _own_gpu()[:1]:
+        if options.runtime == TENSORRT_RTX:
+            _capability(trt, target)
+
+
 def build_engines(
     bundle: Path, options: EngineOptions, progress: Progress | None = None
 ) -> tuple[Path, EngineRecord]:
@@ -107,10 +116,13 @@ def build_engines(
     manifest = _manifest(bundle)
     trt = _module(options.runtime)
     logger = _logger(trt)
-    plugin_abi = _load_plugins(trt, options.plugins) if options.plugins else None
-    targets = options.targets or (_own_target(),)
+    plugin_abi = _plugin_abi(trt, options.plugins)
+    targets, gpu = options.targets, ""
+    if not targets:
+        target, model = _own_gpu()
+        targets, gpu = (target,), model if options.runtime == TENSORRT else ""
     version = version_number(trt.__version__)
-    key = EngineKey(options.runtime, version, targets, plugin_abi, graphs_hash(manifest))
+    key = EngineKey(options.runtime, version, targets, plugin_abi, graphs_hash(manifest), gpu)
     folder = bundle / ENGINES / key.name
     folder.parent.mkdir(exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{key.name}.", dir=folder.parent))
@@ -194,6 +206,13 @@ def _build(
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.plugins is not None:
+        # Without it outputs are no inputs, and a call copies both caches whole. Open: a report
+        # (pytorch/TensorRT#4240) has it that TensorRT does not use aliased plugin I/O as such, and
+        # the header says that it may put copies around a plugin. The first thing to measure on a
+        # GPU: in `nsys profile` of a step, device-to-device copies of the size of a cache (two a
+        # layer would be 89 MB of `base` a sequence); and whether the addresses that `enqueue` gets
+        # for outputs 1 and 2 are those of inputs 3 and 4 (layout.h). If not, write caches with
+        # TensorScatter, or in an operator before the engine.
         config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     if options.targets:
         config.num_compute_capabilities = len(options.targets)
@@ -227,11 +246,22 @@ def _profiles(builder: Any, network: Any, ranges: list[dict[str, Range]]) -> Ite
 
 
 def _timing_cache(config: Any, path: Path | None) -> Any:
+    """The cache that a build uses and adds to; None without one.
+
+    TensorRT takes none of another GPU or another version of it; then what a file has is replaced.
+    """
     if path is None:
         return None
-    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
-    config.set_timing_cache(cache, False)
-    return cache
+    if path.exists():
+        kept = config.create_timing_cache(path.read_bytes())
+        if kept is not None and config.set_timing_cache(kept, False):
+            return kept
+        log.warning("TensorRT does not take the timing cache %s: it starts from an empty one", path)
+    cache = config.create_timing_cache(b"")
+    if config.set_timing_cache(cache, False):
+        return cache
+    log.warning("TensorRT takes no timing cache: %s is not written", path)
+    return None
 
 
 def _manifest(bundle: Path) -> Manifest:
@@ -264,6 +294,21 @@ def _logger(trt: Any) -> Any:
     return Logger()
 
 
+def _plugin_abi(trt: Any, plugins: Path | None) -> int | None:
+    """The version of the plugins that engines of this process have; None if they have none.
+
+    TensorRT's parser takes a plugin for a node that names its namespace wherever one is registered.
+    """
+    if plugins is not None:
+        return _load_plugins(trt, plugins)
+    if plugins_trt.registered(trt.get_plugin_registry()):
+        raise EngineError(
+            "plugins of 3DNA are registered in this process, and TensorRT would build them in; "
+            "build engines without plugins in a process of its own"
+        )
+    return None
+
+
 def _load_plugins(trt: Any, path: Path) -> int:
     """Registers the library's plugins; its ABI version."""
     import ctypes
@@ -284,8 +329,8 @@ def _capability(trt: Any, target: str) -> Any:
     return getattr(trt.ComputeCapability, name)
 
 
-def _own_target() -> str:
-    """The architecture of this machine's first GPU."""
+def _own_gpu() -> tuple[str, str]:
+    """(architecture, name) of this machine's first GPU."""
     import ctypes
 
     try:
@@ -295,9 +340,11 @@ def _own_target() -> str:
             "there is no GPU here to build for; name one with --target, such as sm_89"
         ) from None
     major, minor, device = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    name = ctypes.create_string_buffer(256)
     status = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0)
     for value, attribute in ((major, 75), (minor, 76)):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
         status = status or driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+    status = status or driver.cuDeviceGetName(name, len(name), device)
     if status:
         raise EngineError(f"the GPU cannot be asked what it is: CUDA error {status}")
-    return f"sm_{major.value}{minor.value}"
+    return f"sm_{major.value}{minor.value}", name.value.decode()

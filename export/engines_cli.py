@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nuwa.spec.engines import RUNTIMES, TENSORRT_RTX
+
+if TYPE_CHECKING:
+    from .engines import EngineOptions
 
 EPILOG = """\
 examples:
@@ -22,14 +26,26 @@ machine without one.
 
 def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
     """Build TensorRT engines of a bundle's graphs."""
-    from .engines import ROWS
-
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder made by `nuwa export`")
     parser.add_argument(
         "--runtime", choices=RUNTIMES, default=TENSORRT_RTX, help="which TensorRT (%(default)s)"
     )
+    add_options(parser)
+    parser.add_argument("--timing-cache", type=Path, metavar="FILE", help="read and written")
+    parser.add_argument(
+        "--version-compatible",
+        action="store_true",
+        help="engines that later versions of the same major TensorRT can run",
+    )
+    return run
+
+
+def add_options(parser: argparse._ActionsContainer) -> None:
+    """What `options` reads."""
+    from .engines import ROWS
+
     parser.add_argument(
         "--target",
         action="append",
@@ -57,31 +73,41 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
         help="run 3DNA as a plugin, from this library or the installed one (default: as standard "
         "operators)",
     )
-    parser.add_argument("--timing-cache", type=Path, metavar="FILE", help="read and written")
-    parser.add_argument(
-        "--version-compatible",
-        action="store_true",
-        help="engines that later versions of the same major TensorRT can run",
-    )
-    return run
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Builds with a progress bar on stderr; prints the folder and the files' sizes."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+def options(arguments: argparse.Namespace, runtime: str, **more: Any) -> EngineOptions:
+    """ValueError for what does not go together."""
+    from .engines import EngineOptions
 
-    from .engines import EngineOptions, build_engines
-
-    options = EngineOptions(
-        runtime=arguments.runtime,
+    return EngineOptions(
+        runtime=runtime,
         targets=tuple(dict.fromkeys(arguments.target)),
         slots=arguments.slots,
         rows=tuple(arguments.rows),
         plugins=_plugins(arguments.plugins),
+        **more,
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Builds with a progress bar on stderr; prints the folder and the files' sizes."""
+    asked = options(
+        arguments,
+        arguments.runtime,
         timing_cache=arguments.timing_cache,
         version_compatible=arguments.version_compatible,
     )
+    build(arguments.bundle, asked)
+    return 0
+
+
+def build(bundle: Path, asked: EngineOptions) -> None:
+    """Builds with a progress bar on stderr; prints the folder and the files' sizes."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from .engines import build_engines
+
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("reading the bundle", total=None)
@@ -89,11 +115,10 @@ def run(arguments: argparse.Namespace) -> int:
         def show(what: str, done: int, steps: int) -> None:
             bar.update(task, description=what, completed=done, total=steps)
 
-        folder, record = build_engines(arguments.bundle, options, show)
+        folder, record = build_engines(bundle, asked, show)
     for name in record.files:
         print(f"{(folder / name).stat().st_size / 1e6:9.2f} MB  {name}")
     print(folder)
-    return 0
 
 
 def _plugins(given: Path | None) -> Path | None:

@@ -54,7 +54,7 @@ from nuwa.training.vqgan import VQGAN, to_signed
 
 from . import operators
 from .fold import FoldedNUWA, fold
-from .quantize import quantize
+from .quantize import QUANTIZED
 from .translate import translations
 
 OPSET = 20
@@ -63,6 +63,7 @@ DTYPES = {  # of activations
     "fp32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
+    "fp8": torch.bfloat16,
     "int8": torch.float32,
 }
 _CACHE_LISTS = 4  # key and value caches, cross keys and values: DecoderStep's last inputs
@@ -154,13 +155,14 @@ def graphs(checkpoint: Checkpoint, precision: str) -> list[Graph]:
     """The graphs of a bundle, in graph_names' order. The checkpoint is left as it was.
 
     A ranker is fp32 in any bundle: it is small, and its scores are compared with each other. With
-    int8 so is everything but decoder_step's matrices. With bf16 the tokenizers are fp16, which is
-    finer: of bf16 there are no convolutions before opset 22.
+    int8 so is everything but decoder_step's matrices; with fp8 all but these is as with bf16. With
+    bf16 the tokenizers are fp16, which is finer: of bf16 there are no convolutions before opset 22.
     """
     dtype = DTYPES[precision]
-    pictures = torch.float16 if precision == "bf16" else dtype
+    pictures = torch.float16 if dtype == torch.bfloat16 else dtype
     folded = fold(checkpoint.nuwa).to(dtype)
-    stepped = quantize(fold(checkpoint.nuwa)) if precision == "int8" else folded
+    quantized = QUANTIZED.get(precision)
+    stepped = folded if quantized is None else quantized(fold(checkpoint.nuwa))
     found = [
         decoder_step(stepped, dtype),
         text_encoder(folded),

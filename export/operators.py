@@ -19,6 +19,8 @@ How the bodies are laid out, and why:
 - What is computed of a row's index stays on the device: ONNX Runtime's CUDA provider has no ArgMax
   of whole numbers, and a number of rows, which a shape gives, is on the host. One copy between the
   two a step would rule out CUDA graphs.
+- Gather of rows, not GatherND, which ONNX Runtime's CUDA provider before 1.31 prepares in memory of
+  the host that is gone when a recorded step is launched again (microsoft/onnxruntime#32120).
 - Sizes that are the same in every call of a file are constants of its bodies (`Sizes`): runtimes
   fold no arithmetic on the shape of a tensor with a dynamic axis.
 - Entries of masked neighbours are read as entry 0 and weighed with zero: what a cache holds must be
@@ -85,11 +87,12 @@ _WRITE = """
   place_T1 = Unsqueeze (place_T, to_column)
   target_i32_T2 = Concat <axis = 1> (slot_T1, place_T1)
   target_T2 = Cast <to = 7> (target_i32_T2)
-  kept_i32_2 = Concat <axis = 0> (writer_slot_1, spare_place_1)
-  kept_2 = Cast <to = 7> (kept_i32_2)
-  kept_12 = Unsqueeze (kept_2, to_row)
-  key_kept_1d = GatherND (key_cache, kept_12)
-  value_kept_1d = GatherND (value_cache, kept_12)
+  writer_first_1 = Mul (writer_slot_1, entries_i32)
+  kept_1 = Add (writer_first_1, spare_place_1)
+  key_entries = Reshape (key_cache, wide_shape)
+  value_entries = Reshape (value_cache, wide_shape)
+  key_kept_1d = Gather (key_entries, kept_1)
+  value_kept_1d = Gather (value_entries, kept_1)
   key_rows_d = Concat <axis = 0> (key_kept_1d, key_new)
   value_rows_d = Concat <axis = 0> (value_kept_1d, value_new)
   key_Td = Gather (key_rows_d, source_T)
@@ -116,6 +119,11 @@ _CONSTANTS = """
   heads_i32 = Cast <to = 6> (heads_0)
 """
 
+_WIDTH = """
+  width_1 = Mul (e_1, heads_1)
+  wide_shape = Concat <axis = 0> (rest_1, width_1)
+"""
+
 _HEAD_DIM_KNOWN = "e_1 = Constant <value_ints = [HEAD_DIM]> ()"
 _HEAD_DIM_READ = """
   d_1 = Shape <start = 1, end = 2> (query)
@@ -123,7 +131,7 @@ _HEAD_DIM_READ = """
 """
 _ENTRIES_KNOWN = "entries_i32 = Constant <value = int32[1] {ENTRIES}> ()"
 _ENTRIES_READ = """
-  entries_1 = Shape <start = 1, end = 2> (KEY)
+  entries_1 = Shape <start = 1, end = 2> (STORED)
   entries_i32 = Cast <to = 6> (entries_1)
 """
 
@@ -174,8 +182,6 @@ _ATTEND = """
   scale = Reciprocal (root)
   query_shape = Concat <axis = 0> (rest_1, heads_1, one_1, e_1)
   rows_shape = Concat <axis = 0> (rest_1, e_1)
-  d_out_1 = Mul (e_1, heads_1)
-  out_shape = Concat <axis = 0> (rest_1, d_out_1)
   query_f = Cast <to = 1> (query)
   query_Td = Mul (query_f, scale)
   query_TH1e = Reshape (query_Td, query_shape)
@@ -191,7 +197,7 @@ _ATTEND = """
   softmax_TH1n = Softmax <axis = -1> (scores_TH1n)
   weights_TH1n = Mul (softmax_TH1n, any_T111)
   mean_TH1e = MatMul (weights_TH1n, value_THne)
-  out_f = Reshape (mean_TH1e, out_shape)
+  out_f = Reshape (mean_TH1e, wide_shape)
   out = CastLike (out_f, query)
 """
 
@@ -216,23 +222,27 @@ def function(name: str, opset: int, sizes: Sizes = Sizes()) -> FunctionProto:  #
     """
     inputs = _INPUTS[name][:-1] if sizes.bias is False else _INPUTS[name]
     attributes = ", ".join(f'{key}: string = "{value}"' for key, value in PLUGIN_ATTRIBUTES.items())
-    write = _WRITE if name == CACHED else ""
     text = f"""<opset_import: ["" : {opset}], domain: "{DOMAIN}">
 {name} <heads, {attributes}> ({", ".join(inputs)}) => ({", ".join(_OUTPUTS[name])}) {{
-{write}{_attend(name, sizes)}
+{_body(name, sizes)}
 }}"""
     return onnx.parser.parse_function(text)
 
 
-def _attend(name: str, sizes: Sizes) -> str:
+def _body(name: str, sizes: Sizes) -> str:
     head_dim = _HEAD_DIM_READ if sizes.head_dim is None else _HEAD_DIM_KNOWN
     entries = _ENTRIES_READ if sizes.entries is None else _ENTRIES_KNOWN
     bias = {None: _BIAS_MAYBE, True: _BIAS_ALWAYS, False: _BIAS_NEVER}[sizes.bias]
-    body = "\n".join([_CONSTANTS, head_dim, entries, _INDEX, bias, _ATTEND])
-    key, value = ("key_cache_out", "value_cache_out") if name == CACHED else ("key", "value")
-    words = {"HEAD_DIM": sizes.head_dim, "ENTRIES": sizes.entries, "KEY": key, "VALUE": value}
+    write = _WRITE if name == CACHED else ""
+    body = "\n".join([_CONSTANTS, head_dim, _WIDTH, entries, write, _INDEX, bias, _ATTEND])
+    if name == CACHED:
+        stored, key, value = "key_cache", "key_cache_out", "value_cache_out"
+    else:
+        stored, key, value = "key", "key", "value"
+    words = {"HEAD_DIM": str(sizes.head_dim), "ENTRIES": str(sizes.entries)}
+    words |= {"STORED": stored, "KEY": key, "VALUE": value}
     for word, meaning in words.items():
-        body = body.replace(word, str(meaning))
+        body = body.replace(word, meaning)
     return body
 
 

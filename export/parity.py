@@ -44,10 +44,14 @@ LIMITS: dict[str, dict[str, float]] = {
 }
 # Of bf16 the weights alone are rounded here, see widen.py; they have 8 bits, where fp16 has 11.
 LIMITS["bf16"] = LIMITS["fp16"] | {"relative": 5e-2}
-# int8 is what the decoder's matrices are stored as; everything else of such a bundle is fp32.
-LIMITS["int8"] = LIMITS["fp32"]
-# quantized_error: from the same int8 in PyTorch, see verify.py.
-INT8_STEP = LIMITS["fp32"] | {"relative": 0.2, "quantized_error": 1e-4}
+# int8 and fp8 are what the decoder's matrices are stored as; all else of such bundles is fp32 or
+# bf16.
+LIMITS["int8"], LIMITS["fp8"] = LIMITS["fp32"], LIMITS["bf16"]
+# quantized_error: from the same bytes in PyTorch, see verify.py. An int8 has 8 bits, an fp8 has 4.
+QUANTIZED_STEP = {
+    "int8": LIMITS["fp32"] | {"relative": 0.2, "quantized_error": 1e-4},
+    "fp8": LIMITS["fp32"] | {"relative": 0.5, "quantized_error": 1e-4},
+}
 
 
 @dataclass
@@ -86,8 +90,8 @@ class Figures:
 
     def check(self, graph: str, precision: str) -> dict[str, Any]:
         """The figures as JSON-able data; ExportError if one is beyond its limit."""
-        int8 = precision == "int8" and graph == DECODER_STEP
-        limits = INT8_STEP if int8 else LIMITS[precision]
+        stepped = QUANTIZED_STEP if graph == DECODER_STEP else {}
+        limits = stepped.get(precision, LIMITS[precision])
         shares = {name: count / max(total, 1) for name, (count, total) in self.shares.items()}
         for name, value in (self.maxima | shares).items():
             limit = limits["relative"] if name.endswith("_relative") else limits.get(name)

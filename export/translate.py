@@ -18,7 +18,7 @@ from onnxscript import values
 
 from nuwa.training import nearby  # noqa: F401  defines torch.ops.nuwa
 
-from . import operators, quantize  # noqa: F401  defines torch.ops.nuwa.matmul_integer
+from . import operators, quantize  # noqa: F401  defines the operators of quantized layers
 
 _OPSET = values.Opset(operators.DOMAIN, operators.VERSION)
 _NODES = {name: values.Op(_OPSET, name, schema) for name, schema in operators.schemas().items()}
@@ -31,6 +31,7 @@ def translations() -> dict[Any, Callable]:
         torch.ops.nuwa.nearby_attention.default: _nearby_attention,
         torch.ops.nuwa.cached_nearby_attention.default: _cached_nearby_attention,
         torch.ops.nuwa.matmul_integer.default: _matmul_integer,
+        torch.ops.nuwa.dequantize.default: _dequantize,
         torch.ops.aten.scaled_dot_product_attention.default: _dense_attention,
         torch.ops.aten.sum.dim_IntList: _sum,
     }
@@ -60,6 +61,10 @@ def _cached_nearby_attention(
 
 def _matmul_integer(a, b):
     return op.MatMulInteger(a, b)
+
+
+def _dequantize(weight, scale):
+    return op.DequantizeLinear(weight, scale, axis=1)
 
 
 def _dense_attention(

@@ -63,7 +63,7 @@ from .cases import (
 from .draws import draw_errors
 from .fold import FoldedNUWA, fold
 from .parity import Figures
-from .quantize import quantize
+from .quantize import QUANTIZED
 from .widen import widen
 
 _SMALL_PICTURE = 128  # pixels; of larger ones, half as many are tried
@@ -98,11 +98,12 @@ def verify_graph(checkpoint: Checkpoint, path: Path, name: str, precision: str) 
     """Parity figures of the file `path` as the graph `name`; ExportError beyond a limit."""
     figures = Figures()
     with tempfile.TemporaryDirectory() as folder:
-        if precision == "bf16" and name in _BF16:
+        if precision in ("bf16", "fp8") and name in _BF16:
             widen(path, path := Path(folder) / path.name)
         _VERIFIERS[name](checkpoint, OnnxGraph(path), figures)
-        if name == DECODER_STEP and precision == "int8":
-            _quantized_step(checkpoint, OnnxGraph(path), figures)
+        if name == DECODER_STEP and precision in QUANTIZED:
+            stepped = QUANTIZED[precision](fold(checkpoint.nuwa)).float()
+            _quantized_step(Reference(checkpoint, stepped), OnnxGraph(path), figures)
     return figures.check(name, precision)
 
 
@@ -149,15 +150,14 @@ def _decoder_step(checkpoint: Checkpoint, graph: OnnxGraph, figures: Figures) ->
         _compare_step(given, graph.run(given | _copies(given)), wanted, figures)
 
 
-def _quantized_step(checkpoint: Checkpoint, graph: OnnxGraph, figures: Figures) -> None:
+def _quantized_step(reference: Reference, graph: OnnxGraph, figures: Figures) -> None:
     """int8 against the same int8 in PyTorch: alike but where a rounding falls the other way.
 
     That moves a row's logits by up to some hundredths, but few rows have one: so of each row the
-    logit that is most off counts, and of all rows the median.
+    logit that is most off counts, and of all rows the median. fp8 has the same weights in both.
     """
-    reference = Reference(checkpoint, quantize(fold(checkpoint.nuwa)))
     errors = []
-    for feeds in random_steps(checkpoint.config):
+    for feeds in random_steps(reference.config):
         given = graph.stored(feeds)
         wanted_TK = reference.step(given)["logits"]
         error_TK = np.abs(graph.run(given | _copies(given))["logits"] - wanted_TK)
@@ -375,6 +375,7 @@ class Reference:
     """
 
     def __init__(self, checkpoint: Checkpoint, stepped: FoldedNUWA | None = None) -> None:
+        self.config = checkpoint.config
         self.layers = checkpoint.config.decoder.layers
         self._step = DecoderStep(checkpoint.nuwa if stepped is None else cast(NUWA, stepped))
         self._conditions = TextConditions(checkpoint.nuwa)

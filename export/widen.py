@@ -1,7 +1,7 @@
 """A graph of bfloat16 as one of fp32, for runtimes on processors, which have no arithmetic in it.
 
 Every number keeps its value, so that the graph's structure and its rounded weights can be checked
-anywhere; what rounding between its operators does can be seen on a GPU only.
+anywhere; what rounding between its operators does can be seen on a GPU only. Weights of fp8 stay.
 """
 
 from __future__ import annotations

@@ -30,14 +30,14 @@ def register(registry: Any, plugins: Path) -> list[str]:
     Once a process: what is known already stays, as TensorRT would refuse it a second time.
     """
     wanted = {"NearbyAttention", "CachedNearbyAttention"}
-
-    def known() -> set[str]:
-        creators = registry.all_creators
-        return {each.name for each in creators if each.plugin_namespace == "nuwa"}
-
-    if not known() >= wanted:
+    if not registered(registry) >= wanted:
         registry.load_library(str(plugins))
-    return sorted(wanted - known())
+    return sorted(wanted - registered(registry))
+
+
+def registered(registry: Any) -> set[str]:
+    """The names of the plugins of 3DNA that a TensorRT registry has."""
+    return {each.name for each in registry.all_creators if each.plugin_namespace == "nuwa"}
 
 
 def _found(name: str, what: str = "", variable: str = "") -> Path:

@@ -47,7 +47,9 @@ constexpr const char* kProvider = "CUDAExecutionProvider";
 void check(cudaError_t error) {
   if (error == cudaSuccess) return;
   cudaGetLastError();
-  throw std::runtime_error(cudaGetErrorString(error));
+  // As ONNX Runtime's own kernels say it: by that backends know errors that a GPU does not survive.
+  throw std::runtime_error(std::string("CUDA error ") + cudaGetErrorName(error) + ":" +
+                           cudaGetErrorString(error));
 }
 cudaStream_t stream_of(Ort::KernelContext& context) {
   return static_cast<cudaStream_t>(context.GetGPUComputeStream());

@@ -54,7 +54,8 @@ def graphs_hash(manifest: Manifest) -> str:
 class EngineKey:
     """What engines are for. runtime: one of RUNTIMES; version: its own, "11.4.0.106"; targets: the
     GPUs' architectures, "sm_90"; plugin_abi: of the plugin library, None for engines of standard
-    operators alone; graphs: graphs_hash of their bundle.
+    operators alone; graphs: graphs_hash of their bundle; gpu: the model of GPU that TensorRT chose
+    kernels for, "NVIDIA H200", "" for engines of TensorRT-RTX, which are for all of their targets.
     """
 
     runtime: str
@@ -62,13 +63,16 @@ class EngineKey:
     targets: tuple[str, ...]
     plugin_abi: int | None
     graphs: str
+    gpu: str = ""
 
     @property
     def name(self) -> str:
         """Of their folder."""
         operators = "functions" if self.plugin_abi is None else f"plugin{self.plugin_abi}"
-        parts = (self.runtime, self.version, "+".join(self.targets), operators, self.graphs[:12])
-        return "-".join(parts)
+        targets = "+".join(self.targets)
+        if self.gpu:
+            targets += "-" + "_".join(re.findall("[a-z0-9]+", self.gpu.lower()))
+        return "-".join((self.runtime, self.version, targets, operators, self.graphs[:12]))
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,8 @@ def misfit(record: EngineRecord, wanted: EngineKey, slots: int) -> str:
             return f"built with {key.runtime} {key.version}, and this is {wanted.version}"
     if not set(wanted.targets) <= set(key.targets):
         return f"for {', '.join(key.targets)}, and this GPU is {', '.join(wanted.targets)}"
+    if key.gpu != wanted.gpu:
+        return f"for {key.gpu or 'no known GPU'}, and this is {wanted.gpu}"
     if key.plugin_abi not in (None, wanted.plugin_abi):
         have = "there is none" if wanted.plugin_abi is None else f"this is {wanted.plugin_abi}"
         return f"for version {key.plugin_abi} of the plugin library, and {have}"
@@ -145,7 +151,7 @@ def find_engines(bundle: Path, wanted: EngineKey, slots: int) -> tuple[Path, Eng
             fitting.append((path.parent, record))
     if fitting:
         return max(fitting, key=lambda each: each[1].key.plugin_abi is not None)
-    target = ", ".join(wanted.targets)
+    target = wanted.gpu or ", ".join(wanted.targets)
     there = "; ".join(reasons) if reasons else "there are none at all"
     raise BundleError(
         f"{bundle} has no engines for {wanted.runtime} {wanted.version} on {target} with {slots} "

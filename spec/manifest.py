@@ -21,8 +21,9 @@ from .tasks import Task
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 TEXT_TOKENIZER = "tokenizer.json"
-# The storage type of weights and caches; of int8 only the matrices of decoder_step are.
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+# The storage type of weights and caches; of int8 and fp8 only the matrices of decoder_step are, and
+# all else is fp32 or bf16.
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8")
 
 DECODER_STEP = "decoder_step"
 TEXT_ENCODER = "text_encoder"

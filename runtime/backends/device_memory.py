@@ -54,7 +54,7 @@ class Recording(Protocol):
 
 class DeviceMemory(Protocol):
     """kind and index: of the device, as ONNX Runtime calls them; stream: a cudaStream_t, or 0;
-    target: the architecture, "sm_90".
+    target: the architecture, "sm_90"; model: what its maker calls it, "NVIDIA H200".
 
     For one thread, but for `check` and `enter`. What it allocated it gives back when nobody has it
     any more.
@@ -66,6 +66,9 @@ class DeviceMemory(Protocol):
 
     @property
     def target(self) -> str: ...
+
+    @property
+    def model(self) -> str: ...
 
     def allocate(self, size: int) -> int:
         """The address of `size` bytes; MemoryError if there are no more."""
@@ -110,7 +113,7 @@ class DeviceMemory(Protocol):
 class HostMemory:
     """DeviceMemory of numpy arrays, where everything is done at once."""
 
-    kind, index, stream, target = "cpu", 0, 0, "cpu"
+    kind, index, stream, target, model = "cpu", 0, 0, "cpu", "a processor"
 
     def __init__(self) -> None:
         self._arrays: dict[int, npt.NDArray] = {}
@@ -328,6 +331,11 @@ class CudaMemory:
             )
         )
         return f"sm_{major}{minor}"
+
+    @cached_property
+    def model(self) -> str:
+        (properties,) = self._call("cudaGetDeviceProperties", self.index)
+        return properties.name.decode()
 
     def _call(self, name: str, *arguments: Any) -> tuple:
         """What a function of CUDA returns besides its status."""

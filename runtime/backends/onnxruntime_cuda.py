@@ -16,7 +16,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,18 @@ _HEAD_DIMS, _MOST_NEIGHBOURS = (32, 64, 128), 8192  # of the kernels
 _STORAGE = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}  # numpy has no bf16
 _BF16 = 16  # onnx.TensorProto.BFLOAT16, which bindings take in place of numpy's types
 _CUDA = "CUDAExecutionProvider"
-# How ONNX Runtime tells of a call of CUDA that failed (its cuda_call.cc).
-_LOST = re.compile(rf"\bCUDA failure (?:{'|'.join(map(str, STICKY.values()))}):")
+# How ONNX Runtime tells of a call of CUDA that failed: its cuda_call.cc by number, its kernels by
+# name; ours do as these.
+_LOST = re.compile(
+    rf"\bCUDA (?:failure (?:{'|'.join(map(str, STICKY.values()))})|error (?:{'|'.join(STICKY)})):"
+)
+# Before, a recorded step is launched with what is no longer there: GatherND (in bundles of before
+# November 2026) and CudaAsyncBuffer (Concat of unequal sizes in the function bodies, ScatterND)
+# are recorded with copies from memory of the host that is freed once they are
+# (microsoft/onnxruntime#32120, #32121). The libraries of the wheels say who has the corrections:
+# onnxruntime-gpu 1.29.0 neither, 1.30.0 the second, 1.31.1 both (from which 1.31.0 differs, by the
+# release notes, in builds with OpenVINO only).
+_RECORDING_SINCE = (1, 31)
 
 
 class OnnxRuntimeCuda:
@@ -123,7 +133,7 @@ class OnnxRuntimeCuda:
         self._tokenizer = self._session(IMAGE_TOKENIZER)
         self._detokenizer = self._session(IMAGE_DETOKENIZER)
         kept = self._keep_rows(kernels, rows, memory)
-        recording = recording and isinstance(kept, DeviceRows) and not logits
+        recording = recording and isinstance(kept, DeviceRows) and not logits and _can_record()
         self._decoder, recording = self._open_decoder(kept, recording)
         self._conditions = self._zeros(self._condition_names, (condition_slots, entries, width))
         self._caches = self._zeros(
@@ -132,6 +142,8 @@ class OnnxRuntimeCuda:
         self._codebook_size = config.image.codebook_size
         self._call_inputs = step_call_inputs(config)
         self._columns = CrossColumns(config)
+        # Entered around what a step launches: benchmarks time it on the GPU.
+        self.launching: Callable[[], AbstractContextManager[None]] = nullcontext
         self.logits: Float | None = None
         self._keep_logits = logits
         kept_there: dict[str, _Place] = {
@@ -176,12 +188,13 @@ class OnnxRuntimeCuda:
             assert self._step is not None
             count = sum(part.count * len(part.stream.lanes) for part in parts)
             tensors = self._rows.begin(parts, self._step.rows(count))
-            self._rows.gather()
             if self._keep_logits:
                 self.logits = np.empty((count, self._codebook_size), np.float32)
-            with self._device_checked():
-                self._step.run(tensors, self.logits)
-            self._rows.commit()
+            with self.launching():
+                self._rows.gather()
+                with self._device_checked():
+                    self._step.run(tensors, self.logits)
+                self._rows.commit()
             return self._rows.finish()
         batch = assemble(parts, self._rows.held, self._codebook_size, self._columns)
         with self._device_checked():
@@ -347,6 +360,20 @@ def _binding(session: ort.InferenceSession, kept: Mapping[str, _Place]) -> Any:
         if "_cache_" in name:
             binding.bind_output(f"{name}_out", *place)
     return binding
+
+
+def _can_record() -> bool:
+    """Whether this ONNX Runtime's CUDA graphs can be trusted; if not, why in the log."""
+    version = tuple(int(part) for part in ort.__version__.split(".")[:2])
+    if version < _RECORDING_SINCE:
+        least = ".".join(map(str, _RECORDING_SINCE))
+        log.warning(
+            "steps are not recorded, which makes them slower: CUDA graphs of ONNX Runtime %s read "
+            "freed memory; install %s or later",
+            ort.__version__,
+            least,
+        )
+    return version >= _RECORDING_SINCE
 
 
 def _operators(config: ModelConfig, device_id: int) -> Path | None:

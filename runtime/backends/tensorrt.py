@@ -15,6 +15,7 @@ import importlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -51,7 +52,8 @@ from .tensorrt_graph import Context, Graph
 
 log = logging.getLogger("nuwa.runtime")
 
-_STORAGE = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}  # numpy has no bf16
+# Of caches. numpy has no bf16, which they are with fp8, too.
+_STORAGE = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16, "fp8": np.uint16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +154,8 @@ class TensorRt:
             **{f"{name}_out": tensor for name, tensor in written.items()},
             **self._conditions,
         }
+        # Entered around what a step launches: benchmarks time it on the GPU.
+        self.launching: Callable[[], AbstractContextManager[None]] = nullcontext
         self._recording = recording
         self._recorded: dict[tuple, _Recorded | None] = {}  # the one used last at the end
         self._recorded_for = -1  # generation of the rows
@@ -186,16 +190,17 @@ class TensorRt:
         if self._recorded_for != self._rows.generation:
             self._forget()
         call = (rows, tensors["cross_neighbours"].shape[1], tensors["ranks"].shape[0])
-        if not self._recording:
-            self._run(tensors, self._decoder.context(profile))
-        elif call not in self._recorded:
-            self._recorded[call] = self._run_and_record(tensors, profile)
-        else:
-            recorded = self._recorded[call] = self._recorded.pop(call)
-            if recorded is not None:
-                recorded.recording.launch()
-            else:
+        with self.launching():
+            if not self._recording:
                 self._run(tensors, self._decoder.context(profile))
+            elif call not in self._recorded:
+                self._recorded[call] = self._run_and_record(tensors, profile)
+            else:
+                recorded = self._recorded[call] = self._recorded.pop(call)
+                if recorded is not None:
+                    recorded.recording.launch()
+                else:
+                    self._run(tensors, self._decoder.context(profile))
         finite = self._rows.finish()
         if self._keep_logits:
             self.logits = np.empty((count, self._codebook_size), np.float32)
@@ -302,6 +307,7 @@ class TensorRt:
             (self._memory.target,),
             abi,
             graphs_hash(self.bundle.manifest),
+            self._memory.model if self.name == TENSORRT else "",
         )
         folder, record = find_engines(self.bundle.path, wanted, slots)
         if record.key.plugin_abi is not None:

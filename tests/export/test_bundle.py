@@ -260,16 +260,20 @@ def test_external_weights_belong_to_the_bundle(tiny_checkpoint, tiny_bundle, tmp
         open_bundle(out)
 
 
-def test_a_bundle_of_bf16_has_fp16_tokenizers_and_needs_a_gpu(tiny_checkpoint, tmp_path):
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_bundle_of_bf16_has_fp16_tokenizers_and_needs_a_gpu(tiny_checkpoint, tmp_path, precision):
+    """With fp8, the matrices of decoder_step are that."""
     out = tmp_path / "bundle"
-    manifest = export_bundle(tiny_checkpoint, out, precision="bf16")
+    manifest = export_bundle(tiny_checkpoint, out, precision=precision)
     kinds = {}
     for name in manifest.graphs:
         weights = onnx.load(out / graph_file(name)).graph.initializer
         kinds[name] = {w.data_type for w in weights if np.prod(w.dims) > 1000}
     types = onnx.TensorProto
-    assert kinds[DECODER_STEP] == kinds[TEXT_ENCODER] == {types.BFLOAT16}
+    assert kinds[TEXT_ENCODER] == {types.BFLOAT16}
+    eighths = {types.FLOAT8E4M3FN} if precision == "fp8" else set()
+    assert kinds[DECODER_STEP] == {types.BFLOAT16} | eighths
     assert kinds[IMAGE_DETOKENIZER] == {types.FLOAT16} < kinds[IMAGE_TOKENIZER]
     for backend in ("auto", "native-cpu", "onnxruntime-cpu"):
-        with pytest.raises(UnavailableError, match="of fp32, fp16 and int8, .* is of bf16"):
+        with pytest.raises(UnavailableError, match=f"of fp32, fp16 and int8, .* is of {precision}"):
             load_engine(out, backend=backend)

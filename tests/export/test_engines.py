@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("tensorrt_rtx")
 
+from nuwa.export import engines as building  # noqa: E402
 from nuwa.export.bundle import export_bundle  # noqa: E402
 from nuwa.export.engines import EngineError, EngineOptions, build_engines, size_ranges  # noqa: E402
 from nuwa.export.engines_cli import command as build_command  # noqa: E402
@@ -73,7 +74,7 @@ def test_every_graph_gets_an_engine_that_is_found_again(bundle, manifest, built)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp8"])
 def test_half_precision_and_as_many_codes_as_base_has_build_without_a_warning(
     tmp_path, caplog, precision
 ):
@@ -190,6 +191,42 @@ def test_a_tensorrt_that_is_not_there_is_named(bundle, monkeypatch):
 def test_options_that_make_no_sense_are_refused(options, says):
     with pytest.raises(ValueError, match=says):
         EngineOptions(**options)
+
+
+class TimingCaches:
+    """What TensorRT does with timing caches: it takes those that were made on this GPU."""
+
+    def __init__(self, takes: tuple[bytes, ...]) -> None:
+        self.takes, self.used = takes, None
+
+    def create_timing_cache(self, data: bytes) -> bytes | None:
+        return None if data == b"garbage" else data
+
+    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        if cache in self.takes:
+            self.used = cache
+        return cache in self.takes
+
+
+@pytest.mark.parametrize(
+    ("kept", "takes", "used", "says"),
+    [
+        (None, (b"",), b"", ""),
+        (b"mine", (b"", b"mine"), b"mine", ""),
+        (b"another GPU's", (b"",), b"", "does not take .*timings: it starts from an empty one"),
+        (b"garbage", (b"",), b"", "starts from an empty one"),
+        (b"mine", (), None, "starts from an empty one|is not written"),
+    ],
+)
+def test_a_timing_cache_of_another_gpu_is_not_used(tmp_path, caplog, kept, takes, used, says):
+    path = tmp_path / "timings"
+    if kept is not None:
+        path.write_bytes(kept)
+    config = TimingCaches(takes)
+    assert building._timing_cache(config, path) == config.used == used
+    assert bool(caplog.messages) == bool(says)
+    assert all(re.search(says, message) for message in caplog.messages)
 
 
 def test_profiles_are_for_what_the_runtime_asks(manifest):

@@ -270,6 +270,14 @@ def test_nothing_on_the_device_waits_for_a_number_of_rows() -> None:
         assert (name == operators.CACHED) == bool(hosts)
 
 
+@pytest.mark.parametrize("sizes", [operators.Sizes(), operators.Sizes(4, 11, bias=True)])
+def test_nothing_is_gathered_by_tuples(sizes) -> None:
+    """ONNX Runtime's CUDA provider before 1.31 cannot record a GatherND."""
+    for name in (operators.CACHED, operators.NEARBY):
+        kinds = {node.op_type for node in operators.function(name, 20, sizes).node}
+        assert "Gather" in kinds and "GatherND" not in kinds
+
+
 def test_whole_numbers_are_not_compared_by_argmax() -> None:
     """ONNX Runtime's CUDA provider has none for them."""
     kinds = {}

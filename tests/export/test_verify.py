@@ -134,35 +134,44 @@ def test_changed_operator_is_refused(tamper, function, old, new):
         tamper(DECODER_STEP, edit_function(function, old, new))
 
 
-@pytest.fixture(scope="module")
-def int8_step(checkpoint, tmp_path_factory):
-    """decoder_step of the checkpoint in int8."""
-    path = tmp_path_factory.mktemp("int8") / graph_file(DECODER_STEP)
-    (step, *_) = graphs.graphs(checkpoint, "int8")
+@pytest.fixture(scope="module", params=["int8", "fp8"])
+def quantized_step(checkpoint, tmp_path_factory, request):
+    """(decoder_step of the checkpoint in a precision, the precision)."""
+    path = tmp_path_factory.mktemp(request.param) / graph_file(DECODER_STEP)
+    (step, *_) = graphs.graphs(checkpoint, request.param)
     graphs.write_graph(step, path)
-    return path
+    return path, request.param
 
 
-def test_int8_is_near_and_is_the_same_in_pytorch(checkpoint, int8_step):
-    figures = verify_graph(checkpoint, int8_step, DECODER_STEP, "int8")
-    assert figures["quantized_error"] < 1e-5 < figures["logits_relative"] < 0.2
-    with pytest.raises(ExportError, match="logits_relative .* for fp32"):
-        verify_graph(checkpoint, int8_step, DECODER_STEP, "fp32")
+def test_quantized_is_near_and_is_the_same_in_pytorch(checkpoint, quantized_step):
+    path, precision = quantized_step
+    figures = verify_graph(checkpoint, path, DECODER_STEP, precision)
+    most = {"int8": 0.2, "fp8": 0.5}[precision]
+    assert figures["quantized_error"] < 1e-5 < figures["logits_relative"] < most
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    bytes_ = {"int8": onnx.TensorProto.INT8, "fp8": onnx.TensorProto.FLOAT8E4M3FN}[precision]
+    stored = [weight for weight in model.graph.initializer if weight.data_type == bytes_]
+    assert len(stored) == 6 * checkpoint.config.decoder.layers + 1
+    if precision == "int8":
+        with pytest.raises(ExportError, match="logits_relative .* for fp32"):
+            verify_graph(checkpoint, path, DECODER_STEP, "fp32")
 
 
 @pytest.mark.parametrize("words", ["head scale", "blocks.0 ff_out scale"])
-def test_int8_with_one_wrong_scale_is_refused(checkpoint, int8_step, tmp_path, words):
-    """A change that is lost in what int8 costs anyway, but not beside int8 in PyTorch."""
-    model = onnx.load(int8_step)
+def test_one_wrong_scale_is_refused(checkpoint, quantized_step, tmp_path, words):
+    """A change that is lost in what the bytes cost anyway, but not beside them in PyTorch."""
+    step, precision = quantized_step
+    model = onnx.load(step)
     for weight in model.graph.initializer:
         if all(word in weight.name for word in words.split()):
             scales = numpy_helper.to_array(weight).copy()
-            scales[-1] *= np.float32(1.05)
+            scales[-1] = (scales[-1].astype(np.float32) * 1.05).astype(scales.dtype)
             weight.CopyFrom(numpy_helper.from_array(scales, weight.name))
-    path = tmp_path / int8_step.name
+    path = tmp_path / step.name
     onnx.save(model, path)
     with pytest.raises(ExportError, match="quantized_error"):
-        verify_graph(checkpoint, path, DECODER_STEP, "int8")
+        verify_graph(checkpoint, path, DECODER_STEP, precision)
 
 
 def test_columns_taken_for_others_are_refused(tamper):

@@ -139,6 +139,8 @@ const char* harness_identity(IPluginV3* plugin) {
 }
 
 int harness_outputs(IPluginV3* plugin) { return build(plugin)->getNbOutputs(); }
+int harness_format_limit(IPluginV3* plugin) { return build(plugin)->getFormatCombinationLimit(); }
+const char* harness_metadata(IPluginV3* plugin) { return build(plugin)->getMetadataString(); }
 int harness_aliased(IPluginV3* plugin, int output) { return build(plugin)->getAliasedInput(output); }
 
 int harness_tactics(IPluginV3* plugin, int* tactics) {
@@ -204,6 +206,18 @@ int harness_configure(IPluginV3* plugin, int inputs, const int* types, const int
   std::vector<DynamicPluginTensorDesc> in(inputs), out(outputs);
   for (int i = 0; i < inputs; ++i) in[i].desc = tensors[i];
   return build(plugin)->configurePlugin(in.data(), inputs, out.data(), outputs);
+}
+
+// As TensorRT asks after it has configured a plugin.
+std::int64_t harness_workspace(IPluginV3* plugin, int inputs, const int* types, const int* ranks,
+                               const std::int64_t* sizes, int outputs) {
+  const auto tensors = descriptions(inputs, types, ranks, sizes);
+  std::vector<DynamicPluginTensorDesc> in(inputs), out(outputs);
+  for (int i = 0; i < inputs; ++i) {
+    in[i].desc = tensors[i];
+    in[i].min = in[i].opt = in[i].max = tensors[i].dims;
+  }
+  return build(plugin)->getWorkspaceSize(in.data(), inputs, out.data(), outputs);
 }
 
 int harness_shape_change(IPluginV3* plugin, int inputs, const int* types, const int* ranks,

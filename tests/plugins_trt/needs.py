@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import re
 import shutil
 from typing import NoReturn
@@ -38,6 +39,25 @@ def tools(*names: str) -> None:
     missing = [name for name in names if shutil.which(name) is None]
     if missing:
         lacking(f"no {' and no '.join(missing)}, so no CUDA libraries")
+
+
+def no_engines(runtime: str) -> str:
+    """Why a runtime can have no engines for this machine's GPU; "" if it can.
+
+    Imports it: two TensorRTs do not go into one process.
+    """
+    from nuwa.export import engines
+    from nuwa.spec.engines import MODULES, TENSORRT_RTX
+
+    if importlib.util.find_spec(MODULES[runtime]) is None:
+        return f"{runtime} is not installed"
+    if runtime == TENSORRT_RTX:  # which leaves some GPUs out, the others being TensorRT's own
+        target, _ = engines._own_gpu()
+        try:
+            engines._capability(engines._module(runtime), target)
+        except engines.EngineError as error:
+            return str(error)
+    return ""
 
 
 @functools.cache

@@ -160,8 +160,9 @@ class Harness:
         self.c = ctypes.CDLL(str(built_harness()))
         for function in ("open", "create", "round_trip", "clone", "attach"):
             getattr(self.c, f"harness_{function}").restype = c_void_p
-        for function in ("log", "name", "identity", "output_shapes"):
+        for function in ("log", "name", "identity", "output_shapes", "metadata"):
             getattr(self.c, f"harness_{function}").restype = c_char_p
+        self.c.harness_workspace.restype = c_int64
         count = c_int()
         first = self.c.harness_open(str(library).encode(), byref(count))
         assert first, self.log()
@@ -189,6 +190,9 @@ class Harness:
 
     def configure(self, plugin: c_void_p, name: str, given: Tensors) -> int:
         return self.c.harness_configure(plugin, *given.arguments, self.outputs(name))
+
+    def workspace(self, plugin: c_void_p, name: str, given: Tensors) -> int:
+        return self.c.harness_workspace(plugin, *given.arguments, self.outputs(name))
 
     def shape_change(self, plugin: c_void_p, name: str, given: Tensors) -> int:
         return self.c.harness_shape_change(plugin, *given.arguments, self.outputs(name))

@@ -35,3 +35,15 @@ def test_headers_that_are_missing_are_an_error_too(monkeypatch):
     monkeypatch.setattr(needs, "required", True)
     with pytest.raises(RuntimeError, match="no TensorRT headers: set TENSORRT_ROOT"):
         plugin_harness.headers()
+
+
+def test_engines_that_no_gpu_of_this_kind_can_have_are_no_failure(monkeypatch):
+    pytest.importorskip("tensorrt_rtx")
+    from nuwa.export import engines
+
+    monkeypatch.setattr(engines, "_own_gpu", lambda: ("sm_90", "NVIDIA H200"))
+    assert "TensorRT-RTX does not build for sm_90" in needs.no_engines("tensorrt-rtx")
+    monkeypatch.setattr(engines, "_own_gpu", lambda: ("sm_89", "NVIDIA L4"))
+    assert needs.no_engines("tensorrt-rtx") == ""
+    monkeypatch.setattr(needs.importlib.util, "find_spec", lambda name: None)
+    assert needs.no_engines("tensorrt") == "tensorrt is not installed"

@@ -211,6 +211,18 @@ def test_sizes_that_do_not_fit_are_named(harness, name, plugin, changed, says):
     assert harness.shape_change(plugin, name, given) == -1
 
 
+def test_what_else_a_build_asks_for(harness, name, plugin):
+    """No memory of its own, whatever the sizes; no metadata; as many formats as it takes."""
+    harness.log()
+    for rows in (1, 300):
+        given = tensors(name, rows=rows)
+        assert harness.configure(plugin, name, given) == 0
+        assert harness.workspace(plugin, name, given) == 0
+    assert harness.c.harness_format_limit(plugin) >= len(STORED)
+    assert harness.c.harness_metadata(plugin) in (None, b"")
+    assert harness.log() == ""
+
+
 def test_a_wrong_number_of_tensors_is_named(harness, name, plugin):
     harness.log()
     given = tensors(name)

@@ -27,6 +27,7 @@ from nuwa.runtime.backends.device_memory import ALIGNMENT, HostMemory
 from nuwa.spec.engines import (
     ENGINES,
     RECORD,
+    TENSORRT,
     EngineKey,
     EngineRecord,
     engine_file,
@@ -80,7 +81,9 @@ def plugin_library() -> Path:
 def with_engines(bundle: Path, runtime: str, *, slots: int, plugin_abi: int | None = None) -> Path:
     """Puts engines of a FakeTensorRt into a bundle; their folder."""
     manifest = Manifest.from_json((bundle / MANIFEST).read_text())
-    key = EngineKey(runtime, FakeTensorRt.__version__, ("cpu",), plugin_abi, graphs_hash(manifest))
+    gpu = HostMemory.model if runtime == TENSORRT else ""
+    hashes = graphs_hash(manifest)
+    key = EngineKey(runtime, FakeTensorRt.__version__, ("cpu",), plugin_abi, hashes, gpu)
     folder = bundle / ENGINES / key.name
     folder.mkdir(parents=True, exist_ok=True)
     files = {}

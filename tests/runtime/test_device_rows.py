@@ -370,6 +370,7 @@ class Cuda:
             values |= {"cudaStreamEndCapture": "graph", "cudaGraphInstantiate": "made"}
             values |= {"cudaStreamIsCapturing": self.capturing}
             values |= {"cudaThreadExchangeStreamCaptureMode": 0}
+            values |= {"cudaGetDeviceProperties": types.SimpleNamespace(name=b"NVIDIA H200")}
             values |= (
                 {"cudaDeviceGetAttribute": {75: 9, 76: 0}.get(arguments[0])} if arguments else {}
             )
@@ -483,7 +484,7 @@ def test_what_a_memory_had_is_given_back_when_nobody_has_it(cuda):
 def test_work_is_recorded_and_launched_in_its_stream(cuda):
     fake = cuda(Cuda())
     memory = CudaMemory()
-    assert memory.target == "sm_90"
+    assert (memory.target, memory.model) == ("sm_90", "NVIDIA H200")
     memory.wait()
     fake.calls.clear()
     recorded = memory.record(lambda: memory.copy(1, 2, 3))
@@ -572,6 +573,7 @@ def test_cuda_python_takes_such_arguments():
         ("cudaGraphLaunch", runtime.cudaGraphExec_t(), 77),
         ("cudaGraphExecDestroy", runtime.cudaGraphExec_t()),
         ("cudaDeviceGetAttribute", major, 0),
+        ("cudaGetDeviceProperties", 0),
     ]
     for name, *arguments in calls:
         status, *_ = getattr(runtime, name)(*arguments)

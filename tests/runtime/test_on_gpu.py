@@ -44,7 +44,7 @@ def engines(request, tiny_bundle, tmp_path_factory):
     )
     assert isinstance(made._rows, DeviceRows), "were they built, and is cuda-python installed?"
     assert made._decoder.get_providers()[0] == "CUDAExecutionProvider"
-    assert made._step.recording, "is all of the graph on the GPU?"
+    assert made._step.recording, "is all of the graph on the GPU, and ONNX Runtime 1.31 or later?"
     cpu = load_engine(folder, slots=2, backend="onnxruntime-cpu")
     return Engine(bundle, made, slots=2), cpu
 

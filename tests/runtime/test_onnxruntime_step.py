@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from nuwa.runtime.backends import onnxruntime_step
+from nuwa.runtime.backends import onnxruntime_cuda, onnxruntime_step
 from nuwa.runtime.backends.device_memory import HostMemory
 from nuwa.runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda
 from nuwa.runtime.bundle import open_bundle
 from nuwa.runtime.core import GenerationRequest
 from nuwa.runtime.engine import Engine, cache_slots, condition_slots
+from nuwa.runtime.errors import DeviceLostError
 from nuwa.spec.sampling import Sampling
 from nuwa.spec.tasks import Task
 
@@ -90,6 +92,23 @@ def test_every_size_is_recorded_once(bundle):
     assert (tokens(unrecorded.engine) == first).all() and {*unrecorded.session.graphs} == {-1}
 
 
+@pytest.mark.parametrize("recording", [True, False])
+def test_what_a_step_launches_can_be_timed(bundle, recording):
+    engine, backend, session = made(bundle, recording=recording)
+    inside, outside = [], []
+
+    @contextlib.contextmanager
+    def around():
+        before = len(session.graphs)
+        yield
+        inside.append(len(session.graphs) - before)
+        outside.append(before)
+
+    backend.launching = around
+    tokens(engine)
+    assert {*inside} == {1} and outside == list(range(len(session.graphs)))
+
+
 def test_only_so_many_sizes_are_recorded(bundle, monkeypatch):
     monkeypatch.setattr(onnxruntime_step, "MOST_RECORDINGS", 2)
     engine, _, session = made(bundle)
@@ -144,3 +163,42 @@ def test_a_graph_of_which_some_is_for_the_cpu_is_not_recorded(bundle, monkeypatc
     assert "steps are not recorded: not all nodes" in caplog.text
     tokens(engine)
     assert {*session.graphs} == {-1}
+
+
+@pytest.mark.parametrize(
+    "version", ["1.22.1", "1.30.2", "1.31.0", "1.31.1", "1.32.0.dev1", "2.0.0"]
+)
+def test_an_onnxruntime_whose_recordings_read_freed_memory_records_nothing(
+    bundle, monkeypatch, caplog, version
+):
+    monkeypatch.setattr(onnxruntime_cuda.ort, "__version__", version)
+    engine, backend, session = made(bundle)
+    tokens(engine)
+    said = [each for each in caplog.messages if "are not recorded" in each]
+    if version < "1.31":
+        assert {*session.graphs} == {-1} and not backend._step.recording
+        assert len(said) == 1 and f"ONNX Runtime {version} read" in said[0]
+        assert said[0].endswith("install 1.31 or later")
+    else:
+        assert min(session.graphs) == 1 and not said
+
+
+@pytest.mark.parametrize(
+    ("said", "lost"),
+    [
+        ("CUDA failure 700: an illegal memory access was encountered ; GPU=0", True),
+        ("Name:'n' Status Message: CUDA error cudaErrorIllegalAddress:an illegal memory", True),
+        ("CUDA error cudaErrorLaunchFailure:unspecified launch failure", True),
+        ("CUDA error cudaErrorInvalidValue:invalid argument", False),
+        ("CUDA error cudaErrorMemoryAllocation:out of memory", False),
+    ],
+)
+def test_errors_of_cuda_are_known_by_number_and_by_name(bundle, said, lost):
+    """ONNX Runtime has two ways to tell of them, and our kernels the second (ort_operators.cc)."""
+    backend = made(bundle).backend
+    with (
+        pytest.raises(DeviceLostError if lost else RuntimeError) as raised,
+        backend._device_checked(),
+    ):
+        raise RuntimeError(said)
+    assert isinstance(raised.value, DeviceLostError) == lost

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import shutil
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,6 +120,70 @@ def test_engines_give_the_tokens_of_the_cpu(bundle, kind, recording):
         assert len(contexts) == len(backend._recorded), "each recording has one of its own"
 
 
+class Events:
+    """What stands for CUDA events: they see what is put into the stream between them."""
+
+    def __init__(self, memory) -> None:
+        assert isinstance(memory, Memory)
+        self.open, self.asked = False, 0
+
+    @contextlib.contextmanager
+    def around(self):
+        self.open = True
+        yield
+        self.open = False
+
+    def seconds(self) -> float:
+        self.asked += 1
+        assert not self.open
+        return 1e-9
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """benchmarks/batches.py"""
+    folder = Path(__file__).parents[2] / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    spec = importlib.util.spec_from_file_location("batches", folder / "batches.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("recording", [True, False])
+def test_a_benchmark_tells_device_and_gap_of_every_step(bundle, batches, monkeypatch, recording):
+    backend = made(bundle, recording=recording)
+    engine = Engine(bundle, backend, slots=SLOTS)
+    inside, launched = batches._Inside(engine, Events), []
+    execute = fake_tensorrt.Context._execute
+
+    def noted(context):
+        if context.engine.graph == "decoder_step":
+            launched.append(inside._events.open)
+        execute(context)
+
+    monkeypatch.setattr(fake_tensorrt.Context, "_execute", noted)
+    for _ in range(2):
+        inside.clear()
+        launched.clear()
+        alone(engine, GenerationRequest(Task.T2I, PROMPT))
+        assert launched and all(launched), "all of a step is between the events"
+        assert len(inside.seconds) == len(launched) == len(inside.device)
+        assert sum(inside.gap) == pytest.approx(sum(inside.seconds), rel=1e-3)
+    asked = inside._events.asked
+    inside.restore()
+    alone(engine, GenerationRequest(Task.T2I, PROMPT))
+    assert inside._events.asked == asked
+
+
+def test_a_backend_without_a_gpu_has_no_device_time(bundle, batches):
+    engine = load_engine(bundle.path, slots=SLOTS, backend="onnxruntime-cpu", threads=1)
+    inside = batches._Inside(engine, Events)
+    alone(engine, GenerationRequest(Task.T2I, PROMPT))
+    assert inside.seconds and inside.device is None and inside.gap is None
+
+
 @pytest.mark.parametrize("recording", [True, False])
 def test_engines_with_the_plugin_write_caches_where_they_are(bundle, plugins, registry, recording):
     backend = made(bundle, TensorRt, recording=recording)
@@ -136,6 +203,23 @@ def test_who_builds_engines_twice_registers_the_plugins_once(registry):
     registry.load_library = lambda path: None
     with pytest.raises(engines.EngineError, match="took no CachedNearbyAttention and no Near.*so"):
         engines._load_plugins(FakeTensorRt, plugin_library())
+
+
+def test_engines_without_plugins_are_not_built_where_plugins_are_known(
+    bundle, registry, monkeypatch
+):
+    """TensorRT would take them, for engines whose record says that they have none."""
+    monkeypatch.setattr(engines, "_module", lambda _: FakeTensorRt)
+    monkeypatch.setattr(engines, "_own_gpu", lambda: ("sm_90", "NVIDIA H200"))
+    without = engines.EngineOptions("tensorrt")
+    engines.check(without)
+    engines.check(engines.EngineOptions("tensorrt", plugins=plugin_library()))
+    found = sorted(bundle.path.glob("engines/*"))
+    with pytest.raises(engines.EngineError, match="registered .* in a process of its own"):
+        engines.check(without)
+    with pytest.raises(engines.EngineError, match="registered .* in a process of its own"):
+        engines.build_engines(bundle.path, without)
+    assert sorted(bundle.path.glob("engines/*")) == found
 
 
 def test_a_library_whose_plugins_are_refused_is_named(bundle, plugins, registry, monkeypatch):

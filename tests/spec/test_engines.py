@@ -18,7 +18,7 @@ from nuwa.spec.engines import (
 )
 from nuwa.spec.manifest import BundleError
 
-KEY = EngineKey("tensorrt", "11.4.0.106", ("sm_90",), 1, "ab" * 32)
+KEY = EngineKey("tensorrt", "11.4.0.106", ("sm_90",), 1, "ab" * 32, "NVIDIA H200")
 MADE = EngineRecord(KEY, 8, (1, 16, 64), False, {"decoder_step.engine": "cd" * 32}, "2026-11-21")
 HERE = KEY  # what the machine has
 
@@ -39,7 +39,8 @@ def write(bundle, record: EngineRecord) -> None:
 
 def test_a_record_reads_back_as_it_was():
     assert EngineRecord.from_json(MADE.to_json()) == MADE
-    functions = made(plugin_abi=None, targets=("sm_86", "sm_89"), runtime="tensorrt-rtx")
+    assert KEY.name == "tensorrt-11.4.0.106-sm_90-nvidia_h200-plugin1-abababababab"
+    functions = made(plugin_abi=None, targets=("sm_86", "sm_89"), runtime="tensorrt-rtx", gpu="")
     assert EngineRecord.from_json(functions.to_json()) == functions
     assert functions.key.name == "tensorrt-rtx-11.4.0.106-sm_86+sm_89-functions-abababababab"
 
@@ -53,6 +54,8 @@ def test_a_record_reads_back_as_it_was():
         ({"version": "10.14.1.48", "version_compatible": True}, "built with tensorrt 10.14"),
         ({"version": "11.5.0.0", "version_compatible": True}, "built with tensorrt 11.5.0.0"),
         ({"targets": ("sm_86", "sm_89")}, "for sm_86, sm_89, and this GPU is sm_90"),
+        ({"gpu": "NVIDIA H100 PCIe"}, "for NVIDIA H100 PCIe, and this is NVIDIA H200"),
+        ({"gpu": ""}, "for no known GPU, and this is NVIDIA H200"),
         ({"plugin_abi": 2}, "for version 2 of the plugin library, and this is 1"),
         ({"slots": 1}, "for 1 slots, not 8"),
     ],
@@ -65,7 +68,7 @@ def test_engines_for_something_else_are_refused(tmp_path, change, reason):
         find_engines(tmp_path, HERE, 8)
     text = str(raised.value)
     assert f"({record.key.name} is not it: {reason}" in text
-    assert "no engines for tensorrt 11.4.0.106 on sm_90 with 8 slots" in text
+    assert "no engines for tensorrt 11.4.0.106 on NVIDIA H200 with 8 slots" in text
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_the_hash_of_contents_is_of_what_is_computed():
         (changed(licence=None), r"lacks \['licence'\]"),
         (changed(surprise=1), r"unknown fields \['surprise'\]"),
         (changed(name=3), "name is 3, not a string"),
-        (changed(precision="fp8"), "precision is 'fp8'"),
+        (changed(precision="fp4"), "precision is 'fp4'"),
         (changed(opset=0), "opset is 0, not a positive integer"),
         (changed(cache_entries=True), "cache_entries is True"),
         (changed(cache_entries="222"), "cache_entries is '222'"),
