@@ -67,7 +67,7 @@ def errors(client):
     found = {}
     for name, options in (
         ("parameter", {"parameters": {"sede": 1}}),
-        ("deadline", {"client_timeout": 0.0001}),
+        ("deadline", {"client_timeout": 1e-9}),
         ("timeout", {"timeout": 1}),
         ("model", {"model_name": "other"}),
     ):
