@@ -35,6 +35,7 @@ MODEL_WEIGHTS = "nuwa.safetensors"
 TEXT_TOKENIZER = "tokenizer.json"
 PROVENANCE = "training.json"
 SAMPLING = "sampling.json"
+PICTURE_CHANNELS = 3
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,23 @@ def load_tokenizer(folder: Path, name: str = IMAGE_TOKENIZER) -> VQGAN:
     model = VQGAN(config)
     _load_weights(model, folder / f"{name}.safetensors")
     return model.eval()
+
+
+def tokenizer_name(folder: Path, *, sketches: bool) -> str:
+    """Of the VQ-GAN in a folder; a whole checkpoint has one for pictures and one for sketches."""
+    whole = (folder / f"{SKETCH_TOKENIZER}.json").exists()
+    return SKETCH_TOKENIZER if sketches and whole else IMAGE_TOKENIZER
+
+
+def load_tokenizer_of(folder: Path, channels: int) -> VQGAN:
+    """The VQ-GAN of pictures (channels 3) or of class maps; ValueError if there is only another."""
+    vqgan = load_tokenizer(folder, tokenizer_name(folder, sketches=channels != PICTURE_CHANNELS))
+    if vqgan.config.channels != channels:
+        raise ValueError(
+            f"the VQ-GAN in {folder} has {vqgan.config.channels} channels, where {channels} are"
+            f" needed: pictures have {PICTURE_CHANNELS}, class maps one for each class"
+        )
+    return vqgan
 
 
 def save_checkpoint(

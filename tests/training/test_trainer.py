@@ -251,6 +251,23 @@ def test_a_vqgan_goes_on_from_a_whole_checkpoints(folder, tmp_path, kind):
     assert load_tokenizer(tmp_path / "run" / "checkpoint").config == before.config
 
 
+@pytest.mark.parametrize(
+    ("kind", "option", "other", "needed"),
+    [
+        ("model", "--sketch-tokenizer", "vqgan", 21),
+        ("model", "--tokenizer", "sketches", 3),
+        ("tokenizer", "--start", "sketches", 3),
+        ("sketch-tokenizer", "--start", "vqgan", 21),
+    ],
+)
+def test_a_vqgan_of_the_other_kind_is_refused(folder, tmp_path, kind, option, other, needed):
+    words = command(folder, kind, tmp_path / "run")[4:]
+    parser = argparse.ArgumentParser()
+    run_command = cli.command(parser)
+    with pytest.raises(ValueError, match=f"{other} has .* channels, where {needed} are needed"):
+        run_command(parser.parse_args([kind, *words, option, str(folder / other)]))
+
+
 def test_pruning_says_where_the_codes_come_from(folder, tmp_path):
     parser = argparse.ArgumentParser()
     run_command = cli.command(parser)

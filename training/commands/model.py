@@ -58,8 +58,9 @@ def train_model(args: argparse.Namespace) -> int:
 
     team = join(args.device)
     start = None if args.start is None else load_checkpoint(args.start)
-    vqgan, sketch_vqgan = _tokenizers(args, start)
+    vqgan = _tokenizer(args, start)
     config, source = arguments.config(args), arguments.source(args, vqgan.config.resolution)
+    sketch_vqgan = _sketch_tokenizer(args, start, source.classes)
     with team.leader_first():
         text = start.text_tokenizer if start else _text_tokenizer(args.run, config, source)
     config = dataclasses.replace(
@@ -128,19 +129,26 @@ def train_model(args: argparse.Namespace) -> int:
     return 0
 
 
-def _tokenizers(args: argparse.Namespace, start: Checkpoint | None) -> tuple[VQGAN, VQGAN | None]:
-    """Of pictures and of sketches. ValueError if neither option names the first."""
-    from ..checkpoint import load_tokenizer
+def _tokenizer(args: argparse.Namespace, start: Checkpoint | None) -> VQGAN:
+    """Of pictures. ValueError if no option names it."""
+    from ..checkpoint import PICTURE_CHANNELS, load_tokenizer_of
 
-    if args.tokenizer is None and start is None:
-        raise ValueError("give --tokenizer, or --start with a checkpoint whose tokenizers to take")
-    vqgan, sketch_vqgan = (None, None) if start is None else (start.vqgan, start.sketch_vqgan)
     if args.tokenizer is not None:
-        vqgan, sketch_vqgan = load_tokenizer(args.tokenizer), None
+        return load_tokenizer_of(args.tokenizer, PICTURE_CHANNELS)
+    if start is None:
+        raise ValueError("give --tokenizer, or --start with a checkpoint whose tokenizers to take")
+    return start.vqgan
+
+
+def _sketch_tokenizer(
+    args: argparse.Namespace, start: Checkpoint | None, classes: int
+) -> VQGAN | None:
+    """Of class maps of so many classes; with --tokenizer that of --start is not taken."""
+    from ..checkpoint import load_tokenizer_of
+
     if args.sketch_tokenizer is not None:
-        sketch_vqgan = load_tokenizer(args.sketch_tokenizer)
-    assert vqgan is not None
-    return vqgan, sketch_vqgan
+        return load_tokenizer_of(args.sketch_tokenizer, classes)
+    return None if start is None or args.tokenizer is not None else start.sketch_vqgan
 
 
 def _trained(

@@ -70,10 +70,11 @@ def add_prune(parser: argparse.ArgumentParser) -> None:
 def prune(args: argparse.Namespace) -> int:
     from rich.progress import track
 
-    from ..checkpoint import load_tokenizer, save_tokenizer
+    from ..checkpoint import load_tokenizer, save_tokenizer, tokenizer_name
     from ..prune import prune_codebook
 
-    before = load_tokenizer(args.tokenizer, _name(args.tokenizer, sketches=args.sketches))
+    name = tokenizer_name(args.tokenizer, sketches=args.sketches)
+    before = load_tokenizer(args.tokenizer, name)
     source = arguments.source(args, before.config.resolution)
     clips = (source.clip(i, range(source.frames)) for i in range(args.dataset_clips))
     counted = track(clips, "counting codes", total=args.dataset_clips)
@@ -114,13 +115,12 @@ def _add_vqgan(parser: argparse.ArgumentParser) -> None:
 def _train(
     args: argparse.Namespace, config: VQGANConfig, kind: Any, samples: Any, content: dict
 ) -> int:
-    from ..checkpoint import load_tokenizer
+    from ..checkpoint import load_tokenizer_of
     from ..train_vqgan import VQGANOptions, VQGANRecipe
     from ..trainer import train
 
     options = arguments.options(args, VQGANOptions)
-    name = None if args.start is None else _name(args.start, sketches=config.channels != 3)
-    start = None if name is None else load_tokenizer(args.start, name)
+    start = None if args.start is None else load_tokenizer_of(args.start, config.channels)
     size = args.codebook_size or (config if start is None else start.config).codebook_size
     config = dataclasses.replace(config, codebook_size=size)
     settings = {
@@ -143,11 +143,3 @@ def _train(
     train(recipe, args.run, arguments.trainer_options(args))
     print(f"VQ-GAN: {args.run / 'checkpoint'}")
     return 0
-
-
-def _name(folder: Path, *, sketches: bool) -> str:
-    """Of the VQ-GAN in a folder; a whole checkpoint has one for pictures and one for sketches."""
-    from ..checkpoint import IMAGE_TOKENIZER, SKETCH_TOKENIZER
-
-    whole = (folder / f"{SKETCH_TOKENIZER}.json").exists()
-    return SKETCH_TOKENIZER if sketches and whole else IMAGE_TOKENIZER
