@@ -20,7 +20,12 @@ from .tokens import SCOPES, Tokens
 
 log = logging.getLogger("nuwa.runtime")
 
-OPEN = ("/grpc.health.v1.Health/",)  # probes of orchestrators have no token
+# Probes of orchestrators have no token. ModelReady, which tells what models there are, needs one.
+OPEN = (
+    "/grpc.health.v1.Health/",
+    "/inference.GRPCInferenceService/ServerLive",
+    "/inference.GRPCInferenceService/ServerReady",
+)
 NO_TOKENS = (
     "to load and unload models over the network needs a token of the scope admin, and this server "
     "has no tokens (its setting 'tokens'); SIGHUP has it load again what has changed"

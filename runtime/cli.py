@@ -32,8 +32,9 @@ KNOWN = {
     "data": "make a data set to train on",
     "train": "train a model",
     "export": "turn a checkpoint into a bundle",
+    "build-engines": "build TensorRT engines of a bundle",
 }
-EXTRAS = {"data": "openmoji", "train": "train", "export": "export"}
+EXTRAS = {"data": "openmoji", "train": "train", "export": "export", "build-engines": "export"}
 
 Run = Callable[[argparse.Namespace], int]
 Command = Callable[[argparse.ArgumentParser], Run]
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def overview() -> str:
     """`nuwa --help`."""
     entries = BUILT_IN | {name: KNOWN.get(name, "") for name in _external()}
-    lines = [f"  {name:<10} {summary}".rstrip() for name, summary in entries.items()]
+    lines = [f"  {name:<13} {summary}".rstrip() for name, summary in entries.items()]
     return "\n".join(
         [
             "usage: nuwa COMMAND ...",

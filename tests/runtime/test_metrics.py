@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import grpc
 import pytest
@@ -60,6 +62,19 @@ def test_what_was_generated_is_counted(stub, read):
     assert 0 < first <= read("nuwa_request_duration_seconds_sum", task="t2v")
     assert read("nuwa_request_duration_seconds_bucket", task="t2v", le="+Inf") == 1
     assert read("nuwa_model_info", precision="fp32", backend="fake") == 1
+
+
+def test_the_page_on_serving_names_every_metric(server, stub):
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    phases = re.search(r"`nuwa_queue_duration_seconds`, and (.*) in place of `queue`", page)[1]
+    named = {f"nuwa_{each}_duration_seconds" for each in re.findall(r"`(\w+)`", phases)}
+    named |= set(re.findall(r"`(nuwa_\w+)`", page))
+    stub.GenerateImage(image())
+    families = server.metrics.registry.collect()
+    kinds = {each.name: each.type for each in families if each.name.startswith("nuwa_")}
+    there = {f"{n}_total" if kind == "counter" else n for n, kind in kinds.items()}
+    about = {name for name, kind in kinds.items() if kind == "info"}
+    assert "nuwa_slots" in there and there - about <= named
 
 
 def test_gauges_follow_what_is_going_on(stub, engine, server, read):

@@ -212,6 +212,9 @@ def test_the_log_names_the_method_that_a_token_is_missing_for(token_file, caplog
 
 def test_every_method_has_its_scope():
     assert scope_of("/grpc.health.v1.Health/Watch") is None
+    assert scope_of("/inference.GRPCInferenceService/ServerLive") is None
+    assert scope_of("/inference.GRPCInferenceService/ServerReady") is None
+    assert scope_of("/inference.GRPCInferenceService/ModelReady") == "infer"
     assert scope_of("/nuwa.v1.GenerationService/GenerateVideo") == "infer"
     assert scope_of("/inference.GRPCInferenceService/ModelInfer") == "infer"
     assert scope_of("/inference.GRPCInferenceService/RepositoryModelUnload") == "admin"

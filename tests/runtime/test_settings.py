@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
+from pathlib import Path
 
 import grpc
 import pytest
@@ -20,6 +22,17 @@ def test_flags_go_before_the_environment_and_that_before_the_file(tmp_path):
     found = read({"port": "3", "grace": None}, file, environment)
     assert (found.slots, found.queue_size, found.port, found.host) == (2, 30, 3, "localhost")
     assert found.grace == ServerSettings().grace
+
+
+def test_the_page_on_serving_has_every_setting_with_its_default():
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (\S*) ?\| (.+) \|$", page, re.MULTILINE)
+    said = {name: (default, what) for name, default, what in rows}
+    for name, field in ServerSettings.model_fields.items():
+        default = field.default
+        if isinstance(default, bool | float):
+            default = f"{default:g}" if isinstance(default, float) else str(default).lower()
+        assert said[name] == (str(default or ""), field.description)
 
 
 def test_what_is_printed_reads_back_as_the_same(tmp_path):
