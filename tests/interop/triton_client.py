@@ -110,7 +110,10 @@ def stream(client):
 def cancelled(client):
     answers = queue.Queue()
     call = client.async_infer(
-        MODEL, [prompt()], lambda result, error: answers.put(error), parameters={"seed": 1}
+        MODEL,
+        [prompt()],
+        lambda result, error: answers.put(error),
+        parameters={"seed": 1, "sample_count": 64, "rank_by": "first"},
     )
     call.cancel()
     error = answers.get(timeout=30)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 
 import grpc
 import numpy as np
@@ -41,7 +43,21 @@ def wait_until_told_to_cancel(server: Server) -> None:
     wait_until(lambda: all(each.handle.cancelled for each in server.scheduler._running.values()))
 
 
-def wait_until(condition, seconds: float = 5.0) -> None:
+def once(condition: Callable[[], bool], act: Callable[[], object]) -> threading.Thread:
+    """A thread that acts when the condition holds; if it never does, at last all the same."""
+
+    def wait() -> None:
+        try:
+            wait_until(condition)
+        finally:
+            act()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"

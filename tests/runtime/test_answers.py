@@ -18,7 +18,7 @@ from nuwa.v1 import generation_pb2 as pb
 from nuwa.v1 import generation_pb2_grpc
 
 from .fake_engine import FakeEngine
-from .messages import image, video, wait_until
+from .messages import image, once, video, wait_until
 
 A, B, C = b"a", b"b", b"c"
 
@@ -200,6 +200,12 @@ def full(engine, server) -> list:
     return [channel, first, *waiting]
 
 
+def refused(server: Server) -> float:
+    """Calls for which the queue was full."""
+    labels = {"model": "fake", "task": "none", "outcome": "queue_full"}
+    return server.metrics.registry.get_sample_value("nuwa_requests_total", labels) or 0.0
+
+
 def test_a_full_server_says_when_to_come_back(stub, engine, server):
     calls = full(engine, server)
     with pytest.raises(grpc.RpcError) as caught:
@@ -218,8 +224,8 @@ def test_the_client_comes_back_when_it_is_told_to(engine, server, monkeypatch):
     with Client(server.address, attempts=1) as impatient, pytest.raises(ClientError) as caught:
         impatient.generate_image("t2i", "a 3")
     assert caught.value.reason == "QUEUE_FULL"
-    threading.Timer(0.1, engine.gate.set).start()
-    started = time.monotonic()
+    started, before = time.monotonic(), refused(server)
+    once(lambda: refused(server) > before, engine.gate.set)
     with Client(server.address) as client:
         assert client.generate_image("t2i", "a 3", seed=1).seed == 1
         assert time.monotonic() - started > 0.25

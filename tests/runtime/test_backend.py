@@ -10,7 +10,6 @@ import gc
 import shutil
 import tempfile
 import threading
-import time
 import types
 import weakref
 from pathlib import Path
@@ -775,16 +774,22 @@ def test_a_visual_volume_is_encoded_alike_in_any_company(bundle, threads):
 
 
 class Recorded(FrameGraph):
-    """Notes of each call of a session: its thread, its frames, and the cores that were left."""
+    """Notes of each call of a session: its thread, its frames, and the cores that were left.
 
-    def __init__(self, graph: FrameGraph) -> None:
+    meeting: so many threads begin before any of them ends its first call.
+    """
+
+    def __init__(self, graph: FrameGraph, meeting: int = 1) -> None:
         vars(self).update(vars(graph))
         self.calls: list[tuple[int, int, int, bool]] = []
+        self._barrier = threading.Barrier(meeting)
 
     def _run(self, session, frames):
-        whole = session is self._all
-        self.calls.append((threading.get_ident(), len(frames), self._cores.free, whole))
-        time.sleep(0.02)  # so that one thread does not do it all before another begins
+        whole, thread = session is self._all, threading.get_ident()
+        first = thread not in [call[0] for call in self.calls]
+        self.calls.append((thread, len(frames), self._cores.free, whole))
+        if first:
+            self._barrier.wait(60)
         return super()._run(session, frames)
 
 
@@ -800,7 +805,8 @@ class Recorded(FrameGraph):
 )
 def test_frames_are_shared_out(bundle, count, busy, workers, left, whole):
     backend = loaded(bundle, "onnxruntime", threads=8)
-    graph = backend._detokenizer = Recorded(backend._detokenizer)
+    detokenizer = backend._detokenizer
+    graph = backend._detokenizer = Recorded(detokenizer, workers)
     codes = np.random.default_rng(2).integers(0, 64, (count, 4, 4), np.int32)
     pixels = backend.detokenize(codes, busy=busy)
     assert pixels.shape == (count, 16, 16, 3)
@@ -808,6 +814,7 @@ def test_frames_are_shared_out(bundle, count, busy, workers, left, whole):
     assert frames == (1,) * count and set(free) == {left} and set(wide) == {whole}
     assert len(set(threads)) == workers
     assert backend._cores.free == 8
+    backend._detokenizer = detokenizer
     each = np.stack([backend.detokenize(code[None], busy=True)[0] for code in codes])
     assert np.abs(pixels.astype(int) - each).max() <= int(whole)
 

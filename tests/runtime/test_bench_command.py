@@ -143,7 +143,7 @@ def test_a_launch_without_a_result_is_told(tiny_bundle, tmp_path, monkeypatch, c
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_ctrl_c_is_passed_on_to_a_launch(tmp_path):
+def test_ctrl_c_is_passed_on_to_a_launch(tmp_path, monkeypatch):
     """Once, and what it does then is waited for."""
     began, heard = tmp_path / "began", tmp_path / "heard"
     program = (
@@ -153,7 +153,16 @@ def test_ctrl_c_is_passed_on_to_a_launch(tmp_path):
         f"    time.sleep(0.2)\n    Path({str(heard)!r}).touch()\n"
     )
 
+    waits, wait = threading.Event(), subprocess.Popen.wait
+
+    def waited(process, timeout=None):
+        waits.set()
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", waited)
+
     def interrupt():
+        assert waits.wait(60)
         while not began.exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)

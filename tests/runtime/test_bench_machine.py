@@ -373,8 +373,8 @@ def test_the_sampler_looks_as_often_as_it_is_told():
     sampler.start()
     time.sleep(0.1)
     summary = sampler.stop()
-    assert 3 <= summary["looks"] <= 25
-    assert summary["seconds"] >= 0.1 > summary["own_seconds"] > 0
+    assert 2 <= summary["looks"] <= 200 * summary["seconds"] + 2
+    assert summary["seconds"] >= 0.1 and summary["seconds"] > summary["own_seconds"] > 0
     assert summary["seen"]["cpu_celsius"]["most"] == pytest.approx(48.5)
     assert summary["seen"]["17000000.gpu_mhz"]["least"] == pytest.approx(624.75)
     (energy,) = summary["energy"]

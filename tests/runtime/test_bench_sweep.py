@@ -135,7 +135,9 @@ def test_a_sweep_measures_each(monkeypatch):
         if one.latency_low is not None:  # this machine may have had a slow moment
             assert one.latency_low <= one.latency <= one.latency_high
         assert one.requests >= sweep.LEAST
-        assert one.throughput_low <= one.throughput_high and one.throughput > 1
+        if one.throughput_low is not None:
+            assert one.throughput_low <= one.throughput_high
+        assert one.throughput > 1
         assert one.answers > 1 and one.outcomes["ok"] >= one.requests + one.answers
         assert one.model["bundle_hash"] == "0" * 64 and one.model["evaluation"] is None
         assert one.folder == str(Path("b").resolve())

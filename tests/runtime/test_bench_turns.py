@@ -239,7 +239,7 @@ def test_ctrl_c_between_rounds():
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted) as ended:
-        scenarios.offline_in_turns(takes(0.001), Extent(0.2, rounds=6), 1, Ended(0.0))
+        scenarios.offline_in_turns(takes(0.001), Extent(0.2, rounds=6, least=6), 1, Ended(0.0))
     assert len(ended.value.throughput.rates) == 2
 
 

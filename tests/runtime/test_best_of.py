@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from nuwa.runtime import media
-from nuwa.runtime.client import LocalClient
+from nuwa.runtime.client import Client, LocalClient
 from nuwa.runtime.core import Accepted, Frame, GenerationRequest, Progress
 from nuwa.runtime.errors import EngineError, FieldError
 from nuwa.runtime.results import ClipDone
@@ -27,7 +27,7 @@ from nuwa.v1 import generation_pb2 as pb
 from nuwa.v1 import generation_pb2_grpc
 
 from .fake_engine import CLASSES, FakeEngine, expected_pixels, expected_tokens
-from .messages import details, image, video, wait_until
+from .messages import details, image, video, wait_until, wait_until_told_to_cancel
 
 SCORES = {0: 510.0, 1: 511.0, 2: 0.0, 3: 1.0}
 
@@ -169,11 +169,15 @@ def test_ranking_does_not_hold_up_others(client, engine):
     assert results[0].scores == {0: 1.0}
 
 
-def test_leaving_while_samples_are_ranked_ends_the_request(client, engine):
+def test_leaving_while_samples_are_ranked_ends_the_request(client, engine, request):
+    engine.gate.clear()
     events = client.stream_video("t2v", "a 3", samples=60, rank_by="first")
     next(events)
     events.close()
-    wait_until(lambda: not engine.allocated, seconds=60)
+    if isinstance(client, Client):
+        wait_until_told_to_cancel(request.getfixturevalue("server"))
+    engine.gate.set()
+    wait_until(lambda: not engine.allocated)
     assert engine.steps < 60 // 3 * 40
 
 

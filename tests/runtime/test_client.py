@@ -33,6 +33,7 @@ from nuwa.spec.palette import voc_palette
 from nuwa.spec.sampling import Sampling
 
 from .fake_engine import FakeEngine, expected_pixels, expected_tokens
+from .messages import wait_until, wait_until_told_to_cancel
 
 PICTURE = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
 CLIP = np.stack([PICTURE, PICTURE, PICTURE + 1])
@@ -116,17 +117,15 @@ def test_get_model(client, engine):
     assert client.get_model() == engine.info
 
 
-def test_leaving_a_stream_cancels_it(client, engine):
+def test_leaving_a_stream_cancels_it(client, engine, request):
     engine.gate.clear()
     events = client.stream_video("t2v", "a 3")
     assert isinstance(next(events), Accepted)
     events.close()
-    time.sleep(0.1)
+    if isinstance(client, Client):
+        wait_until_told_to_cancel(request.getfixturevalue("server"))
     engine.gate.set()
-    end = time.monotonic() + 5
-    while engine.allocated:
-        assert time.monotonic() < end
-        time.sleep(0.005)
+    wait_until(lambda: not engine.allocated)
     assert engine.steps < 40
 
 

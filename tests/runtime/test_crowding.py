@@ -38,7 +38,8 @@ def test_cancelling_mid_stream_frees_the_slot(stub, engine, server):
     wait_until_told_to_cancel(server)
     engine.gate.set()
     wait_until(lambda: server.scheduler.active == 0)
-    assert engine.allocated == {} and engine.steps <= 2
+    wait_until(lambda: engine.allocated == {})
+    assert engine.steps <= 2
     assert len(list(stub.GenerateVideo(video(frame_count=1)))) == 7
 
 

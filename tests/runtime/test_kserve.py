@@ -409,7 +409,7 @@ def test_a_timeout_stops_one_request_of_a_stream_and_no_other(stub, engine, serv
     late = ask("t2v", {"timeout": 50_000}, PROMPT=text())
     late.id = "late"
     answers = stub.ModelStreamInfer(iter([late, ask("t2i", {"seed": 3}, PROMPT=text())]))
-    wait_until(lambda: server.scheduler.active == 1)
+    wait_until(lambda: server.scheduler.active + server.scheduler.queued == 2)
     threading.Timer(0.2, engine.gate.set).start()
     found = {each.infer_response.id: each for each in answers}
     assert "was not finished within 0.05 s" in found["late"].error_message

@@ -60,7 +60,10 @@ def check(channel: grpc.Channel) -> int:
     )
 
 
-def test_calls_without_a_request_are_refused_beyond_their_number(server, channel, silent):
+def test_calls_without_a_request_are_refused_beyond_their_number(
+    server, channel, silent, monkeypatch
+):
+    monkeypatch.setattr(lanes, "SILENT_SECONDS", 60.0)
     room = 2 + 1 + SLOW_READERS
     calls = [without_body(channel, IMAGE, silent) for _ in range(room + 5)]
     wait_until(lambda: sum(call.done() for call in calls) == 5)
@@ -75,6 +78,7 @@ def test_calls_without_a_request_are_refused_beyond_their_number(server, channel
 
 
 def test_calls_without_a_request_give_way(server, channel, silent, monkeypatch):
+    monkeypatch.setattr(lanes, "SILENT_SECONDS", 60.0)
     room = 2 + 1 + SLOW_READERS
     calls = [without_body(channel, IMAGE, silent) for _ in range(room)]
     wait_until(lambda: len(server.intake._live) + len(server._patience._waits) == room)
@@ -82,7 +86,10 @@ def test_calls_without_a_request_give_way(server, channel, silent, monkeypatch):
     assert not answered(stub), "they have only just come"
     monkeypatch.setattr(lanes, "SILENT_SECONDS", 0.1)
     time.sleep(0.2)
-    assert all(answered(stub) for _ in range(3))
+    assert answered(stub)
+    lane = server._lanes._lanes["generations"]
+    wait_until(lambda: any(call.done() for call in calls) and lane._open < room)
+    assert all(answered(stub) for _ in range(2))
     ended = [call for call in calls if call.done()]
     assert [call.code() for call in ended] == [grpc.StatusCode.CANCELLED]
     for call in calls:
@@ -102,10 +109,10 @@ def test_a_request_has_to_come_in_time(engine, silent, method):
         Server(engine, slow_sender_timeout=0.3) as server,
         grpc.insecure_channel(server.address) as channel,
     ):
-        call = without_body(channel, method, silent)
         started = time.monotonic()
+        call = without_body(channel, method, silent)
         assert call.code() is grpc.StatusCode.CANCELLED
-        assert 0.2 < time.monotonic() - started < 5
+        assert 0.2 < time.monotonic() - started < 15
 
 
 def test_a_call_that_ends_without_a_request_is_told_so(channel):
@@ -115,6 +122,7 @@ def test_a_call_that_ends_without_a_request_is_told_so(channel):
 
 
 def test_idle_streams_leave_the_rest_alone(server, channel, stub, silent):
+    check(channel)  # calls that wait for a connection may go out in any order
     infer = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
     reflect = reflection_pb2_grpc.ServerReflectionStub(channel)
     streams = [
@@ -193,7 +201,8 @@ def test_a_full_queue_refuses_before_the_request_has_come(server, channel, stub,
     running.cancel()
 
 
-def test_a_full_lane_is_counted_as_refused(server, channel, silent):
+def test_a_full_lane_is_counted_as_refused(server, channel, silent, monkeypatch):
+    monkeypatch.setattr(lanes, "SILENT_SECONDS", 60.0)
     calls = [without_body(channel, IMAGE, silent) for _ in range(2 + 1 + SLOW_READERS + 3)]
     wait_until(lambda: sum(call.done() for call in calls) == 3)
     labels = {"model": "fake", "task": "none", "outcome": "queue_full"}
@@ -204,6 +213,7 @@ def test_a_full_lane_is_counted_as_refused(server, channel, silent):
 
 def test_what_a_full_lane_refuses_has_its_methods_name(server, channel, silent, caplog):
     caplog.set_level("DEBUG", "nuwa.runtime")
+    check(channel)
     infer = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
     number = server.settings.max_streams
     streams = [infer.ModelStreamInfer(silent, timeout=20) for _ in range(number + 1)]

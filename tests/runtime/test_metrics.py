@@ -14,7 +14,7 @@ import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from nuwa.runtime import pages
+from nuwa.runtime import handle, pages, scheduler
 from nuwa.runtime.pages import CONNECTIONS
 from nuwa.runtime.server import Server
 from nuwa.v1 import generation_pb2_grpc
@@ -83,7 +83,8 @@ def test_gauges_follow_what_is_going_on(stub, engine, server, read):
     calls = [stub.GenerateImage.future(image()) for _ in range(2)]
     wait_until(lambda: server.scheduler.active == server.scheduler.queued == 1)
     assert (read("nuwa_slots_used"), read("nuwa_requests_waiting")) == (1, 1)
-    assert read("nuwa_calls_open") == 2 and read("nuwa_engine_busy_seconds") > 0
+    wait_until(lambda: read("nuwa_calls_open") == 2)
+    assert read("nuwa_engine_busy_seconds") > 0
     engine.gate.set()
     for call in calls:
         call.result(20)
@@ -124,20 +125,24 @@ def test_cancellations_are_counted_and_timed(stub, engine, server, read):
     wait_until_told_to_cancel(server)
     engine.gate.set()
     wait_until(lambda: read("nuwa_requests_total", task="t2v", outcome="cancelled") == 1)
-    assert read("nuwa_cancel_latency_seconds_count", model="fake") == 1
+    wait_until(lambda: read("nuwa_cancel_latency_seconds_count", model="fake") == 1)
     assert read("nuwa_requests_total", task="t2v", outcome="ok") == 0
 
 
 @pytest.mark.parametrize("kind", ["image", "clip"])
-def test_deadlines_that_are_missed_are_counted_and_timed(stub, engine, server, read, caplog, kind):
+def test_deadlines_that_are_missed_are_counted_and_timed(
+    stub, engine, read, caplog, monkeypatch, kind
+):
     caplog.set_level("INFO", "nuwa.runtime")
+    for module in (handle, scheduler):  # a request may take as long as this to arrive
+        monkeypatch.setattr(module, "TOLERANCE", 0.5)
     engine.gate.clear()
     task = "t2i" if kind == "image" else "t2v"
     with pytest.raises(grpc.RpcError) as caught:
         if kind == "image":
-            stub.GenerateImage(image(request_id="late"), timeout=0.3)
+            stub.GenerateImage(image(request_id="late"), timeout=1.0)
         else:
-            list(stub.GenerateVideo(video(request_id="late"), timeout=0.3))
+            list(stub.GenerateVideo(video(request_id="late"), timeout=1.0))
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     engine.gate.set()
     wait_until(lambda: read("nuwa_requests_total", task=task, outcome="deadline") == 1)
@@ -145,15 +150,17 @@ def test_deadlines_that_are_missed_are_counted_and_timed(stub, engine, server, r
     assert read("nuwa_request_duration_seconds_count", task=task) == 1
     assert read("nuwa_request_duration_seconds_sum", task=task) >= 0.25
     assert read("nuwa_queue_duration_seconds_count", task=task) == 1
-    wait_until(lambda: f"late {task}: deadline after 0." in caplog.text)
+    wait_until(lambda: f"late {task}: deadline after " in caplog.text)
 
 
-def test_the_time_in_the_queue_counts_although_it_was_in_vain(stub, engine, server, read):
+def test_the_time_in_the_queue_counts_although_it_was_in_vain(stub, engine, read, monkeypatch):
+    for module in (handle, scheduler):
+        monkeypatch.setattr(module, "TOLERANCE", 0.5)
     engine.gate.clear()
     running = stub.GenerateVideo(video(frame_count=1))
     assert next(running).HasField("accepted")
     with pytest.raises(grpc.RpcError):
-        stub.GenerateImage(image(), timeout=0.3)
+        stub.GenerateImage(image(), timeout=1.0)
     wait_until(lambda: read("nuwa_requests_total", task="t2i", outcome="deadline") == 1)
     assert read("nuwa_queue_duration_seconds_sum", task="t2i") >= 0.25
     engine.gate.set()
@@ -227,7 +234,8 @@ def test_connections_whose_requests_have_come_give_way_to_nobody(server, connect
 
 def test_a_request_that_comes_byte_by_byte_is_cut_off(server, connect, monkeypatch, capfd):
     monkeypatch.setattr(pages, "REQUEST_SECONDS", 0.3)
-    slow, started = connect(), time.monotonic()
+    started = time.monotonic()
+    slow = connect()
     slow.settimeout(0.05)
     for each in b"GET /livez HTTP/1.0\r\n" + b"A: b\r\n" * 1000:
         try:
@@ -238,6 +246,6 @@ def test_a_request_that_comes_byte_by_byte_is_cut_off(server, connect, monkeypat
             pass
         except ConnectionError:
             break
-    assert 0.2 < time.monotonic() - started < 5
+    assert 0.2 < time.monotonic() - started < 15
     wait_until(lambda: not server._pages._server._open)
     assert capfd.readouterr().err == ""

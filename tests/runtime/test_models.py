@@ -31,7 +31,7 @@ from nuwa.v1 import generation_pb2 as pb
 from nuwa.v1 import generation_pb2_grpc
 
 from .fake_engine import FakeEngine
-from .messages import image, video, wait_until
+from .messages import image, once, video, wait_until
 
 
 class Bundles:
@@ -353,9 +353,10 @@ def test_a_server_ends_although_an_old_version_hangs(bundles):
     with grpc.insecure_channel(server.address) as channel:
         call = generation_pb2_grpc.GenerationServiceStub(channel).GenerateVideo(video())
         assert next(call).HasField("accepted")
+        old = server.host.find().scheduler
         server.host.reload("small")
         wait_until(lambda: not server.is_ready())  # what hangs is seen although it is retired
-        threading.Timer(0.3, bundles.opened[0].gate.set).start()
+        once(lambda: old._aborting, bundles.opened[0].gate.set)
         server.stop(0)
         with pytest.raises(grpc.RpcError) as caught:
             list(call)
@@ -527,23 +528,27 @@ def test_a_hangup_loads_what_has_changed(bundles, caplog):
     server = Server(open_engine=bundles.open)
     versions = []
 
+    def hang_up():
+        try:
+            bundles.contents["b/x"] = "something new"
+            os.kill(os.getpid(), signal.SIGHUP)
+            now = ["small/1", "large/2"]
+            wait_until(lambda: [each.title for each in server.host.loaded] == now)
+            bundles.contents["b/small"] = "newer"
+            bundles.broken.add("b/small")
+            os.kill(os.getpid(), signal.SIGHUP)
+            wait_until(lambda: "small could not be loaded again" in caplog.text)
+            versions.extend(each.title for each in server.host.loaded)
+        finally:
+            server.asked_to_end.set()
+
+    worker = threading.Thread(target=hang_up)
+
     def load():
         server.load("", Path("b/small"))
         server.load("large", Path("b/x"))
+        worker.start()
 
-    def hang_up():
-        bundles.contents["b/x"] = "something new"
-        os.kill(os.getpid(), signal.SIGHUP)
-        wait_until(lambda: [each.title for each in server.host.loaded] == ["small/1", "large/2"])
-        bundles.contents["b/small"] = "newer"
-        bundles.broken.add("b/small")
-        os.kill(os.getpid(), signal.SIGHUP)
-        wait_until(lambda: "small could not be loaded again" in caplog.text)
-        versions.extend(each.title for each in server.host.loaded)
-        server.asked_to_end.set()
-
-    worker = threading.Timer(0.3, hang_up)
-    worker.start()
     serve_until_signal(server, load=load)
     worker.join()
     assert versions == ["small/1", "large/2"]

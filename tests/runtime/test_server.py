@@ -27,6 +27,7 @@ from nuwa.v1 import generation_pb2_grpc
 from .fake_engine import FakeEngine
 from .messages import (
     image,
+    once,
     video,
 )
 
@@ -87,7 +88,8 @@ def test_a_stop_without_grace_ends_calls_as_unavailable(server, engine, stub):
     engine.gate.clear()
     call = stub.GenerateVideo(video())
     assert next(call).HasField("accepted")
-    threading.Timer(0.1, engine.gate.set).start()
+    scheduler = server.scheduler
+    once(lambda: scheduler._aborting, engine.gate.set)
     server.stop(0)
     with pytest.raises(grpc.RpcError) as failure:
         list(call)

@@ -201,6 +201,7 @@ def test_durations_read_well(seconds, text):
 
 def test_a_history_keeps_only_so_many_and_survives_a_failure(monkeypatch, caplog):
     monkeypatch.setattr(history, "INTERVAL", 0.001)
+    monkeypatch.setattr(history, "POINTS", 20)
     taken = []
 
     def take() -> Point:
