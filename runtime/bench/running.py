@@ -110,15 +110,16 @@ def warmed(asker: Asker, most: int, at_once: int = 1) -> dict[str, Any]:
     """
     began, first, requests = time.perf_counter(), None, 0
     latencies: list[float] = []
-    while requests < most and time.perf_counter() - began < WARM_UP_SECONDS:
-        seen = prepared(asker, requests)(time.perf_counter())
-        requests += 1
-        if not seen.ok:
-            continue
-        latencies.append(seen.latency)
-        first = statistics.steady(latencies, WARM_UP_WINDOW, WARM_UP_TOLERANCE)
-        if first is not None:
-            break
+    with scenarios.workers(1) as pool:
+        while requests < most and time.perf_counter() - began < WARM_UP_SECONDS:
+            seen = pool.submit(prepared(asker, requests), time.perf_counter()).result()
+            requests += 1
+            if not seen.ok:
+                continue
+            latencies.append(seen.latency)
+            first = statistics.steady(latencies, WARM_UP_WINDOW, WARM_UP_TOLERANCE)
+            if first is not None:
+                break
     if at_once > 1:
         extent = Extent(0.0, rounds=1, least=1, most=1)
         scenarios.multi_stream(asker, extent, at_once, requests)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
 
@@ -71,7 +72,13 @@ def _share(total: int, index: int, parts: int) -> int:
 def single_stream(ask: Ask, extent: Extent, first: int = 0, turns: Turns | None = None) -> Rounds:
     """The next query is sent when the one before is answered."""
     numbers = count(first)
-    return _in_rounds(extent, lambda: prepared(ask, next(numbers))(time.perf_counter()), turns)
+    with workers(1) as pool:
+
+        def query() -> Observation:
+            send = prepared(ask, next(numbers))
+            return pool.submit(lambda: send(time.perf_counter())).result()
+
+        return _in_rounds(extent, query, turns)
 
 
 def multi_stream(
@@ -79,7 +86,7 @@ def multi_stream(
 ) -> Rounds:
     """A query is `streams` requests at once; it is answered when all of them are."""
     numbers = count(first)
-    with ThreadPoolExecutor(streams, "nuwa-bench") as pool:
+    with workers(streams) as pool:
 
         def query() -> Observation:
             sends = [prepared(ask, next(numbers)) for _ in range(streams)]
@@ -88,6 +95,19 @@ def multi_stream(
             return together([call.result() for call in calls])
 
         return _in_rounds(extent, query, turns)
+
+
+@contextmanager
+def workers(most: int) -> Iterator[ThreadPoolExecutor]:
+    """Who sends requests is never the main thread, even where there is one at a time: Ctrl-C in
+    the middle of a call can leave gRPC's channel such that closing it waits forever. Who is under
+    way in the end is not waited for; closing the channel ends it.
+    """
+    pool = ThreadPoolExecutor(most, "nuwa-bench")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _in_rounds(

@@ -410,7 +410,7 @@ def test_offline_asks_for_as_many_as_it_was_told():
 def test_ctrl_c_leaves_what_was_observed():
     def until(last: int):
         def ask(number: int, scheduled: float) -> Observation:
-            if number == last and threading.current_thread() is threading.main_thread():
+            if number == last:
                 raise KeyboardInterrupt
             return Observation(scheduled, scheduled, time.perf_counter())
 
@@ -425,9 +425,10 @@ def test_ctrl_c_leaves_what_was_observed():
         running.run(until(0), target, Settings(extent=extent, outstanding=1), 0)
 
 
-@pytest.mark.parametrize("scenario", ["multi-stream", "server", "offline"])
+@pytest.mark.parametrize("scenario", ["single-stream", "multi-stream", "server", "offline"])
 def test_ctrl_c_while_threads_are_asking(scenario):
     def ask(number: int, scheduled: float) -> Observation:
+        assert threading.current_thread() is not threading.main_thread()
         if number == 12:
             os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.02)
