@@ -228,7 +228,7 @@ class Batches:
     def _rolled(self, draw: Draw, *, named: bool) -> tuple[int, np.ndarray, np.ndarray]:
         """(clip, tokens [F, C] as the model went on with it, the true ones) of a rollout.
 
-        Without a name of what it was, it still has to be that.
+        Without a name of what it was, it still begins as that.
         """
         assert self.rollouts is not None, "without rollouts none is drawn"
         clip, made, pixels = self.rollouts.window(draw, faithful=not named)

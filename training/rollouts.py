@@ -5,9 +5,11 @@ windows of clips that it went on with by itself, with what should have been ther
 (dataset aggregation: Ross, Gordon and Bagnell, 2011): the sprite as it was at the start, in the
 places where the model moved it. Only windows in which it moves as sprites do have such an answer.
 
-And only while it still is that sprite: where a seven has become a one, nothing that is seen says
-that the answer is a seven, and who is told so learns that what it sees may change at any time.
-Such windows are kept for rows whose prompt says what the sprite is.
+And only where something tells what that sprite was: where a seven has become a one, and the window
+begins after that, nothing that is seen says that the answer is a seven, and who is told so learns
+that what it sees may change at any time. Such windows are kept for rows whose prompt says what the
+sprite is. A window that begins with the seven is for all: whoever sees what went wrong in it after
+that, also see what it should have been, and learn to bring it back.
 
 Legend: R rollouts, F frames, C cells of a frame, W windows, S canvas side.
 """
@@ -44,6 +46,7 @@ CHUNK = 32  # clips between two states of the file
 # dB of SNR from which a frame counts as one that shows its sprite as it was: a VQ-GAN's round trip
 # leaves 12 to 16.
 FAITHFUL = 9.0
+SHOWN = 4  # frames at the start of a window that have to be such
 ALIKE = 0.95  # share of the true frames' tokens on which two copies of a VQ-GAN agree
 
 
@@ -68,16 +71,30 @@ class Rollouts:
 
     @cached_property
     def faithful_W2(self) -> npt.NDArray[np.int64]:
-        """Those of the windows that show the sprite as it was in every frame."""
+        """Those of the windows that begin with the sprite as it was."""
+        return self.windows_W2[self._shows_WF[:, :SHOWN].all(axis=1)]
+
+    @cached_property
+    def mending_W2(self) -> npt.NDArray[np.int64]:
+        """Those of the faithful that do not go on with it as it was."""
+        return self.windows_W2[self._shows_WF[:, :SHOWN].all(1) & ~self._shows_WF.all(1)]
+
+    @cached_property
+    def _shows_WF(self) -> npt.NDArray[np.bool_]:
         frames_WF = self.windows_W2[:, 1:] + np.arange(FRAMES)
-        snr_WF = self.snr_RF[self.windows_W2[:, :1], frames_WF]
-        return self.windows_W2[(snr_WF >= FAITHFUL).all(axis=1)]
+        return np.asarray(self.snr_RF[self.windows_W2[:, :1], frames_WF] >= FAITHFUL)
 
     def window(
         self, draw: np.random.Generator, *, faithful: bool
     ) -> tuple[int, npt.NDArray[np.int64], U8]:
-        """(clip, tokens [F, C] as they were made, u8 [F, S, S, 3] as they should have looked)."""
-        windows = self.faithful_W2 if faithful else self.windows_W2
+        """(clip, tokens [F, C] as they were made, u8 [F, S, S, 3] as they should have looked).
+
+        faithful: one of the faithful, every other time one to mend, if there is any.
+        """
+        windows = self.windows_W2
+        if faithful:
+            mend = len(self.mending_W2) > 0 and draw.random() < 0.5
+            windows = self.mending_W2 if mend else self.faithful_W2
         rollout, start = windows[draw.integers(len(windows))].tolist()
         frames = slice(start, start + FRAMES)
         clip = int(self.clip_R[rollout])

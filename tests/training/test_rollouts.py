@@ -122,10 +122,18 @@ def test_faithful_windows_show_what_was_there(made, source):
     assert made.faithful_W2.tolist() == windows
     snr_RF = made.snr_RF.copy()
     first, start = windows[0]
-    snr_RF[first, start + LENGTH - 1] = rollouts.FAITHFUL - 1
-    kept = [[r, s] for r, s in windows if r != first or s > start + LENGTH - 1 or s < start]
-    assert dataclasses.replace(made, snr_RF=snr_RF).faithful_W2.tolist() == kept
+    wrong = start + rollouts.SHOWN
+    snr_RF[first, wrong] = rollouts.FAITHFUL - 1
+    kept = [[r, s] for r, s in windows if r != first or not wrong - rollouts.SHOWN < s <= wrong]
+    wronged = dataclasses.replace(made, snr_RF=snr_RF)
+    assert wronged.faithful_W2.tolist() == kept
     assert len(kept) < len(windows)
+    mending = [[r, s] for r, s in kept if r == first and s + LENGTH > wrong >= s]
+    assert made.mending_W2.tolist() == [] and wronged.mending_W2.tolist() == mending != []
+    draws = [wronged.window(np.random.default_rng(n), faithful=True)[1] for n in range(60)]
+    mended = {wronged.tokens_RFC[r, s : s + LENGTH].tobytes() for r, s in mending}
+    share = np.mean([each.astype(np.int16).tobytes() in mended for each in draws])
+    assert 0.3 < share < 0.8
 
     index = one_way(source)
     plan = source.world.plan(index)
