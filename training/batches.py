@@ -10,7 +10,7 @@ then rows with text alone. A row's task follows from its conditions:
                                        tokens may be fed as the model itself draws them, or as one
                                        that looks almost the same, or all as it drew them in a
                                        rollout, and the prompt may say what is seen, though not how
-                                       it moves
+                                       it moves; it may be of what no prompt ever names
 
 Legend: B rows, V rows with a visual condition, N positions, F frames, h, w tokens.
 """
@@ -75,7 +75,8 @@ class Rows:
     of a row's tokens that the model draws; mistaken: the most that are fed as a code near to the
     true one; named: share of those from anywhere whose prompt is the caption of an image of them
     instead; rolled: share of those from anywhere that are windows of rollouts, which without a
-    caption still show what they began with.
+    caption still show what they began with; strange: share of all but these that show what no
+    caption names, so that the model looks at it instead of recalling one that it knows.
     """
 
     text: int
@@ -92,6 +93,7 @@ class Rows:
     mistaken: float = 0.0
     named: float = 0.0
     rolled: float = 0.0
+    strange: float = 0.0
 
 
 class Batches:
@@ -137,6 +139,7 @@ class Batches:
         steady = predicted & (draw.random(total) < rows.steady)
         rolled = anywhere & (draw.random(total) < rows.rolled)
         named = anywhere & (draw.random(total) < rows.named)
+        strange = predicted & ~rolled & ~named & (draw.random(total) < rows.strange)
         for row in np.flatnonzero(predicted & ~rolled).tolist():
             index[row] = self._predictable(draw, steady=bool(steady[row]))
         frame = draw.integers(frames, size=total)
@@ -160,13 +163,16 @@ class Batches:
             fed[row] = np.where(known, codes, target[row])
             weight[row] = ~known
             visual.append(np.where(known, codes, self.config.hidden + edges))
-        for row in np.flatnonzero(anywhere).tolist():
+        for row in np.flatnonzero(anywhere | strange).tolist():
             if rolled[row]:
                 index[row], fed[row], target[row] = self._rolled(draw, named=bool(named[row]))
             else:
-                fed[row] = target[row] = self._window(draw, int(index[row]))
-            weight[row, 0] = 0.0
-            time[row] = draw.integers(self.config.decoder.grid.frames)
+                start = self._start(draw, int(index[row])) if anywhere[row] else 0
+                fed[row] = target[row] = self._window(
+                    int(index[row]), start, strange=bool(strange[row])
+                )
+        weight[anywhere, 0] = 0.0
+        time[anywhere] = draw.integers(self.config.decoder.grid.frames, size=int(anywhere.sum()))
         self._mistake(draw, fed, predicted * draw.random(total) * rows.mistaken, whole=anywhere)
         most = predicted * draw.random(total) * rows.own
         own = draw.random(target.shape) < most[:, None, None]
@@ -216,13 +222,19 @@ class Batches:
         """bool [H, W]: where there is an object in any of these frames."""
         return np.asarray(self.clips.source.clip(index, span)[1].any(axis=0))
 
-    def _window(self, draw: Draw, index: int) -> np.ndarray:
-        """Tokens [F, C] of frames from anywhere in a clip that goes on for ever."""
+    def _start(self, draw: Draw, index: int) -> int:
+        """First frame of a window anywhere in a clip that goes on for ever."""
         source = self.clips.source
         start = int(draw.integers(4 * source.frames))
         while not source.may_show(index, start):
             start = int(draw.integers(4 * source.frames))
-        pixels, _ = source.clip(index, range(start, start + source.frames))
+        return start
+
+    def _window(self, index: int, start: int, *, strange: bool) -> np.ndarray:
+        """Tokens [F, C] of as many frames as a clip has."""
+        source = self.clips.source
+        frames = range(start, start + source.frames)
+        pixels = source.stranger(index, frames) if strange else source.clip(index, frames)[0]
         return encode_frames(self.vqgan, pixels).astype(np.int64)
 
     def _rolled(self, draw: Draw, *, named: bool) -> tuple[int, np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ Legend: F frames, H, W pixels, B samples.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,9 +28,12 @@ from .sprites.world import (
     Factors,
     SpriteWorld,
     novel_pairs,
+    render,
 )
 
 U8 = npt.NDArray[np.uint8]
+
+LOOKS_THE_SAME = ("0", "1", "8")  # or like another class, once it is turned onto its side
 
 
 class Source(Protocol):
@@ -57,6 +61,9 @@ class Source(Protocol):
 
     def clip(self, index: int, frames: range) -> tuple[U8, U8]:
         """(u8 [F, H, W, 3], u8 [F, H, W]): these frames of a clip and their class maps."""
+
+    def stranger(self, index: int, frames: range) -> U8:
+        """u8 [F, H, W, 3]: these frames of the clip, with something that no caption names."""
 
     def may_show(self, index: int, start: int) -> bool:
         """Whether prediction may be trained on the window of the clip that begins at `start`."""
@@ -94,6 +101,17 @@ class Sprites:
 
     def clip(self, index: int, frames: range) -> tuple[U8, U8]:
         return self.world.long_clip(index, frames)
+
+    def stranger(self, index: int, frames: range) -> U8:
+        """With a glyph turned onto its side, of a class that is not the same then."""
+        plan = self.world.plan(index)
+        known = [c for c, _ in self.world.pairs if CLASSES[c] not in LOOKS_THE_SAME]
+        draw = np.random.default_rng((self.world.seed, index))
+        glyph_TT = draw.choice(self.world.glyphs[draw.choice(known)])
+        glyph_TT = np.rot90(glyph_TT, draw.choice((1, 3)))
+        if draw.random() < 0.5:
+            glyph_TT = glyph_TT[::-1]
+        return render(dataclasses.replace(plan, glyph_TT=glyph_TT), frames)[0]
 
     def may_show(self, index: int, start: int) -> bool:
         """See may_predict; also where a clip that goes on comes to move otherwise than at first."""
@@ -160,6 +178,10 @@ class Pictures:
         count = len(frames)
         picture, sketch = self.folder.picture(index), self.folder.sketch(index)
         return picture[None].repeat(count, axis=0), sketch[None].repeat(count, axis=0)
+
+    def stranger(self, index: int, frames: range) -> U8:
+        """The picture turned onto its side."""
+        return np.rot90(self.clip(index, frames)[0], axes=(1, 2))
 
     def may_show(self, index: int, start: int) -> bool:
         return True

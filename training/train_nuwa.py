@@ -58,7 +58,9 @@ class NUWAOptions:
     true one instead, so that what is slightly wrong does not grow from frame to frame; named_clips:
     of those from anywhere, the share whose prompt is the caption of an image of them after all,
     which says what stays for ever, and not how it moves; rolled_clips: of those from anywhere, the
-    share that is fed what a model made in rollouts (rollouts.py).
+    share that is fed what a model made in rollouts (rollouts.py); strange_clips: of all but the
+    named and the rolled, the share that shows what no caption names, which can be gone on with only
+    by looking at it.
     """
 
     images: int = 96
@@ -81,6 +83,7 @@ class NUWAOptions:
     mistaken_tokens: float = 0.0
     named_clips: float = 0.0
     rolled_clips: float = 0.0
+    strange_clips: float = 0.0
     average: float = 0.998
     layer_scale: float | None = 0.5
     bf16: bool = True
@@ -98,6 +101,7 @@ class NUWAOptions:
             "mistaken_tokens",
             "named_clips",
             "rolled_clips",
+            "strange_clips",
         ):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} {getattr(self, name)} is not in [0, 1]")
@@ -213,6 +217,7 @@ class NUWARecipe:
             mistaken=options.mistaken_tokens,
             named=options.named_clips,
             rolled=options.rolled_clips,
+            strange=options.strange_clips,
         )
 
     def _backward(self, batch: Batch, rows: Rows, kind: str) -> dict[str, Tensor]:

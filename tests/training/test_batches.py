@@ -13,7 +13,8 @@ from nuwa.training.batches import NEAR, Batches, Rows, cutting_halves, draw_mask
 from nuwa.training.clips import FreshClips, encode_frames, store_clips
 from nuwa.training.readers import locate, read_motion
 from nuwa.training.sources import Sprites
-from nuwa.training.sprites.world import novel_pairs
+from nuwa.training.sprites.bank import TILE
+from nuwa.training.sprites.world import CLASSES, COLOURS, novel_pairs
 from nuwa.training.vqgan import VQGAN
 
 from .tiny import TINY_VQGAN
@@ -159,6 +160,54 @@ def test_windows_may_be_named_by_the_caption_of_an_image(batches):
     assert {kind for kind, there in zip(kinds, anywhere, strict=True) if there} == {"none", "image"}
     rest = {kind for kind, there in zip(kinds, anywhere, strict=True) if not there}
     assert rest == {"none", "video"}
+
+
+@pytest.mark.parametrize("anywhere", [0.0, 1.0])
+def test_strange_clips_show_what_no_caption_names(batches, anywhere, monkeypatch):
+    source, asked = batches.clips.source, {}
+
+    def stranger(index, frames):
+        pixels = Sprites.stranger(source, index, frames)
+        asked[encode_frames(batches.vqgan, pixels).astype(np.int64).tobytes()] = frames.start
+        return pixels
+
+    monkeypatch.setattr(source, "stranger", stranger)
+    rows = Rows(text=24, hidden=2, none=0.8, anywhere=anywhere, named=0.3, strange=0.7)
+    batch = batches.videos(np.random.default_rng(11), rows)
+    strange = np.array([row.numpy().tobytes() in asked for row in batch.target_BN])
+    none = np.array([prompt == UNCONDITIONAL_PROMPT for prompt in batch.prompts])
+    none[:2] = False  # a picture is given there
+    assert not strange[~none].any() and 0 < strange.sum() < none.sum()
+    assert torch.equal(batch.fed_BN[strange], batch.target_BN[strange])
+    assert ((batch.weight_BN[strange, 0] == 0) == bool(anywhere)).all()
+    assert (max(asked.values()) > 0) == bool(anywhere)
+
+
+def test_a_stranger_moves_as_the_clip_does_and_is_a_glyph_on_its_side():
+    source = Sprites("digits")
+    names = set()
+    for colour, ink in ((name, max(COLOURS[name])) for name in source.world.colours):
+        upright = {
+            ((ink * glyph.astype(int) + 127) // 255).astype(np.uint8).tobytes(): CLASSES[index]
+            for index, glyphs in enumerate(source.world.glyphs)
+            for glyph in glyphs
+        }
+        for index in [i for i in range(60) if source.world.factors(i).colour == colour]:
+            plan = source.world.plan(index)
+            made = source.stranger(index, range(12))
+            shown = made.max(axis=-1)
+            tiles = []
+            for frame in range(12):
+                row, column = plan.track.corner(frame)
+                tiles.append(shown[frame, row : row + TILE, column : column + TILE].copy())
+                shown[frame, row : row + TILE, column : column + TILE] = 0
+            assert not shown.any() and all((tile == tiles[0]).all() for tile in tiles)
+            assert (made == source.stranger(index, range(12))).all()
+            assert tiles[0].tobytes() not in upright
+            sides = [np.rot90(tiles[0], turns)[::flip] for turns in (1, 3) for flip in (1, -1)]
+            (name,) = {upright[each.tobytes()] for each in sides if each.tobytes() in upright}
+            names.add(name)
+    assert names == set("2345679")
 
 
 def test_no_window_of_a_long_clip_shows_what_is_kept_for_the_novel_split():

@@ -77,7 +77,8 @@ def command(folder, kind, run) -> list[str]:
         + ["--sketch-tokenizer", str(folder / "sketches"), "--visual-from", "4"]
         + ["--sketch-images", "1", "--hidden-images", "1"]
         + ["--sketch-clips", "1", "--hidden-clips", "1"]
-        + ["--steady-clips", "0.5", "--own-tokens", "0.9", "--mistaken-tokens", "0.2"],
+        + ["--steady-clips", "0.5", "--own-tokens", "0.9", "--mistaken-tokens", "0.2"]
+        + ["--strange-clips", "0.3"],
     }[kind]
     return [sys.executable, "-c", code, kind, *shared, *own]
 
