@@ -177,7 +177,7 @@ class ModelInfo:
     max_predicted_frames: longest clip of V2V, as max_frames is of the other tasks. sketch_classes:
     0 where the bundle takes no sketches. rankers: names of what can score samples.
     sampling: of requests that do not say, Sampling() for tasks not named. version: of the model on
-    its server.
+    its server. runs_on: libraries, their versions and what else decides how fast `backend` is.
     """
 
     name: str
@@ -196,3 +196,4 @@ class ModelInfo:
     rankers: tuple[str, ...]
     sampling: Mapping[Task, Sampling]
     version: int = 1
+    runs_on: str = ""

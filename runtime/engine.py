@@ -147,7 +147,7 @@ class Engine:
     def __init__(self, bundle: Bundle, backend: Backend, *, slots: int) -> None:
         self.slots = slots
         self.on_step: Callable[[int, float], None] | None = None
-        self.info = model_info(bundle, backend.name)
+        self.info = model_info(bundle, backend.name, backend.runs_on)
         self.rankers = find_rankers(bundle)
         self._backend = backend
         self._config = bundle.manifest.config
@@ -378,7 +378,7 @@ def _texts(request: GenerationRequest) -> tuple[str, ...]:
     return lane_texts(request.prompt, request.sampling.guidance_scale)
 
 
-def model_info(bundle: Bundle, backend: str) -> ModelInfo:
+def model_info(bundle: Bundle, backend: str, runs_on: str) -> ModelInfo:
     """What GetModel and `nuwa inspect` tell of a bundle."""
     manifest, config = bundle.manifest, bundle.manifest.config
     sketches = config.sketch is not None
@@ -399,6 +399,7 @@ def model_info(bundle: Bundle, backend: str) -> ModelInfo:
         backend=backend,
         rankers=ranker_names(manifest),
         sampling=manifest.sampling,
+        runs_on=runs_on,
     )
 
 

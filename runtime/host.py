@@ -146,7 +146,8 @@ class Host:
             self._expected.discard(name)
             if path is not None:
                 self._paths[name] = path
-        log.info("%s: %s on %s", added.title, path or engine.info.name, engine.info.backend)
+        info = engine.info
+        log.info("%s: %s on %s (%s)", added.title, path or info.name, info.backend, info.runs_on)
         return added
 
     def load(self, name: str, path: Path, *, beside: bool = False) -> Loaded:

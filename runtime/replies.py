@@ -309,6 +309,7 @@ def model_message(info: ModelInfo, slots: int) -> pb.Model:
             )
             for task in info.tasks
         ],
+        runs_on=info.runs_on,
     )
 
 

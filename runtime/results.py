@@ -312,6 +312,7 @@ def model_info(message: pb.Model) -> ModelInfo:
             if each.task in TASKS
         },
         version=message.version or 1,
+        runs_on=message.runs_on,
     )
 
 

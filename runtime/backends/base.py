@@ -123,6 +123,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def runs_on(self) -> str:
+        """What ModelInfo.runs_on says."""
+        ...
+
+    @property
     def most_rows(self) -> int | None:
         """Rows that a call may have, a guided stream's counted twice; None for any number."""
         ...

@@ -77,7 +77,7 @@ class NativeCpu(OnnxRuntimeGraphs):
         config, manifest = bundle.manifest.config, bundle.manifest
         check_precision(self.name, manifest.precision, CPU_PRECISIONS)
         weights = _decoder_weights(bundle)  # before all else, should they not be there
-        self._library = _library_for(config, weights, level)
+        self._library, level = _library_for(config, weights, level)
         super().__init__(
             bundle,
             condition_slots=condition_slots,
@@ -85,6 +85,7 @@ class NativeCpu(OnnxRuntimeGraphs):
             spinning=spinning,
             storage=np.float32,
         )
+        self.runs_on = f"decoder level {level}, {self.runs_on}"
         layers, width = config.decoder.layers, config.decoder.width
         shape = (cache_slots, manifest.cache_entries, width)
         self.caches = allocate(cache_names(layers), shape, np.float32)
@@ -178,8 +179,10 @@ class _Held:
             setattr(self._told, name, None if array is None else array.ctypes.data)
 
 
-def _library_for(config: ModelConfig, weights: Weights, level: int | None) -> ctypes.CDLL:
-    """The library of a level, or of the best one that the machine and the model's sizes allow.
+def _library_for(
+    config: ModelConfig, weights: Weights, level: int | None
+) -> tuple[ctypes.CDLL, int]:
+    """(library, level) of a level, or of the best one that the machine and the model's sizes allow.
 
     Without a level none with vectors narrower than the machine's AVX2: ONNX Runtime has wider ones.
     """
@@ -201,7 +204,7 @@ def _library_for(config: ModelConfig, weights: Weights, level: int | None) -> ct
             reason = f"level {each} multiplies int8 with instructions that this machine lacks"
         if not reason:
             log.debug("the native decoder runs at level %d", each)
-            return library
+            return library, each
         reasons.append(reason)
     raise UnavailableError("; ".join(reasons))
 

@@ -121,7 +121,8 @@ class OnnxRuntimeCuda:
             "session.intra_op.allow_spinning", str(int(spinning))
         )
         self._options.log_severity_level = 3  # errors
-        if library := _operators(config, device_id) if device == "cuda" else None:
+        library = _operators(config, device_id) if device == "cuda" else None
+        if library:
             self._options.register_custom_ops_library(str(library))
         self._storage = np.dtype(_STORAGE[manifest.precision])
         self._element = _BF16 if manifest.precision == "bf16" else self._storage.type
@@ -135,6 +136,13 @@ class OnnxRuntimeCuda:
         kept = self._keep_rows(kernels, rows, memory)
         recording = recording and isinstance(kept, DeviceRows) and not logits and _can_record()
         self._decoder, recording = self._open_decoder(kept, recording)
+        self.runs_on = ", ".join(
+            [
+                f"ONNX Runtime {ort.__version__}",
+                "operators of its own" if library else "standard operators",
+                "recorded steps" if recording else "steps that are not recorded",
+            ]
+        )
         self._conditions = self._zeros(self._condition_names, (condition_slots, entries, width))
         self._caches = self._zeros(
             cache_names(layers), (cache_slots, manifest.cache_entries, width)

@@ -59,6 +59,7 @@ class OnnxRuntimeGraphs:
         if threads is not None and threads < 1:
             raise ValueError(f"threads {threads} is not at least 1")
         config = bundle.manifest.config
+        self.runs_on = f"ONNX Runtime {ort.__version__}"
         self.bundle, self.threads = bundle, threads or cores()
         self._spinning = spinning
         self._cores = Cores(self.threads)

@@ -107,6 +107,14 @@ class TensorRt:
         self.bundle = bundle
         # Two cache slots a request, see Engine.
         self._folder, self._record = self._find(cache_slots // 2)
+        plugins = self._record.key.plugin_abi
+        self.runs_on = ", ".join(
+            [
+                f"{self.module} {self._trt.__version__}",
+                "standard operators" if plugins is None else f"plugins {plugins}",
+                "recorded steps" if recording else "steps that are not recorded",
+            ]
+        )
         self._runtime = self._trt.Runtime(_logger(self._trt))
         # Engines that later versions can run bring code for the host, which is refused by default.
         self._runtime.engine_host_code_allowed = self._record.version_compatible

@@ -194,6 +194,7 @@ def describe_model(target: Target, settings: Settings) -> dict[str, Any]:
         "contents_hash": contents,
         "precision": info.precision,
         "backend": info.backend,
+        "runs_on": info.runs_on or None,
         "parameters": info.parameter_count,
         "evaluation": evaluation,
         "evaluation_note": reason,

@@ -94,6 +94,7 @@ class FakeEngine:
             backend="fake",
             rankers=("first", "broken"),
             sampling={},
+            runs_on="fake 1.0",
         )
         self.rankers = {"first": first_token, "broken": broken}
         self.allocated: dict[int, GenerationRequest] = {}

@@ -16,6 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 from nuwa import plugins_trt
@@ -472,6 +473,20 @@ def test_serving_binds_no_logits(bundle, kind):
     assert backend.logits is None
     if kind == "onnxruntime":
         assert len(backend._binding.get_outputs()) == 1 + len(backend.caches)
+
+
+def test_what_it_runs_on_is_told(backend, kind):
+    library = f"ONNX Runtime {ort.__version__}"
+    unrecorded = "standard operators, steps that are not recorded"
+    told = {
+        "onnxruntime": library,
+        ON_A_DEVICE: f"{library}, {unrecorded}",
+        WITHOUT_KERNELS: f"{library}, {unrecorded}",
+        WITH_PLUGINS: f"tensorrt {FakeTensorRt.__version__}, plugins {PLUGIN_ABI}, recorded steps",
+        WITHOUT_PLUGINS: f"tensorrt_rtx {FakeTensorRtx.__version__}, standard operators, "
+        "recorded steps",
+    } | {f"native level {level}": f"decoder level {level}, {library}" for level in LEVELS}
+    assert backend.runs_on == told[kind]
 
 
 def test_codes_and_pixels_go_both_ways(bundle, backend):

@@ -362,6 +362,7 @@ def test_info_describes_the_bundle(engine, tiny_bundle):
     assert "clip" in info.rankers
     assert info.parameter_count == manifest.parameter_count
     assert info.backend in BACKENDS[1:]
+    assert "ONNX Runtime" in info.runs_on
     assert len(info.bundle_hash) == 64
 
 

@@ -457,7 +457,7 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "bundle_hash", "tasks", "height", "width", "max_frame_count", "codebook_size", "parameter_count", "precision", "license", "backend", "slot_count", "max_prediction_frame_count", "sketch_class_count", "sketch_palette", "rankers", "max_sample_count", "sampling_defaults", "version")
+    __slots__ = ("name", "bundle_hash", "tasks", "height", "width", "max_frame_count", "codebook_size", "parameter_count", "precision", "license", "backend", "slot_count", "max_prediction_frame_count", "sketch_class_count", "sketch_palette", "rankers", "max_sample_count", "sampling_defaults", "version", "runs_on")
     NAME_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_HASH_FIELD_NUMBER: _ClassVar[int]
     TASKS_FIELD_NUMBER: _ClassVar[int]
@@ -477,6 +477,7 @@ class Model(_message.Message):
     MAX_SAMPLE_COUNT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_DEFAULTS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    RUNS_ON_FIELD_NUMBER: _ClassVar[int]
     name: str
     bundle_hash: str
     tasks: _containers.RepeatedScalarFieldContainer[Task]
@@ -496,7 +497,8 @@ class Model(_message.Message):
     max_sample_count: int
     sampling_defaults: _containers.RepeatedCompositeFieldContainer[SamplingDefault]
     version: int
-    def __init__(self, name: _Optional[str] = ..., bundle_hash: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[Task, str]]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., max_frame_count: _Optional[int] = ..., codebook_size: _Optional[int] = ..., parameter_count: _Optional[int] = ..., precision: _Optional[str] = ..., license: _Optional[str] = ..., backend: _Optional[str] = ..., slot_count: _Optional[int] = ..., max_prediction_frame_count: _Optional[int] = ..., sketch_class_count: _Optional[int] = ..., sketch_palette: _Optional[bytes] = ..., rankers: _Optional[_Iterable[str]] = ..., max_sample_count: _Optional[int] = ..., sampling_defaults: _Optional[_Iterable[_Union[SamplingDefault, _Mapping]]] = ..., version: _Optional[int] = ...) -> None: ...
+    runs_on: str
+    def __init__(self, name: _Optional[str] = ..., bundle_hash: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[Task, str]]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., max_frame_count: _Optional[int] = ..., codebook_size: _Optional[int] = ..., parameter_count: _Optional[int] = ..., precision: _Optional[str] = ..., license: _Optional[str] = ..., backend: _Optional[str] = ..., slot_count: _Optional[int] = ..., max_prediction_frame_count: _Optional[int] = ..., sketch_class_count: _Optional[int] = ..., sketch_palette: _Optional[bytes] = ..., rankers: _Optional[_Iterable[str]] = ..., max_sample_count: _Optional[int] = ..., sampling_defaults: _Optional[_Iterable[_Union[SamplingDefault, _Mapping]]] = ..., version: _Optional[int] = ..., runs_on: _Optional[str] = ...) -> None: ...
 
 class SamplingDefault(_message.Message):
     __slots__ = ("task", "sampling")
