@@ -172,7 +172,7 @@ class SlotStep(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a loaded bundle is and can do (GetModel, `nuwa inspect`).
+    """What a loaded bundle is and can do (GetModel).
 
     max_predicted_frames: longest clip of V2V, as max_frames is of the other tasks. sketch_classes:
     0 where the bundle takes no sketches. rankers: names of what can score samples.

@@ -379,7 +379,7 @@ def _texts(request: GenerationRequest) -> tuple[str, ...]:
 
 
 def model_info(bundle: Bundle, backend: str, runs_on: str) -> ModelInfo:
-    """What GetModel and `nuwa inspect` tell of a bundle."""
+    """What GetModel tells of a bundle on a backend."""
     manifest, config = bundle.manifest, bundle.manifest.config
     sketches = config.sketch is not None
     frames = config.decoder.grid.frames

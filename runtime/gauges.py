@@ -53,6 +53,7 @@ class Gauges:
                 "bundle": info.bundle_hash,
                 "precision": info.precision,
                 "backend": info.backend,
+                "runs_on": info.runs_on,
             }
             about.add_metric(labels, said)
         yield from (slots, used, waiting, room, about)

@@ -75,7 +75,7 @@ class Rows:
     of a row's tokens that the model draws; mistaken: the most that are fed as a code near to the
     true one; named: share of those from anywhere whose prompt is the caption of an image of them
     instead; rolled: share of those from anywhere that are windows of rollouts, which without a
-    caption still show what they began with; strange: share of all but these that show what no
+    caption begin with the object as it was; strange: share of all but these that show what no
     caption names, so that the model looks at it instead of recalling one that it knows.
     """
 

@@ -181,7 +181,7 @@ class Pictures:
 
     def stranger(self, index: int, frames: range) -> U8:
         """The picture turned onto its side."""
-        return np.rot90(self.clip(index, frames)[0], axes=(1, 2))
+        return np.ascontiguousarray(np.rot90(self.clip(index, frames)[0], axes=(1, 2)))
 
     def may_show(self, index: int, start: int) -> bool:
         return True

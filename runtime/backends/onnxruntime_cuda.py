@@ -140,7 +140,8 @@ class OnnxRuntimeCuda:
             [
                 f"ONNX Runtime {ort.__version__}",
                 "operators of its own" if library else "standard operators",
-                "recorded steps" if recording else "steps that are not recorded",
+                f"tokens on the {'device' if isinstance(kept, DeviceRows) else 'host'}",
+                f"steps {'recorded if they can be' if recording else 'not recorded'}",
             ]
         )
         self._conditions = self._zeros(self._condition_names, (condition_slots, entries, width))

@@ -112,7 +112,7 @@ class TensorRt:
             [
                 f"{self.module} {self._trt.__version__}",
                 "standard operators" if plugins is None else f"plugins {plugins}",
-                "recorded steps" if recording else "steps that are not recorded",
+                f"steps {'recorded if they can be' if recording else 'not recorded'}",
             ]
         )
         self._runtime = self._trt.Runtime(_logger(self._trt))

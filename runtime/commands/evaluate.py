@@ -199,6 +199,7 @@ def _about(
         "model": info.name,
         "precision": info.precision,
         "backend": info.backend,
+        "runs_on": info.runs_on,
         "sampling": {
             str(task): dataclasses.asdict(
                 dataclasses.replace(info.sampling.get(task, Sampling()), **sampling)

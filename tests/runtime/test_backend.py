@@ -477,14 +477,14 @@ def test_serving_binds_no_logits(bundle, kind):
 
 def test_what_it_runs_on_is_told(backend, kind):
     library = f"ONNX Runtime {ort.__version__}"
-    unrecorded = "standard operators, steps that are not recorded"
+    standard, recorded = f"{library}, standard operators", "steps recorded if they can be"
+    fakes = FakeTensorRt.__version__
     told = {
         "onnxruntime": library,
-        ON_A_DEVICE: f"{library}, {unrecorded}",
-        WITHOUT_KERNELS: f"{library}, {unrecorded}",
-        WITH_PLUGINS: f"tensorrt {FakeTensorRt.__version__}, plugins {PLUGIN_ABI}, recorded steps",
-        WITHOUT_PLUGINS: f"tensorrt_rtx {FakeTensorRtx.__version__}, standard operators, "
-        "recorded steps",
+        ON_A_DEVICE: f"{standard}, tokens on the device, steps not recorded",
+        WITHOUT_KERNELS: f"{standard}, tokens on the host, steps not recorded",
+        WITH_PLUGINS: f"tensorrt {fakes}, plugins {PLUGIN_ABI}, {recorded}",
+        WITHOUT_PLUGINS: f"tensorrt_rtx {fakes}, standard operators, {recorded}",
     } | {f"native level {level}": f"decoder level {level}, {library}" for level in LEVELS}
     assert backend.runs_on == told[kind]
 

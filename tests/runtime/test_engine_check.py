@@ -100,7 +100,7 @@ def test_a_bad_request_is_refused(engine, task, change, field, message):
 
 def test_only_prediction_goes_beyond_the_trained_length(tiny_bundle, tmp_path):
     folder = bundle_for(tiny_bundle, (Task.T2I, Task.T2V), tmp_path / "bundle")
-    info = model_info(open_bundle(folder), "none")
+    info = model_info(open_bundle(folder), "none", "nothing")
     assert (info.max_frames, info.max_predicted_frames) == (3, 3)
 
 

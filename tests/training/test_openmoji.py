@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from nuwa.spec.config import ModelConfig
 from nuwa.training.openmoji import cli, folder, names
 from nuwa.training.openmoji.dataset import PictureFolder, moved
 from nuwa.training.openmoji.layers import class_map, line_art, over, rasterize
 from nuwa.training.openmoji.source import Drawing, Words, table_names
+from nuwa.training.sources import Pictures
 
 CONFIGS = Path(folder.__file__).parent
 # An 8x8 square of orange with a line of two units at its left, and a star of the line supplement.
@@ -217,6 +219,14 @@ def test_samples_are_dealt_without_end_and_by_number(rendered):
     places = {(int(np.argwhere(m)[0][0]), int(np.argwhere(m)[0][1])) for m in maps}
     assert places == {(row, column) for row in (3, 4, 5) for column in (3, 4, 5)}
     assert {bool(m[8, np.flatnonzero(m[8])[0]] == 1) for m in maps} == {True, False}, "mirrored"
+
+
+def test_a_stranger_is_the_picture_on_its_side(rendered, monkeypatch):
+    source, shown = Pictures(rendered), np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3))
+    monkeypatch.setattr(source, "clip", lambda index, frames: (shown.astype(np.uint8), None))
+    turned = torch.from_numpy(source.stranger(3, range(2)))  # as it is given to a VQ-GAN
+    assert turned.dtype == torch.uint8
+    assert (turned.numpy() == np.rot90(shown, axes=(1, 2))).all()
 
 
 def test_what_moves_in_is_blank():
