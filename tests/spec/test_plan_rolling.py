@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nuwa.spec.config import DecoderConfig, preset
@@ -125,10 +125,17 @@ def test_given_frames_are_prefilled_in_few_calls(decoder, kind, data):
     assert all(np.array_equal(a, b) for a, b in zip(calls, expected.calls, strict=True))
 
 
+ALL_AT_ONCE = DecoderConfig(  # no frame waits for another, so that a frame begins in every wave
+    grid=Grid(2, 4, 5), extents=(Extent(1, 5, None),), shift="nearest", layers=1, width=4, heads=1
+)
+
+
 @settings(deadline=None, max_examples=60)
 @given(decoders, kinds)
+@example(ALL_AT_ONCE, "wave")
 def test_the_ring_is_no_larger_than_a_long_clip_needs(decoder, kind):
-    frames = 8 * decoder.grid.frames + 8
+    grid = decoder.grid
+    frames = 8 * grid.frames + 2 * grid.height * grid.width  # those under way at once, and more
     assert whole(decoder, frames, kind).entries == endless_schedule(decoder, kind).entries
 
 
