@@ -7,6 +7,7 @@ nor a ranker.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import os
 import signal
@@ -24,6 +25,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # keep the cores busy with that, while those of the other processes have them.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def ctrl_c_is_heard() -> Iterator[None]:
+    """For tests that send SIGINT to their own process.
+
+    Hypothesis has Python call it whenever garbage is collected, and an exception raised in there,
+    as by a signal that arrives just then, is lost.
+    """
+    gc.disable()
+    yield
+    gc.enable()
+
 
 CAPTIONS = (
     "a red digit 3 moves left to right on black",

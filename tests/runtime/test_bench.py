@@ -426,6 +426,7 @@ def test_ctrl_c_leaves_what_was_observed():
 
 
 @pytest.mark.parametrize("scenario", ["single-stream", "multi-stream", "server", "offline"])
+@pytest.mark.usefixtures("ctrl_c_is_heard")
 def test_ctrl_c_while_threads_are_asking(scenario):
     def ask(number: int, scheduled: float) -> Observation:
         assert threading.current_thread() is not threading.main_thread()

@@ -143,6 +143,7 @@ def test_a_launch_without_a_result_is_told(tiny_bundle, tmp_path, monkeypatch, c
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+@pytest.mark.usefixtures("ctrl_c_is_heard")
 def test_ctrl_c_is_passed_on_to_a_launch(tmp_path, monkeypatch):
     """Once, and what it does then is waited for."""
     began, heard = tmp_path / "began", tmp_path / "heard"

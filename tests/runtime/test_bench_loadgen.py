@@ -153,6 +153,7 @@ def test_loadgen_does_not_know_that_requests_were_refused(folder):
 
 
 @pytest.mark.parametrize("scenario", ["single-stream", "multi-stream", "server", "offline"])
+@pytest.mark.usefixtures("ctrl_c_is_heard")
 def test_ctrl_c_ends_loadgen_and_leaves_what_was_observed(scenario, folder):
     asked, lock = [], threading.Lock()
 
