@@ -68,8 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
         from .engines import check
 
         check(options := engines_cli.options(arguments, arguments.tensorrt))
-    elif arguments.target or arguments.plugins is not None or arguments.slots != 1:
-        raise ValueError("--target, --slots and --plugins are of engines: give --tensorrt, too")
+    elif given := engines_cli.given(arguments):
+        raise ValueError(f"{', '.join(given)}: of engines, so give --tensorrt, too")
     manifest = _export(arguments, errors)
     report(manifest, arguments.out, Console())
     if options is not None:

@@ -12,6 +12,8 @@ from nuwa.spec.engines import RUNTIMES, TENSORRT_RTX
 if TYPE_CHECKING:
     from .engines import EngineOptions
 
+NOT_GIVEN: dict[str, Any] = {"target": [], "slots": 1, "rows": None, "plugins": None}
+
 EPILOG = """\
 examples:
   nuwa build-engines bundles/sprites --target sm_89 --target sm_120
@@ -42,6 +44,11 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
     return run
 
 
+def given(arguments: argparse.Namespace) -> list[str]:
+    """Which of those of `add_options` are not as they are when nobody gives them."""
+    return [f"--{name}" for name, value in NOT_GIVEN.items() if getattr(arguments, name) != value]
+
+
 def add_options(parser: argparse._ActionsContainer) -> None:
     """What `options` reads."""
     from .engines import ROWS
@@ -49,20 +56,24 @@ def add_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--target",
         action="append",
-        default=[],
+        default=NOT_GIVEN["target"],
         metavar="sm_NN",
         help="GPU architecture, may be repeated (default: this machine's GPU)",
     )
     parser.add_argument(
-        "--slots", type=int, default=1, metavar="N", help="as of `nuwa serve` (%(default)s)"
+        "--slots",
+        type=int,
+        default=NOT_GIVEN["slots"],
+        metavar="N",
+        help="as of `nuwa serve` (%(default)s)",
     )
     parser.add_argument(
         "--rows",
         type=int,
         nargs="+",
-        default=list(ROWS),
         metavar="T",
-        help="upper ends of the ranges of rows that a step is tuned for (%(default)s)",
+        help="upper ends of the ranges of rows that a step is tuned for "
+        f"({' '.join(map(str, ROWS))})",
     )
     parser.add_argument(
         "--plugins",
@@ -77,13 +88,13 @@ def add_options(parser: argparse._ActionsContainer) -> None:
 
 def options(arguments: argparse.Namespace, runtime: str, **more: Any) -> EngineOptions:
     """ValueError for what does not go together."""
-    from .engines import EngineOptions
+    from .engines import ROWS, EngineOptions
 
     return EngineOptions(
         runtime=runtime,
         targets=tuple(dict.fromkeys(arguments.target)),
         slots=arguments.slots,
-        rows=tuple(arguments.rows),
+        rows=ROWS if arguments.rows is None else tuple(arguments.rows),
         plugins=_plugins(arguments.plugins),
         **more,
     )

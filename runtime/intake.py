@@ -181,16 +181,18 @@ class Intake:
         timeout: float | None = None,
         *,
         whole: bool = False,
+        instead: str = "",
     ) -> Iterator[Event]:
         """Queues a job now; its events, as Handle.events gives and raises them.
 
         It ends with its call, by the call's deadline, or after `timeout` seconds. whole: its answer
-        is one message. FieldError where the frames that have to wait for each other, for that or
+        is one message; instead: the method that answers the same piece by piece, if one does.
+        FieldError where the frames that have to wait for each other, for that, for an animation or
         until all are ranked, are more than may be unread.
         """
         followers = self._followers(loaded, job, context)
         try:
-            self._check_held(loaded, job, whole=whole)
+            self._check_held(loaded, job, whole=whole, instead=instead)
             handle = self._submit(loaded, job, context, timeout)
         except Exception as error:
             _ended(loaded, job, followers, error, time.perf_counter())
@@ -198,23 +200,35 @@ class Intake:
         events = selection.events_of(handle, job.samples, loaded.engine.rankers)
         return self._followed(loaded, job, events, context, handle, followers)
 
-    def _check_held(self, loaded: Loaded, job: Job, *, whole: bool) -> None:
+    def _check_held(self, loaded: Loaded, job: Job, *, whole: bool, instead: str) -> None:
         samples, generation, info = job.samples, job.generation, loaded.engine.info
-        held = samples.returned if whole else 0
+        frames, held, why = generation.frame_count, 0, ""
+        if job.output.animation:  # of one sample
+            held, why = 1, "for the animation"
+        if whole:
+            held, why = samples.returned, "for one answer"
         if samples.rank_by:  # the best so far, and those that are being made
             held = min(samples.count, samples.returned + loaded.engine.slots)
-        frame = info.height * info.width * 3
-        if whole and job.output.kind == "raw":
-            frame *= job.output.scale**2
-        most, size = self._most_unread, held * generation.frame_count * frame
+            why = "until all samples are ranked"
+        scaled = whole and job.output.kind == "raw" and job.output.scale > 1
+        frame = info.height * info.width * 3 * (job.output.scale**2 if scaled else 1)
+        most, size = self._most_unread, held * frames * frame
         if most is None or size <= most:
             return
-        why = "until all samples are ranked" if samples.rank_by else "for one answer"
+        if samples.returned > 1 and samples.rank_by:
+            field = "return_count"
+        elif held > 1:
+            field = "sample_count"
+        elif frames > 1:
+            field = "frame_count"
+        else:  # nothing else in the request makes a single image smaller
+            field = "output.scale_factor" if scaled else ""
+        instead = f", or with {instead}" if instead and not samples.rank_by else ""
         raise FieldError(
-            "return_count" if samples.returned > 1 else "frame_count",
-            f"{held} samples of {generation.frame_count} frames would have to be kept {why}, "
+            field,
+            f"{_many(held, 'sample')} of {_many(frames, 'frame')} would have to be kept {why}, "
             f"{size / 1e6:.0f} MB; the server's max_unread_bytes allows {most / 1e6:.0f} MB. Ask "
-            "for fewer at a time" + (", or for a stream" if whole else ""),
+            f"for less at a time{instead}",
         )
 
     def _followers(self, loaded: Loaded, job: Job, context: grpc.ServicerContext) -> list[Follower]:
@@ -298,6 +312,10 @@ def who_calls(context: grpc.ServicerContext) -> str:
     if identities:
         return next(iter(identities)).decode(errors="replace")
     return context.peer().rpartition(":")[0]
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" + ("" if count == 1 else "s")
 
 
 def _ended(

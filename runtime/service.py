@@ -35,7 +35,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         def make() -> tuple[pb.GenerateImageResponse, Origin]:
             with intake.model(request.model, context) as loaded:
                 job = convert.read_image_request(request, loaded.engine.info, intake.limits)
-                events = intake.events(loaded, job, context, whole=True)
+                events = intake.events(loaded, job, context, whole=True, instead="StreamImage")
                 return replies.image_response(job, events), Origin.of(job, loaded)
 
         with intake.room():

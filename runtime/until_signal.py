@@ -83,7 +83,7 @@ def _drain(server: Server, grace: float) -> None:
     duck, started, running = server.settings.lame_duck, time.perf_counter(), server.host.running
     if not running:
         grace = 0.0
-    else:
+    if grace:
         log.info("draining: %g s more for new calls, then %g s for those at hand", duck, grace)
     stopping = _InThread("nuwa-stop", lambda: server.stop(grace))
     while not stopping.ended.wait(SIGNAL_SECONDS):

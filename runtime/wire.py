@@ -16,7 +16,8 @@ from google.protobuf.message import DecodeError, Message
 from .errors import FieldError
 
 MOST_FIELDS = 10_000  # in all, those of submessages included; a mask of 256 boxes has 1300
-MOST_PACKED = 2**20  # bytes of numbers one after the other, which take eight times as much
+MOST_PACKED = 2**20  # bytes of numbers one after the other, in all; they take eight times as much
+VARINT_BYTES = 10  # at most: 64 bits
 VARINT, FIXED64, DELIMITED, GROUP, GROUP_END, FIXED32 = range(6)
 
 
@@ -29,7 +30,7 @@ def reader(deserialize: Callable[[bytes], Message]) -> Callable[[bytes], Message
 
     def read(data: bytes) -> Message:
         if len(data) > 2 * MOST_FIELDS:  # or there is no room for as many
-            _walk(data, 0, len(data), descriptor, MOST_FIELDS)
+            _Walk().over(data, 0, len(data), descriptor)
         try:
             return deserialize(data)
         except DecodeError:
@@ -40,36 +41,47 @@ def reader(deserialize: Callable[[bytes], Message]) -> Callable[[bytes], Message
     return read
 
 
-def _walk(data: bytes, at: int, end: int, descriptor: Any, left: int) -> int:
-    """Of data[at:end], a message: how many fields are left of so many that there may be.
+class _Walk:
+    """Counts what one request has, and stops at too much.
 
     What is no message is no error here; who parses it will find out.
     """
-    while at < end:
-        left -= 1
-        if left < 0:
-            raise FieldError("", f"the request has more than {MOST_FIELDS} fields")
-        tag, at = _varint(data, at, end)
-        kind = tag & 7
-        if kind == VARINT:
-            _, at = _varint(data, at, end)
-        elif kind == DELIMITED:
-            length, at = _varint(data, at, end)
-            field = descriptor.fields_by_number.get(tag >> 3)
-            if field is not None and field.message_type is not None:
-                left = _walk(data, at, min(at + length, end), field.message_type, left)
-            elif length > MOST_PACKED and field is not None and _numbers(field):
-                raise FieldError(
-                    "",
-                    f"{field.full_name} has more than {MOST_PACKED} bytes of numbers; send them "
-                    "raw, as bytes",
-                )
-            at += length
-        elif kind in (FIXED64, FIXED32):
-            at += 8 if kind == FIXED64 else 4
-        elif kind not in (GROUP, GROUP_END):
-            break
-    return left
+
+    def __init__(self) -> None:
+        self.fields = self.packed = 0
+
+    def over(self, data: bytes, at: int, end: int, descriptor: Any) -> None:
+        """data[at:end] is a message of that kind."""
+        while at < end:
+            self.fields += 1
+            if self.fields > MOST_FIELDS:
+                raise FieldError("", f"the request has more than {MOST_FIELDS} fields")
+            tag, at = _varint(data, at, end)
+            kind = tag & 7
+            if kind == VARINT:
+                _, at = _varint(data, at, end)
+            elif kind == DELIMITED:
+                length, at = _varint(data, at, end)
+                field = descriptor.fields_by_number.get(tag >> 3)
+                if field is not None and field.message_type is not None:
+                    self.over(data, at, min(at + length, end), field.message_type)
+                elif field is not None and _numbers(field):
+                    self._pack(length, field.full_name)
+                at += length
+            elif kind in (FIXED64, FIXED32):
+                at += 8 if kind == FIXED64 else 4
+            elif kind not in (GROUP, GROUP_END):
+                break
+
+    def _pack(self, length: int, name: str) -> None:
+        """A field may come in pieces, which are put together: so all of them are counted."""
+        self.packed += length
+        if self.packed > MOST_PACKED:
+            raise FieldError(
+                "",
+                f"{name} has more than {MOST_PACKED} bytes of numbers, or the request has; send "
+                "them raw, as bytes",
+            )
 
 
 def _numbers(field: Any) -> bool:
@@ -77,13 +89,13 @@ def _numbers(field: Any) -> bool:
 
 
 def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
-    """(value, where it ends): at `end` if it is cut off there."""
-    value = shift = 0
-    while at < end:
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
+    """(value, where it ends): the value so far, and `end`, if it is cut off or goes on for longer
+    than any number does, which is no message.
+    """
+    value = 0
+    for position in range(at, min(at + VARINT_BYTES, end)):
+        byte = data[position]
+        value |= (byte & 127) << 7 * (position - at)
         if byte < 128:
-            break
-        shift += 7
-    return value, at
+            return value, position + 1
+    return value, end

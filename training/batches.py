@@ -171,7 +171,7 @@ class Batches:
                 fed[row] = target[row] = self._window(
                     int(index[row]), start, strange=bool(strange[row])
                 )
-        weight[anywhere, 0] = 0.0
+        weight[anywhere | strange, 0] = 0.0  # nothing before it tells what it is
         time[anywhere] = draw.integers(self.config.decoder.grid.frames, size=int(anywhere.sum()))
         self._mistake(draw, fed, predicted * draw.random(total) * rows.mistaken, whole=anywhere)
         most = predicted * draw.random(total) * rows.own

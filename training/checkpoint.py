@@ -80,19 +80,24 @@ def load_tokenizer(folder: Path, name: str = IMAGE_TOKENIZER) -> VQGAN:
 
 def tokenizer_name(folder: Path, *, sketches: bool) -> str:
     """Of the VQ-GAN in a folder; a whole checkpoint has one for pictures and one for sketches."""
-    whole = (folder / f"{SKETCH_TOKENIZER}.json").exists()
+    whole = any((folder / name).exists() for name in (CONFIG, f"{SKETCH_TOKENIZER}.json"))
     return SKETCH_TOKENIZER if sketches and whole else IMAGE_TOKENIZER
 
 
-def load_tokenizer_of(folder: Path, channels: int) -> VQGAN:
-    """The VQ-GAN of pictures (channels 3) or of class maps; ValueError if there is only another."""
-    vqgan = load_tokenizer(folder, tokenizer_name(folder, sketches=channels != PICTURE_CHANNELS))
+def load_tokenizer_of(folder: Path, channels: int, *, sketches: bool) -> VQGAN:
+    """The VQ-GAN of pictures, or of class maps; ValueError if it is for others."""
+    vqgan = load_tokenizer(folder, tokenizer_name(folder, sketches=sketches))
+    check_channels(vqgan, channels, folder)
+    return vqgan
+
+
+def check_channels(vqgan: VQGAN, channels: int, folder: Path) -> None:
+    """ValueError if a VQ-GAN from `folder` has another number of channels."""
     if vqgan.config.channels != channels:
         raise ValueError(
             f"the VQ-GAN in {folder} has {vqgan.config.channels} channels, where {channels} are"
             f" needed: pictures have {PICTURE_CHANNELS}, class maps one for each class"
         )
-    return vqgan
 
 
 def save_checkpoint(

@@ -109,10 +109,9 @@ def drive(
                     pool.submit(as_one, samples, now)
                     continue
                 for sample in samples:
+                    call = pool.submit(alone, sample, now)
                     if scenario == "single-stream":
-                        alone(sample, now)
-                    else:
-                        pool.submit(alone, sample, now)
+                        call.result()
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise Interrupted([seen]) from None

@@ -23,6 +23,7 @@ from .hardware import Hardware, gpus_in_use
 from .observation import OK, Observation
 from .running import Settings, run, warmed
 from .sampler import Sampler
+from .scenarios import workers
 from .schema import SCHEMA
 from .targets import Target
 from .workload import Workload
@@ -58,7 +59,8 @@ def measure(
     if metrics_at is not None:
         server_metrics.read(metrics_at)  # or it is told now that it cannot be had
     cold = time.perf_counter()
-    pictures = asker.check()
+    with workers(1) as pool:
+        pictures = pool.submit(asker.check).result()
     cold = time.perf_counter() - cold
     if settings.rates and target.bundle is not None:
         say("the machine's rates")

@@ -97,7 +97,12 @@ def _launches(args: argparse.Namespace) -> int:
 
 
 def each_launch(extent: Extent, launches: int) -> list[Extent]:
-    """One for each launch."""
+    """One for each launch; ValueError if there are more launches than queries."""
+    if extent.most is not None and extent.most < launches:
+        raise ValueError(
+            f"--queries {extent.most} are of all {launches} launches together; ask for as many "
+            "queries at least, or for fewer --launches"
+        )
     whole = replace(extent, rounds=launches)
     return [replace(each, rounds=-(-extent.rounds // launches)) for each in whole.each()]
 

@@ -76,7 +76,7 @@ def _launched(args: argparse.Namespace, extent: Extent, folder: Path) -> dict[st
     path.unlink(missing_ok=True)  # of an earlier command
     words = ["bench", "--out", str(folder), "--seconds", str(extent.seconds)]
     words += ["--rounds", str(extent.rounds), "--least", str(max(1, extent.least))]
-    words += [] if extent.most is None else ["--queries", str(max(1, extent.most))]
+    words += [] if extent.most is None else ["--queries", str(extent.most)]
     _waited([*bench_against.PYTHON, *words, *bench_against.words_of(args, OWN)])
     return schema.read(path) if path.exists() else None
 

@@ -162,7 +162,8 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
                     "return_count to 1 (with rank_by), or use ModelStreamInfer",
                 )
             frames, done = [], None
-            for event in self._events(model, job, context, whole=True):
+            instead = "ModelStreamInfer" if model.task.is_video else ""
+            for event in self._events(model, job, context, whole=True, instead=instead):
                 if isinstance(event, Frame):
                     frames.append(event)
                 elif isinstance(event, Done):
@@ -211,8 +212,10 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         """Those to one request of a stream."""
         with self._call(request, context) as model:
             job = self._read(request, model)
-            made: Callable = _by_frame if model.task.is_video else _by_image
-            yield from made(model, job, self._events(model, job, context))
+            if model.task.is_video:
+                yield from _by_frame(model, job, self._events(model, job, context))
+            else:
+                yield from _by_image(model, job, self._events(model, job, context, whole=True))
 
     @contextmanager
     def _call(
@@ -237,9 +240,12 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         context: grpc.ServicerContext,
         *,
         whole: bool = False,
+        instead: str = "",
     ) -> Iterator[Event]:
         with renamed():
-            return self._intake.events(model.loaded, job.job, context, job.timeout, whole=whole)
+            return self._intake.events(
+                model.loaded, job.job, context, job.timeout, whole=whole, instead=instead
+            )
 
     def _bundle(self, name: str) -> str:
         """The name of the bundle that a model belongs to, which may also be named itself."""

@@ -12,6 +12,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 from prometheus_client import generate_latest
 
 from nuwa.inference import grpc_service_pb2
@@ -27,6 +29,9 @@ from ..runtime.fake_engine import FakeEngine
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
+SERVED = tuple(
+    module.DESCRIPTOR for module in (generation_pb2, grpc_service_pb2, health_pb2, reflection_pb2)
+)
 PROCESS_BYTES = 512 * 2**20  # of a server with a model and no calls; 0.3 to 0.5 GiB were measured
 
 
@@ -138,7 +143,7 @@ def test_the_route_forwards_all_methods_but_those_that_change_models():
             forwarded |= {f"/{service}/{name}" for name in ([method] if method else methods)}
     there = {
         f"/{service.full_name}/{name}"
-        for file in (generation_pb2.DESCRIPTOR, grpc_service_pb2.DESCRIPTOR)
+        for file in SERVED
         for service in file.services_by_name.values()
         for name in service.methods_by_name
     }
@@ -156,11 +161,7 @@ def route() -> dict:
 
 def descriptor(service: str):
     package, _, name = service.rpartition(".")
-    [file] = [
-        each
-        for each in (generation_pb2.DESCRIPTOR, grpc_service_pb2.DESCRIPTOR)
-        if each.package == package
-    ]
+    [file] = [each for each in SERVED if each.package == package]
     return file.services_by_name[name]
 
 

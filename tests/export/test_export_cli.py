@@ -63,7 +63,8 @@ def test_engines_are_built_of_what_was_exported(tiny_checkpoint, tmp_path, monke
         (["--tensorrt", "tensorrt-rtx", "--plugins", "a.so"], ValueError, "takes no plugins"),
         (["--tensorrt", "tensorrt"], EngineError, "tensorrt is not installed; pip install"),
         (["--tensorrt"], EngineError, "tensorrt is not installed; pip install"),
-        (["--target", "sm_89"], ValueError, "are of engines: give --tensorrt, too"),
+        (["--target", "sm_89"], ValueError, "--target: of engines, so give --tensorrt, too"),
+        (["--rows", "64", "--slots", "2"], ValueError, "--slots, --rows: of engines"),
     ],
 )
 def test_engines_that_cannot_be_built_are_told_before(

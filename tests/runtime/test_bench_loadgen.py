@@ -63,20 +63,21 @@ def patiently(test):
 @patiently
 def test_loadgen_agrees(folder):
     """Of the same requests: its 90th percentile beside ours."""
-    sleeps = np.random.default_rng(0).uniform(0.1, 0.3, 4096)
+    sleeps = np.where(np.arange(4096) % 8 < 5, 0.02, 0.2)  # the median is not the percentile
+    sleeps[31::32] = 0.6  # nor is the longest
 
     def ask(number: int, scheduled: float) -> Observation:
         return asker(sleeps[number])(number, scheduled)
 
     seen, verdict = loadgen.drive(ask, "single-stream", folder, seconds=5.0, least=64)
     ours = np.quantile([each.latency for each in seen], 0.9, method="inverted_cdf")
-    assert verdict.figures["90.00 percentile latency"] == pytest.approx(ours, abs=0.1)
+    assert verdict.figures["90.00 percentile latency"] == pytest.approx(ours, rel=0.3)
     assert verdict.valid and verdict.reasons == [] and len(seen) >= 64
     assert "Result is : VALID" in verdict.log
     ours = driven.judged(seen, Settings(extent=Extent(5.0, least=64)))
     assert ours["valid"]
     theirs = re.search(r"Early stopping 90.0th percentile estimate: (\d+)", verdict.log)
-    assert ours["early_stopping_p90"] == pytest.approx(1e-9 * int(theirs[1]), abs=0.1)
+    assert ours["early_stopping_p90"] == pytest.approx(1e-9 * int(theirs[1]), rel=0.3)
 
 
 def test_without_loadgen_it_says_how_to_get_it(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ The fake ranker "first" scores a sample by its first token, which for seed 510 a
 
 from __future__ import annotations
 
+import re
 import threading
 import weakref
 
@@ -224,7 +225,7 @@ def test_frames_of_lost_samples_are_not_kept():
             "64 samples of 10",
         ),
         (image(sample_count=64, rank_by="first", output=LARGE), "frame_count", "1 samples"),
-        (image(sample_count=64, output=LARGE), "return_count", "64 samples"),
+        (image(sample_count=64, output=LARGE), "sample_count", "64 samples"),
     ],
 )
 def test_what_waits_to_be_ranked_or_for_one_answer_is_no_more_than_may_be_unread(
@@ -251,6 +252,33 @@ def test_what_waits_to_be_ranked_or_for_one_answer_is_no_more_than_may_be_unread
             request_.ClearField("return_count")
             request_.sample_count = 8
             assert ask(request_), "fewer are taken"
+
+
+@pytest.mark.parametrize(
+    ("request_", "field", "told"),
+    [
+        (image(output=LARGE), "output.scale_factor", "1 sample of 1 frame would .*StreamImage"),
+        (image(), "", "1 sample of 1 frame"),
+        (
+            video(frame_count=9, animation_format=pb.ANIMATION_FORMAT_GIF),
+            "frame_count",
+            "1 sample of 9 frames would have to be kept for the animation",
+        ),
+        (video(frame_count=9, sample_count=2, rank_by="first"), "sample_count", "until.*time$"),
+    ],
+)
+def test_what_cannot_be_held_is_told_of_the_field_that_makes_it_so_much(request_, field, told):
+    with Server(FakeEngine(slots=2), max_unread_bytes=2**20) as server:
+        server.intake._most_unread = 100
+        with grpc.insecure_channel(server.address) as channel:
+            stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            with pytest.raises(grpc.RpcError) as caught:
+                if isinstance(request_, pb.GenerateVideoRequest):
+                    list(stub.GenerateVideo(request_))
+                else:
+                    stub.GenerateImage(request_)
+    _, fields = details(caught.value)
+    assert list(fields) == [field] and re.search(told, fields[field])
 
 
 def test_answers_to_plain_requests_list_no_samples(stub):

@@ -206,6 +206,23 @@ def test_several_samples_the_best_ones_first(stub):
     assert len(answers) == 20 and {value(each, "sample_index") for each in answers} == {0, 1}
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_all_images_of_an_answer_are_no_more_than_may_be_unread(stub, server, streamed):
+    server.intake._most_unread = 1000  # 8 x 8 pixels: 192 bytes a frame
+    request = ask("t2i", {"sample_count": 6}, PROMPT=text())
+    if streamed:
+        [answer] = stub.ModelStreamInfer(iter([request]))
+        message = answer.error_message
+    else:
+        message, fields = refused(lambda: stub.ModelInfer(request))
+        assert "parameters.sample_count" in fields
+    assert message.startswith("6 samples of 1 frame would have to be kept for one answer")
+    assert "Stream" not in message, "a stream would hold as much"
+    clips = ask("t2v", {"frame_count": 6}, PROMPT=text())
+    assert "or with ModelStreamInfer" in refused(lambda: stub.ModelInfer(clips))[0]
+    assert len(list(stub.ModelStreamInfer(iter([clips])))) == 6
+
+
 def test_tokens_where_they_are_asked_for(stub):
     request = ask("t2v", {"seed": 2, "frame_count": 2}, PROMPT=text())
     request.outputs.add(name="TOKENS")
@@ -406,13 +423,13 @@ def test_a_long_stream_keeps_nothing_of_what_is_over(stub, server):
 
 def test_a_timeout_stops_one_request_of_a_stream_and_no_other(stub, engine, server):
     engine.gate.clear()
-    late = ask("t2v", {"timeout": 50_000}, PROMPT=text())
+    late = ask("t2v", {"timeout": 2_000_000}, PROMPT=text())
     late.id = "late"
     answers = stub.ModelStreamInfer(iter([late, ask("t2i", {"seed": 3}, PROMPT=text())]))
     wait_until(lambda: server.scheduler.active + server.scheduler.queued == 2)
-    threading.Timer(0.2, engine.gate.set).start()
+    threading.Timer(2.1, engine.gate.set).start()
     found = {each.infer_response.id: each for each in answers}
-    assert "was not finished within 0.05 s" in found["late"].error_message
+    assert "was not finished within 2 s" in found["late"].error_message
     assert (pixels(found["mine"].infer_response) == clip(3, 1)).all()
 
 

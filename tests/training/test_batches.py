@@ -179,7 +179,7 @@ def test_strange_clips_show_what_no_caption_names(batches, anywhere, monkeypatch
     none[:2] = False  # a picture is given there
     assert not strange[~none].any() and 0 < strange.sum() < none.sum()
     assert torch.equal(batch.fed_BN[strange], batch.target_BN[strange])
-    assert ((batch.weight_BN[strange, 0] == 0) == bool(anywhere)).all()
+    assert (batch.weight_BN[strange, 0] == 0).all() and (batch.weight_BN[strange, -1] == 1).all()
     assert (max(asked.values()) > 0) == bool(anywhere)
 
 

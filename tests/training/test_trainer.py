@@ -22,6 +22,7 @@ from nuwa.training.checkpoint import (
     SKETCH_TOKENIZER,
     load_checkpoint,
     load_tokenizer,
+    load_tokenizer_of,
     save_checkpoint,
     save_tokenizer,
 )
@@ -267,6 +268,50 @@ def test_a_vqgan_of_the_other_kind_is_refused(folder, tmp_path, kind, option, ot
     run_command = cli.command(parser)
     with pytest.raises(ValueError, match=f"{other} has .* channels, where {needed} are needed"):
         run_command(parser.parse_args([kind, *words, option, str(folder / other)]))
+
+
+@pytest.mark.parametrize(
+    ("said", "sketches"),
+    [
+        ({"kind": "tokenizer"}, False),
+        ({"kind": "sketch-tokenizer"}, True),
+        ({"kind": "prune", "sketches": True}, True),
+        ({"kind": "prune", "sketches": False}, False),
+    ],
+)
+def test_the_kind_of_a_vqgan_is_known_where_its_channels_do_not_tell(tmp_path, said, sketches):
+    """As with OpenMoji: three classes, three colours."""
+    record.write_provenance(tmp_path, said)
+    record.check_kind(tmp_path, sketches=sketches)
+    needed = "pictures" if sketches else "class maps"
+    with pytest.raises(ValueError, match=rf"{tmp_path} is of .*, where one of {needed} is needed"):
+        record.check_kind(tmp_path, sketches=not sketches)
+
+
+@pytest.mark.parametrize("said", [{}, {"kind": "model"}, {"kind": "prune"}])
+def test_a_vqgan_of_which_nothing_is_known_may_be_of_either_kind(tmp_path, said):
+    record.write_provenance(tmp_path, said)
+    for sketches in (False, True):
+        record.check_kind(tmp_path, sketches=sketches)
+
+
+def test_of_a_checkpoint_with_three_classes_each_kind_is_found(tmp_path):
+    config = dataclasses.replace(TINY.sketch, channels=3)
+    save_tokenizer(VQGAN(TINY.image), tmp_path)
+    save_tokenizer(VQGAN(config), tmp_path, name=SKETCH_TOKENIZER)
+    for sketches, expected in ((False, TINY.image), (True, config)):
+        assert load_tokenizer_of(tmp_path, 3, sketches=sketches).config == expected
+
+
+@pytest.mark.parametrize(("words", "channels"), [(["--sketches"], 21), ([], 3)])
+def test_pruning_refuses_a_vqgan_of_the_other_kind(folder, tmp_path, words, channels):
+    parser = argparse.ArgumentParser()
+    run_command = cli.command(parser)
+    other = folder / ("vqgan" if words else "sketches")
+    words = ["prune", "--tokenizer", str(other), "--out", str(tmp_path / "pruned"), *words]
+    with pytest.raises(ValueError, match=f"{other} has .* channels, where {channels} are needed"):
+        run_command(parser.parse_args(words))
+    assert not (tmp_path / "pruned").exists()
 
 
 def test_pruning_says_where_the_codes_come_from(folder, tmp_path):

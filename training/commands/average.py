@@ -31,7 +31,7 @@ def add_average(parser: argparse.ArgumentParser) -> None:
 def average(args: argparse.Namespace) -> int:
     """Writes a checkpoint with the first one's tokenizers, ranker and sampling.
 
-    ValueError unless the checkpoints differ in the model's weights alone.
+    ValueError if they differ in more than the model's weights, the ranker and sampling.
     """
     from ..averaging import weighted_mean
     from ..checkpoint import load_checkpoint, save_checkpoint

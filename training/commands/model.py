@@ -134,7 +134,8 @@ def _tokenizer(args: argparse.Namespace, start: Checkpoint | None) -> VQGAN:
     from ..checkpoint import PICTURE_CHANNELS, load_tokenizer_of
 
     if args.tokenizer is not None:
-        return load_tokenizer_of(args.tokenizer, PICTURE_CHANNELS)
+        record.check_kind(args.tokenizer, sketches=False)
+        return load_tokenizer_of(args.tokenizer, PICTURE_CHANNELS, sketches=False)
     if start is None:
         raise ValueError("give --tokenizer, or --start with a checkpoint whose tokenizers to take")
     return start.vqgan
@@ -144,11 +145,15 @@ def _sketch_tokenizer(
     args: argparse.Namespace, start: Checkpoint | None, classes: int
 ) -> VQGAN | None:
     """Of class maps of so many classes; with --tokenizer that of --start is not taken."""
-    from ..checkpoint import load_tokenizer_of
+    from ..checkpoint import check_channels, load_tokenizer_of
 
     if args.sketch_tokenizer is not None:
-        return load_tokenizer_of(args.sketch_tokenizer, classes)
-    return None if start is None or args.tokenizer is not None else start.sketch_vqgan
+        record.check_kind(args.sketch_tokenizer, sketches=True)
+        return load_tokenizer_of(args.sketch_tokenizer, classes, sketches=True)
+    if start is None or start.sketch_vqgan is None or args.tokenizer is not None:
+        return None
+    check_channels(start.sketch_vqgan, classes, args.start)
+    return start.sketch_vqgan
 
 
 def _trained(

@@ -110,6 +110,20 @@ def provenance(
     }
 
 
+def check_kind(folder: Path, *, sketches: bool) -> None:
+    """ValueError if what is known of a VQ-GAN's folder says that it is of the other kind, which its
+    channels need not tell: there may be as many classes as colours.
+    """
+    run = run_of(folder)
+    kinds = {"tokenizer": False, "sketch-tokenizer": True, "prune": run.get("sketches")}
+    known = kinds.get(run.get("kind", ""))
+    if known is not None and known != sketches:
+        names = {False: "pictures", True: "class maps"}
+        raise ValueError(
+            f"the VQ-GAN in {folder} is of {names[known]}, where one of {names[sketches]} is needed"
+        )
+
+
 def write_provenance(folder: Path, said: dict) -> None:
     """Beside weights that come from no run."""
     from ..checkpoint import PROVENANCE

@@ -70,12 +70,21 @@ def add_prune(parser: argparse.ArgumentParser) -> None:
 def prune(args: argparse.Namespace) -> int:
     from rich.progress import track
 
-    from ..checkpoint import load_tokenizer, save_tokenizer, tokenizer_name
+    from ..checkpoint import (
+        PICTURE_CHANNELS,
+        check_channels,
+        load_tokenizer,
+        save_tokenizer,
+        tokenizer_name,
+    )
     from ..prune import prune_codebook
 
+    record.check_kind(args.tokenizer, sketches=args.sketches)
     name = tokenizer_name(args.tokenizer, sketches=args.sketches)
     before = load_tokenizer(args.tokenizer, name)
     source = arguments.source(args, before.config.resolution)
+    channels = source.classes if args.sketches else PICTURE_CHANNELS
+    check_channels(before, channels, args.tokenizer)
     clips = (source.clip(i, range(source.frames)) for i in range(args.dataset_clips))
     counted = track(clips, "counting codes", total=args.dataset_clips)
     after = prune_codebook(before, counted, threshold=args.threshold, sketches=args.sketches)
@@ -120,7 +129,11 @@ def _train(
     from ..trainer import train
 
     options = arguments.options(args, VQGANOptions)
-    start = None if args.start is None else load_tokenizer_of(args.start, config.channels)
+    start = None
+    if args.start is not None:
+        sketches = args.kind == "sketch-tokenizer"
+        record.check_kind(args.start, sketches=sketches)
+        start = load_tokenizer_of(args.start, config.channels, sketches=sketches)
     size = args.codebook_size or (config if start is None else start.config).codebook_size
     config = dataclasses.replace(config, codebook_size=size)
     settings = {
