@@ -200,8 +200,14 @@ def mutated(draw: Draw, seeds: list[bytes]) -> bytes:
 
 
 def swollen(draw: Draw, seeds: list[bytes]) -> bytes:
-    """One of the seeds with one small field behind it up to a million times."""
+    """One of the seeds with one small field behind it up to a million times, or with a number, or
+    a length, of up to a million bytes.
+    """
     number, length = int(draw.integers(1, 20)), int(draw.integers(0, 4))
+    if draw.random() < 0.25:
+        endless = int(2 ** draw.uniform(0, 20)) * b"\xff"
+        kind = int(draw.choice((0, 2)))
+        return seeds[draw.integers(len(seeds))] + _varint(number << 3 | kind) + endless
     inner = (b"", b"\x0a", b"\x2a\x00", b"\x0a\x01a")[length]  # with and without a field of its own
     field = _varint(number << 3 | 2) + _varint(len(inner)) + inner
     times = int(2 ** draw.uniform(0, 20))
