@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,20 +39,21 @@ def export_bundle(
     """Exports, verifies and writes a bundle; returns its manifest.
 
     Works in a folder beside `out` and renames it at the end; whatever goes wrong, `out` stays as it
-    was and nothing else is left. ValueError for an unknown precision, or if `out` exists (with
-    overwrite: if it is no bundle); what `load_checkpoint` raises; ExportError if a graph's numbers
-    are too far from PyTorch's.
+    was and nothing else is left. ValueError for an unknown precision, if `out` exists (with
+    overwrite: if it is no bundle), or if it is a mount point; what `load_checkpoint` raises;
+    ExportError if a graph's numbers are too far from PyTorch's.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+    out = out.resolve()  # of a link, what it points to
     _check_target(out, overwrite)
     loaded = load_checkpoint(checkpoint)
     _check_text(loaded)
     _check_ranker(loaded)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
-        partial.mkdir()
+        partial.chmod(0o755)
         manifest = _write(loaded, partial, precision, progress or _silent)
         _check_target(out, overwrite)  # again: an export takes a while
         replace_folder(partial, out)
@@ -131,6 +132,8 @@ def _check_ranker(checkpoint: Checkpoint) -> None:
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
+    if out.is_mount():  # which nothing can take the place of
+        raise ValueError(f"{out} is a mount point; name a folder in it, such as {out / 'bundle'}")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not out.is_dir():
@@ -149,7 +152,7 @@ def replace_folder(partial: Path, out: Path) -> None:
     if not out.exists():
         partial.rename(out)
         return
-    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
     out.rename(old)
     try:
         partial.rename(out)

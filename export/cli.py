@@ -67,7 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.tensorrt is not None:  # what cannot be built is told before anything is written
         from .engines import check
 
-        check(options := engines_cli.options(arguments, arguments.tensorrt))
+        options = engines_cli.options(arguments, arguments.tensorrt)
+        check(options, arguments.precision)
     elif given := engines_cli.given(arguments):
         raise ValueError(f"{', '.join(given)}: of engines, so give --tensorrt, too")
     manifest = _export(arguments, errors)

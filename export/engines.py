@@ -34,6 +34,7 @@ from nuwa.spec.engines import (
     version_number,
     widest_sort,
 )
+from nuwa.spec.files import replacing
 from nuwa.spec.manifest import (
     DECODER_STEP,
     MANIFEST,
@@ -96,8 +97,13 @@ class EngineOptions:
             raise ValueError("--version-compatible is for TensorRT; leave it out with TensorRT-RTX")
 
 
-def check(options: EngineOptions) -> None:
-    """EngineError if engines cannot be built here for what is missing."""
+def check(options: EngineOptions, precision: str) -> None:
+    """EngineError if engines of such a bundle cannot be built here, or nowhere."""
+    if precision == "int8":
+        raise EngineError(
+            "TensorRT has no product of a bundle's int8 matrices; export with --precision fp8, "
+            "bf16, fp16 or fp32 for engines"
+        )
     trt = _module(options.runtime)
     _plugin_abi(trt, options.plugins)
     for target in options.targets or _own_gpu()[:1]:
@@ -114,6 +120,7 @@ def build_engines(
     EngineError if the runtime is missing or refuses; BundleError if `bundle` is none.
     """
     manifest = _manifest(bundle)
+    check(options, manifest.precision)
     trt = _module(options.runtime)
     logger = _logger(trt)
     plugin_abi = _plugin_abi(trt, options.plugins)
@@ -223,9 +230,8 @@ def _build(
     if serialized is None:
         raise EngineError(f"{options.runtime} could not build {path}: {logger.last_error}")
     if cache is not None and options.timing_cache is not None:
-        partial = options.timing_cache.with_name(f".{options.timing_cache.name}.partial")
-        partial.write_bytes(bytes(cache.serialize()))
-        partial.replace(options.timing_cache)
+        with replacing(options.timing_cache) as partial:
+            partial.write_bytes(bytes(cache.serialize()))
     return bytes(serialized)
 
 

@@ -6,6 +6,7 @@ models nor runtimes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +66,6 @@ class Figures:
         """Records the largest absolute and relative difference of two real tensors."""
         assert got.shape == wanted.shape, f"{name} has shape {got.shape}, PyTorch's {wanted.shape}"
         absolute = float(np.abs(got.astype(np.float64) - wanted).max(initial=0.0))
-        absolute = absolute if np.isfinite(got).all() else float("inf")
         scale = float(np.abs(wanted).max(initial=0.0))
         self._raise_to(f"{name}_absolute", absolute)
         self._raise_to(f"{name}_relative", absolute / scale if scale else absolute)
@@ -86,6 +86,7 @@ class Figures:
         self.shares[name] = (differing + int((got != wanted).sum()), total + got.size)
 
     def _raise_to(self, name: str, value: float) -> None:
+        value = value if math.isfinite(value) else math.inf  # as NaN is larger than nothing
         self.maxima[name] = max(self.maxima.get(name, 0.0), value)
 
     def check(self, graph: str, precision: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Any, Self, Unpack
 
 import grpc.aio
 
@@ -23,6 +23,7 @@ from . import requests, results
 from .client import (
     LOOKUP_SECONDS,
     PLAIN,
+    READY_SECONDS,
     Access,
     ClipGathering,
     channel_options,
@@ -35,8 +36,8 @@ from .results import ClipEvent, ClipResult, ImageEvent, ImageResult
 
 
 class AsyncClient:
-    """A connection to a server at "host:port", made on entering; retries and takes turns among
-    several servers as client.Client.
+    """A connection to a server at "host:port", made on entering, or by connect() and then to be
+    closed; retries and takes turns among several servers as client.Client.
 
     Entering raises ClientError if no server answers within `ready_timeout` seconds. `deadline` is
     in seconds from the call; None means no limit.
@@ -46,29 +47,58 @@ class AsyncClient:
         self,
         address: str,
         *,
-        ready_timeout: float = 10.0,
+        ready_timeout: float = READY_SECONDS,
         attempts: int = 4,
         access: Access = PLAIN,
     ) -> None:
         self._address, self._ready_timeout, self._access = address, ready_timeout, access
         self._metadata = access.metadata
         self._options = channel_options(address, attempts)
+        self._channel: grpc.aio.Channel | None = None
 
     async def __aenter__(self) -> Self:
+        await self.connect()
+        return self
+
+    async def connect(self) -> None:
+        """Once, before the first call. ClientError if no server answers in time."""
         credentials = self._access.credentials()
-        if credentials is None:
-            self._channel = grpc.aio.insecure_channel(self._address, self._options)
+        secure = credentials is not None
+        if secure:
+            channel = grpc.aio.secure_channel(self._address, credentials, self._options)
         else:
-            self._channel = grpc.aio.secure_channel(self._address, credentials, self._options)
-        self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
-        self._models = generation_pb2_grpc.ModelServiceStub(self._channel)
+            channel = grpc.aio.insecure_channel(self._address, self._options)
         try:
             async with asyncio.timeout(self._ready_timeout):
-                await self._channel.channel_ready()
-        except TimeoutError:
+                await channel.channel_ready()
+        except BaseException as error:
+            await channel.close()
+            if isinstance(error, TimeoutError):
+                raise nobody_at(self._address, self._ready_timeout, tls=secure) from None
+            raise
+        self._channel = channel
+
+    async def close(self) -> None:
+        """Closes the connection; requests under way are cancelled."""
+        if self._channel is not None:
             await self._channel.close()
-            raise nobody_at(self._address, self._ready_timeout) from None
-        return self
+
+    def _bounds(self, deadline: float | None) -> dict[str, Any]:
+        return {"timeout": requests.time_limit(deadline), "metadata": self._metadata}
+
+    @property
+    def _stub(self) -> generation_pb2_grpc.GenerationServiceStub:
+        return generation_pb2_grpc.GenerationServiceStub(self._connected)
+
+    @property
+    def _models(self) -> generation_pb2_grpc.ModelServiceStub:
+        return generation_pb2_grpc.ModelServiceStub(self._connected)
+
+    @property
+    def _connected(self) -> grpc.aio.Channel:
+        if self._channel is None:
+            raise RuntimeError("not connected: `async with AsyncClient(...)`, or connect() first")
+        return self._channel
 
     async def __aexit__(
         self,
@@ -76,7 +106,7 @@ class AsyncClient:
         _error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
-        await self._channel.close()
+        await self.close()
 
     async def get_model(self, model: str = "") -> ModelInfo:
         """What the server has loaded: the model of this name, or its first."""
@@ -121,9 +151,7 @@ class AsyncClient:
         """One image, or several samples of it. Options: requests.ImageOptions."""
         message = requests.image_request(task, prompt, options)
         with server_errors():
-            answer = await self._stub.GenerateImage(
-                message, timeout=deadline, metadata=self._metadata
-            )
+            answer = await self._stub.GenerateImage(message, **self._bounds(deadline))
         return results.image_result(answer, message.sampling.sample_index)
 
     async def stream_image(
@@ -138,7 +166,7 @@ class AsyncClient:
         """The events of one image as they happen; see client.BaseClient.stream_image."""
         image = requests.image_request(task, prompt, options)
         message = pb.StreamImageRequest(image=image, preview_count=previews)
-        call = self._stub.StreamImage(message, timeout=deadline, metadata=self._metadata)
+        call = self._stub.StreamImage(message, **self._bounds(deadline))
         reader = results.ImageReader()
         try:
             with server_errors():
@@ -158,7 +186,7 @@ class AsyncClient:
     ) -> AsyncIterator[ClipEvent]:
         """The events of one clip as they happen; see client.BaseClient.stream_video."""
         message = requests.video_request(task, prompt, options)
-        call = self._stub.GenerateVideo(message, timeout=deadline, metadata=self._metadata)
+        call = self._stub.GenerateVideo(message, **self._bounds(deadline))
         reader = results.ClipReader()
         try:
             with server_errors():

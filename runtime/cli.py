@@ -49,6 +49,7 @@ USER_ERRORS = (
     CancelledError,
     ShuttingDownError,
     UnavailableError,
+    FloatingPointError,  # a loss that is not finite
 )
 
 

@@ -25,7 +25,7 @@ from nuwa.spec.tasks import Task
 from nuwa.v1 import generation_pb2 as pb
 from nuwa.v1 import generation_pb2_grpc
 
-from . import convert, replies, requests, results, selection
+from . import convert, replies, requests, results, selection, tls
 from .convert import Job
 from .core import Event, Frame, ModelInfo
 from .engine_protocol import Engine
@@ -43,6 +43,7 @@ KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 30_000, 10_000
 # Of a call, that gRPC keeps to send it again. Its default of 256 KiB is less than a picture may
 # take as it is, and a call that is larger would never be made again.
 RETRY_BYTES = 64 * 2**20
+READY_SECONDS = 10.0  # that a server may take to answer at all
 LOOKUP_SECONDS = 10.0  # that a server may take to say what it has loaded
 
 
@@ -75,6 +76,9 @@ def channel_options(address: str, attempts: int) -> list[tuple[str, int | str]]:
     """gRPC's, for a connection to a server at "host:port". ValueError for attempts out of range."""
     if not 1 <= attempts <= MOST_ATTEMPTS:
         raise ValueError(f"attempts {attempts} is not in [1, {MOST_ATTEMPTS}]")
+    scheme = address.partition("://")[0]
+    if scheme in ("http", "https", "grpc", "grpcs"):
+        raise ValueError(f"address {address!r} is a URL; name HOST:PORT alone")
     options: list[tuple[str, int | str]] = [
         ("grpc.max_receive_message_length", -1),
         ("grpc.max_send_message_length", -1),
@@ -119,9 +123,13 @@ class Access:
         return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
 
     def credentials(self) -> grpc.ChannelCredentials | None:
-        """None for no TLS."""
+        """None for no TLS. ValueError or OSError for files that cannot be used."""
         if not self.tls:
             return None
+        if self.certificate is not None and self.key is not None:
+            tls.check_pair(self.certificate, self.key)
+        if self.ca is not None:
+            tls.check_authority(self.ca)
         files = [path and path.read_bytes() for path in (self.ca, self.key, self.certificate)]
         return grpc.ssl_channel_credentials(*files)
 
@@ -153,7 +161,10 @@ class ClientError(Exception):
 
 
 class BaseClient(ABC):
-    """What both clients do. `deadline` is in seconds from the call; None means no limit."""
+    """What both clients do. `deadline` is in seconds from the call; None means no limit.
+
+    ValueError for one that is no number above 0.
+    """
 
     @abstractmethod
     def get_model(self, model: str = "") -> ModelInfo:
@@ -203,7 +214,7 @@ class BaseClient(ABC):
     ) -> ImageResult:
         """One image, or several samples of it. Options: requests.ImageOptions."""
         message = requests.image_request(task, prompt, options)
-        answer = self._image(message, deadline)
+        answer = self._image(message, requests.time_limit(deadline))
         return results.image_result(answer, message.sampling.sample_index)
 
     def stream_image(
@@ -223,7 +234,7 @@ class BaseClient(ABC):
         """
         image = requests.image_request(task, prompt, options)
         message = pb.StreamImageRequest(image=image, preview_count=previews)
-        return results.image_events(self._image_stream(message, deadline))
+        return results.image_events(self._image_stream(message, requests.time_limit(deadline)))
 
     def stream_video(
         self,
@@ -241,7 +252,7 @@ class BaseClient(ABC):
         that is never used costs nothing; the deadline counts from then. Leaving it early cancels.
         """
         message = requests.video_request(task, prompt, options)
-        return results.clip_events(self._video(message, deadline))
+        return results.clip_events(self._video(message, requests.time_limit(deadline)))
 
     def generate_video(
         self,
@@ -300,11 +311,12 @@ class Client(BaseClient):
         self,
         address: str,
         *,
-        ready_timeout: float = 10.0,
+        ready_timeout: float = READY_SECONDS,
         attempts: int = 4,
         access: Access = PLAIN,
     ) -> None:
         options, credentials = channel_options(address, attempts), access.credentials()
+        secure = credentials is not None
         self._metadata = access.metadata
         if credentials is None:
             self._channel = grpc.insecure_channel(address, options)
@@ -316,7 +328,7 @@ class Client(BaseClient):
             grpc.channel_ready_future(self._channel).result(ready_timeout)
         except grpc.FutureTimeoutError:
             self._channel.close()
-            raise nobody_at(address, ready_timeout) from None
+            raise nobody_at(address, ready_timeout, tls=secure) from None
 
     def close(self) -> None:
         """Closes the connection; requests under way are cancelled."""
@@ -430,9 +442,12 @@ class LocalClient(BaseClient):
         return selection.events_of(handle, job.samples, self._scheduler.engine.rankers)
 
 
-def nobody_at(address: str, seconds: float) -> ClientError:
+def nobody_at(address: str, seconds: float, *, tls: bool) -> ClientError:
+    """gRPC does not tell whether there is none or whether they do not understand each other."""
+    other = "one without TLS, or whose certificate is not trusted" if tls else "one that wants TLS"
     return ClientError(
-        f"no server answered at {address} within {seconds:g} s", code=grpc.StatusCode.UNAVAILABLE
+        f"no server answered at {address} within {seconds:g} s; {other}, would not either",
+        code=grpc.StatusCode.UNAVAILABLE,
     )
 
 

@@ -5,6 +5,7 @@ For the client and the command line. Judges nothing that the server judges (conv
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,6 +84,7 @@ class VideoOptions(Options, total=False):
     frames_per_second: int | None
 
 
+LONGEST = 1e8  # seconds, three years: gRPC's clocks do not take any number
 _SAMPLING = ("seed", "sample_index", "temperature", "top_k", "top_p", "guidance_scale")
 _SHARED = tuple(Options.__annotations__)
 _IMAGE_ONLY = ("image",)
@@ -113,11 +115,30 @@ def video_request(task: Task | str, prompt: str, options: VideoOptions) -> pb.Ge
     return message
 
 
+def time_limit(deadline: float | None) -> float | None:
+    """The seconds that a call may take; None for no limit. ValueError if that is no time at all."""
+    if deadline is None or deadline == math.inf:
+        return None
+    if not deadline > 0:
+        raise ValueError(f"deadline {deadline} is not a number of seconds above 0")
+    return min(deadline, LONGEST)
+
+
 def _given(options: Any, names: tuple[str, ...]) -> dict[str, Any]:
     for name in options:
         if name not in names:
             raise TypeError(f"unknown option {name!r}; there are {', '.join(names)}")
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _text(prompt: str) -> str:
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt {prompt!r} is not a str")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # as of a command line that is not UTF-8
+        raise ValueError(f"prompt {prompt!a} is not valid Unicode") from None
+    return prompt
 
 
 def _fill(
@@ -127,7 +148,7 @@ def _fill(
     given: dict[str, Any],
 ) -> None:
     message.task = TASK_VALUES[parse_task(task)]
-    message.prompt = prompt
+    message.prompt = _text(prompt)
     message.schedule = _choose("schedule", given.get("schedule", "wave"), SCHEDULES)
     message.output.format = _choose("output_format", given.get("output_format", "raw"), FORMATS)
     message.output.include_tokens = given.get("include_tokens", False)

@@ -318,7 +318,8 @@ def model_info(message: pb.Model) -> ModelInfo:
 
 def _pixels(frame: pb.Frame) -> Pixels:
     if frame.format == pb.IMAGE_FORMAT_RAW_RGB:
-        return np.frombuffer(frame.data, np.uint8).reshape(frame.height, frame.width, 3)
+        pixels = np.frombuffer(frame.data, np.uint8).reshape(frame.height, frame.width, 3)
+        return pixels.copy()  # which may be written to, as those of files may
     limits = media.Limits(max_bytes=len(frame.data), max_pixels=frame.height * frame.width)
     return media.decode_clip(frame.data, limits)[0]
 

@@ -1,4 +1,4 @@
-"""Certificates of a server, which are read again when their files change."""
+"""Certificates: whether files have any, and a server's, which are read again when they change."""
 
 from __future__ import annotations
 
@@ -11,6 +11,24 @@ from pathlib import Path
 import grpc
 
 log = logging.getLogger("nuwa.runtime")
+
+
+def check_pair(chain: Path, key: Path) -> None:
+    """ValueError or OSError unless these are a certificate and its key, PEM."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(chain, key)
+    except ssl.SSLError as error:
+        raise ValueError(
+            f"{chain} and {key} are not a certificate and its key: {error.reason}"
+        ) from None
+
+
+def check_authority(path: Path) -> None:
+    """ValueError or OSError unless it has certificates of who signs those of others, PEM."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(path)
+    except ssl.SSLError as error:
+        raise ValueError(f"{path} has no certificate: {error.reason}") from None
 
 
 class Certificates:
@@ -54,19 +72,10 @@ class Certificates:
         return tuple((each.st_mtime_ns, each.st_ctime_ns, each.st_ino) for each in found)
 
     def _read(self) -> grpc.ServerCertificateConfiguration:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        try:
-            context.load_cert_chain(self._chain, self._key)
-        except ssl.SSLError as error:
-            raise ValueError(
-                f"{self._chain} and {self._key} are not a certificate and its key: {error.reason}"
-            ) from None
+        check_pair(self._chain, self._key)
         authority = None
         if self._client_ca is not None:
-            try:
-                context.load_verify_locations(self._client_ca)
-            except ssl.SSLError as error:
-                raise ValueError(f"{self._client_ca} has no certificate: {error.reason}") from None
+            check_authority(self._client_ca)
             authority = self._client_ca.read_bytes()
         pair = (self._key.read_bytes(), self._chain.read_bytes())
         return grpc.ssl_server_certificate_configuration([pair], authority)

@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from .files import write_text
+
 FORMAT = "nuwa-text-tokenizer/1"
 
 
@@ -59,9 +61,9 @@ class TextTokenizer:
         return self.bpe.encode(plain, add_special_tokens=False).ids
 
     def save(self, path: Path) -> None:
-        """Writes one JSON file."""
+        """Writes one JSON file; atomic."""
         data = {"format": FORMAT, "length": self.length, "bpe": json.loads(self.bpe.to_str())}
-        path.write_text(json.dumps(data, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(data, ensure_ascii=False) + "\n")
 
     @classmethod
     def from_file(cls, path: Path) -> TextTokenizer:

@@ -10,10 +10,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from nuwa.spec.files import write_text
+
 from .cells import Section, estimate, interval, words
 from .drawing import Figure
 from .plots import figures
-from .schema import percentile, quantity, replace, share
+from .schema import percentile, quantity, share
 from .table import INDENT, heading, sections, subtitle
 
 STYLE = """
@@ -98,7 +100,7 @@ SWATCHES = {
 
 def write(path: Path, result: dict[str, Any]) -> None:
     """Writes the page; whoever is killed meanwhile leaves the one that was there before. OSError"""
-    replace(path, page(result))
+    write_text(path, page(result))
 
 
 def page(result: dict[str, Any]) -> str:

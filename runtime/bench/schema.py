@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, NoReturn
+
+from nuwa.spec.files import write_text
 
 SCHEMA = "nuwa-bench/1"
 REQUIRED = ("when", "command", "model", "workload", "scenario", "metrics")
@@ -60,17 +61,7 @@ def write(path: Path, result: dict[str, Any]) -> None:
         + json.dumps(part, indent=None if name in BULKY else 2).replace("\n", "\n  ")
         for name, part in parts
     ]
-    replace(path, "{\n" + ",\n".join(lines) + "\n}\n")
-
-
-def replace(path: Path, text: str) -> None:
-    """Writes a text; whoever is killed meanwhile leaves the file that was there before."""
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        new.write_text(text, encoding="utf-8")
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -79,13 +79,30 @@ def add_access(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", type=Path, metavar="FILE", help=help)
 
 
+def check_place(arguments: argparse.Namespace) -> None:
+    """ValueError for options of a server without one, or of an engine that a server has itself."""
+    if arguments.server is None:
+        names = ("tls", "tls_ca", "tls_certificate", "tls_key", "token_file")
+        given, where = [name for name in names if getattr(arguments, name)], "--server"
+    else:
+        none = {"backend": AUTO, "threads": None}
+        given = [name for name, value in none.items() if getattr(arguments, name) != value]
+        where = "a bundle, and a server has its own"
+    if given:
+        options = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"{options}: of {where}")
+
+
 def access(arguments: argparse.Namespace) -> Access:
     """That of add_access."""
     from ..client import Access
 
     token = os.environ.get(TOKEN_VARIABLE) or None
     if arguments.token_file is not None:
-        token = arguments.token_file.read_text(encoding="utf-8").strip()
+        try:
+            token = arguments.token_file.read_text(encoding="utf-8").strip()
+        except UnicodeDecodeError:
+            raise ValueError(f"--token-file {arguments.token_file} is not text") from None
     certificates = (arguments.tls_ca, arguments.tls_certificate, arguments.tls_key)
     return Access(arguments.tls or any(certificates), *certificates, token)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nuwa.spec.engines import RUNTIMES
+from nuwa.spec.files import write_text
 from nuwa.spec.manifest import PRECISIONS
 
 from ..backends.base import AUTO, BACKENDS
@@ -206,9 +207,9 @@ def _write(
         print(config or "", end="")
         return
     schema.write(out / "sweep.json", result)
-    schema.replace(out / "sweep.html", page(outcomes, chosen, result["command"], task))
+    write_text(out / "sweep.html", page(outcomes, chosen, result["command"], task))
     if config is not None:
-        schema.replace(out / "server.toml", config)
+        write_text(out / "server.toml", config)
     told = "sweep.json, sweep.html" + (" and server.toml" if config is not None else "")
     say(f"written: {told} in {out}")
 

@@ -3,8 +3,8 @@
 Evaluators come from the entry point group `nuwa.evaluators`: runtime never imports training. One is
 a function evaluate(generate, *, tasks, split, samples, seed, out, progress, reconstruct,
 concurrency, about, ranking, ...) -> report. `generate` is what generator() gives; sample i is to be
-asked with seed + i. Further arguments are what --long and the weights name, and what --set may
-name: those with a text as their default. The report has tasks, bars and perhaps long; see
+asked with seed + i. Further arguments are what --long, --overwrite and the weights name, and what
+--set may name: those with a text as their default. The report has tasks, bars and perhaps long; see
 score_table.
 """
 
@@ -38,7 +38,8 @@ Generate many samples with a bundle and score them against the evaluator's data 
 
 Sample i is generated with seed SEED + i, so the same command gives the same report, whatever
 --slots and --threads are. With --out the report is written after each part; the same command goes
-on where an earlier one was stopped."""
+on where an earlier one was stopped. A report of other settings in that folder is replaced only with
+--overwrite."""
 
 EXAMPLES = """\
 examples:
@@ -56,7 +57,7 @@ examples:
 SLOTS = 8
 MOST_REQUESTS = 64  # at a time; the scheduler refuses what no longer fits into its queue
 WEIGHTS = {"inception": "FID and IS", "clip": "CLIPSIM", "i3d": "FVD"}
-ASKED_BY = {"long": "--long", "weights": "weight files"}
+ASKED_BY = {"long": "--long", "weights": "weight files", "overwrite": "--overwrite"}
 
 
 def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
@@ -84,6 +85,9 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
     )
     parser.add_argument("--seed", type=int, default=0, help="of the first sample (default: 0)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for report and pictures")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a report of other settings"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
         "--strict", action="store_true", help="exit with status 1 if a bar does not hold"
@@ -118,7 +122,9 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
 
 
 def run(args: argparse.Namespace) -> int:
-    asked = args.tasks and [str(parse_task(name.strip())) for name in args.tasks.split(",")]
+    asked = None
+    if args.tasks is not None:
+        asked = [str(parse_task(name.strip())) for name in args.tasks.split(",")]
     _check_seeds(args.seed, max(args.samples, args.long or 0))
     if (args.samples_per_prompt > 1) != (args.rank_by is not None):
         raise ValueError("--samples-per-prompt (above 1) and --rank-by go together")
@@ -137,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     with LocalClient(engine) as client, _progress_bar() as progress:
         report = evaluate(
             generator(client, sampling, ranking),
-            tasks=list(dict.fromkeys(asked or map(str, engine.info.tasks))),
+            tasks=list(dict.fromkeys(map(str, engine.info.tasks) if asked is None else asked)),
             split=args.split,
             samples=args.samples,
             seed=args.seed,
@@ -174,7 +180,7 @@ def _options(args: argparse.Namespace, evaluate: Callable[..., dict]) -> dict[st
             )
     weights = {name: getattr(args, f"{name}_weights") for name in WEIGHTS}
     weights = {name: path for name, path in weights.items() if path is not None}
-    further = {"long": args.long, "weights": weights}
+    further = {"long": args.long, "weights": weights, "overwrite": args.overwrite}
     further = {name: value for name, value in further.items() if value}
     for name in further:
         if name not in known:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nuwa.spec.files import replacing
 from nuwa.spec.tasks import Task, parse_task
 
-from .. import media
-from ..client import BaseClient, Client, LocalClient
+from .. import media, requests
+from ..client import READY_SECONDS, BaseClient, Client, LocalClient
 from ..core import Pixels, Progress
 from ..results import ClipEvent, ClipResult, ClipSample, ImageResult, ImageSample
 from . import arguments
@@ -144,9 +146,8 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
     shape.add_argument(
         "--fps",
         type=int,
-        default=media.DEFAULT_FRAMES_PER_SECOND,
         metavar="N",
-        help="frames a second of a clip (default: %(default)s)",
+        help=f"frames a second of a clip (default: {media.DEFAULT_FRAMES_PER_SECOND})",
     )
     parser.add_argument(
         "--schedule",
@@ -162,6 +163,7 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
 def run(args: argparse.Namespace) -> int:
     if (args.bundle is None) == (args.server is None):
         raise ValueError("name either a bundle or --server HOST:PORT")
+    arguments.check_place(args)
     task = parse_task(args.task)
     _check_output(args, task)
     options = _options(args, task)
@@ -190,6 +192,14 @@ def _check_output(args: argparse.Namespace, task: Task) -> None:
         raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
     if not 1 <= args.scale <= media.MAX_SCALE:
         raise ValueError(f"--scale {args.scale} is not in [1, {media.MAX_SCALE}]")
+    if args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a folder; name a file in it")
+    if not os.access(args.out.parent, os.W_OK):
+        raise ValueError(f"--out {args.out}: nothing can be written into {args.out.parent}")
+    if args.fps is None:
+        args.fps = media.DEFAULT_FRAMES_PER_SECOND
+    elif not task.is_video:
+        raise ValueError(f"task {task} takes no --fps")
     if not 1 <= args.fps <= media.MAX_FRAMES_PER_SECOND:
         raise ValueError(f"--fps {args.fps} is not in [1, {media.MAX_FRAMES_PER_SECOND}]")
     if task.needs_frames and args.out.suffix.lower() == ".gif":
@@ -241,7 +251,9 @@ def _video(args: argparse.Namespace) -> Path | Pixels | None:
 
 def _client(args: argparse.Namespace) -> BaseClient:
     if args.server is not None:
-        return Client(args.server, access=arguments.access(args))
+        seconds = requests.time_limit(args.deadline)
+        waits = READY_SECONDS if seconds is None else min(READY_SECONDS, seconds)
+        return Client(args.server, ready_timeout=waits, access=arguments.access(args))
     from ..engine import load_engine
 
     slots = max(1, min(args.samples or 1, LOCAL_SLOTS))
@@ -290,7 +302,8 @@ def _write(args: argparse.Namespace, samples: list[Pixels], task: Task) -> None:
         else:
             picture = media.upscale(frames[0], args.scale)
             data = media.encode_picture(picture, IMAGE_SUFFIXES[suffix])
-        path.write_bytes(data)
+        with replacing(path) as partial:
+            partial.write_bytes(data)
 
 
 def _paths(out: Path, count: int) -> list[Path]:

@@ -37,7 +37,8 @@ examples:
       --tokens tokens.toml
 
 and then, in another terminal:
-  nuwa generate --server 127.0.0.1:50051 --task t2v --prompt "a red 3 moves left" --out clip.webp
+  nuwa generate --server 127.0.0.1:50051 --task t2v --out clip.webp \\
+      --prompt "a red 3 on a black background moving left ."
 """
 
 

@@ -41,10 +41,10 @@ def test_a_full_disk_is_told_by_name_whatever_the_library_says(tmp_path, monkeyp
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
     path = tmp_path / "state.pt"
-    with pytest.raises(OSError, match="No space left on device: .*state.pt") as caught:
-        with files.replacing(path) as partial:
-            partial.write_text("half")
-            raise RuntimeError("unexpected pos 768 vs 662")
+    told = pytest.raises(OSError, match="No space left on device: .*state.pt")
+    with told as caught, files.replacing(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError("unexpected pos 768 vs 662")
     assert caught.value.errno == errno.ENOSPC and not os.listdir(tmp_path)
 
 
