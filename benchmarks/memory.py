@@ -23,7 +23,7 @@ from nuwa.runtime.engine import cache_slots, condition_slots, load_engine
 from nuwa.runtime.scheduler import Scheduler
 from nuwa.spec.conditions import ConditionLayout
 from nuwa.spec.manifest import MANIFEST, Manifest
-from nuwa.spec.plan import decode_plan
+from nuwa.spec.plan import widest_wave
 from nuwa.spec.sampling import Sampling
 from nuwa.spec.tasks import Task
 
@@ -84,7 +84,7 @@ def slot_bytes(bundle: Path) -> int:
     caches = cache_slots(1) * manifest.cache_entries
     conditions = (condition_slots(2) - condition_slots(1)) * ConditionLayout.of(config).entries
     kept = (caches + conditions) * decoder.layers * 2 * decoder.width
-    rows = cache_slots(1) * decode_plan(decoder, decoder.grid).widest
+    rows = cache_slots(1) * widest_wave(decoder)
     hidden = decoder.ff_multiplier * decoder.width
     computed = rows * (4 * decoder.width + hidden + config.image.codebook_size)
     return 4 * (kept + computed)

@@ -43,7 +43,7 @@ from nuwa.spec.manifest import (
     file_hash,
     graph_file,
 )
-from nuwa.spec.plan import decode_plan
+from nuwa.spec.plan import widest_wave
 
 from .bundle import replace_folder
 
@@ -180,7 +180,7 @@ def size_ranges(graph: str, config: ModelConfig, slots: int, rows: Sequence[int]
     caches, conditions = 2 * slots, slots + CONDITION_SLOTS_AHEAD
     fixed = {"S": (caches,) * 3, "C": (conditions,) * 3}
     columns = {"m": (1, min(32, entries), entries), "W": (1, 1, widest)}
-    usual = caches * decode_plan(config.decoder, grid).widest
+    usual = caches * widest_wave(config.decoder)
     rows = list(rows)
     while rows[-1] < usual:
         rows.append(min(4 * rows[-1], usual))

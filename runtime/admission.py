@@ -34,11 +34,14 @@ class Admission:
         self._slots, self._size, self._now = slots, queue_size, now
         self._asked: OrderedDict[str, float] = OrderedDict()  # by client: when last; latest last
 
-    def check_room(self, waiting: Waiting, client: str) -> None:
+    def check_room(self, waiting: Waiting, client: str, *, certain: bool = True) -> None:
         """QueueFullError if a request of this client finds no room.
 
         Where others have asked too of late, one client that has a name cannot fill all of it.
+        certain: the request is to this queue, so that its client counts as one of them from now on.
         """
+        if certain and client:
+            self._note(client)
         others = bool(client) and self._there_are_others(client)
         number, own = len(waiting), waiting.of(client)
         if number >= self._size:
@@ -81,10 +84,12 @@ class Admission:
         for unit, forecast in enumerate(self.forecasts):
             forecast.add(sum(each[unit] for each in done), seconds, len(step))
 
-    def _there_are_others(self, client: str) -> bool:
-        now = self._now()
-        self._asked[client] = now
+    def _note(self, client: str) -> None:
+        self._asked[client] = self._now()
         self._asked.move_to_end(client)
-        while now - next(iter(self._asked.values())) > OTHERS_SECONDS:
+
+    def _there_are_others(self, client: str) -> bool:
+        before = self._now() - OTHERS_SECONDS
+        while self._asked and next(iter(self._asked.values())) < before:
             self._asked.popitem(last=False)
-        return len(self._asked) > 1
+        return len(self._asked) > (client in self._asked)

@@ -1,4 +1,4 @@
-"""Opens a bundle folder and refuses one that is not whole: a missing, changed or unknown file.
+"""Opens a bundle folder and refuses one that is not whole: a missing or changed file.
 
 Reads the manifest and the text tokenizer; graphs are only hashed. Knows neither ONNX nor any
 backend.

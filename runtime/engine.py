@@ -7,6 +7,7 @@ scheduler's, the service's and the backend's.
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ from nuwa.spec.plan import (
     completion_plan,
     decode_plan,
     longest_clip,
+    widest_wave,
 )
 from nuwa.spec.tasks import UNCONDITIONAL_PROMPT, Task
 
@@ -44,6 +46,8 @@ from .errors import FieldError
 from .given import known_positions
 from .ranking import find_rankers, ranker_names
 from .sequence import Sequence
+
+log = logging.getLogger("nuwa.runtime")
 
 Known = npt.NDArray[np.bool_]
 
@@ -100,11 +104,12 @@ def cache_slots(slots: int) -> int:
 
 
 def usual_rows(slots: int, decoder: DecoderConfig) -> int:
-    """Rows of the largest usual call: the widest wave of a guided clip in every slot.
+    """Rows of the largest usual call: the widest wave of a guided clip, of any length, in every
+    slot.
 
     There are more where some catch up with what is given beside it; room for these is made then.
     """
-    return max(MOST_ROWS, cache_slots(slots) * decode_plan(decoder, decoder.grid).widest)
+    return max(MOST_ROWS, cache_slots(slots) * widest_wave(decoder))
 
 
 class Prepared:
@@ -275,7 +280,12 @@ class Engine:
         except Exception as error:
             if len(parts) == 1:
                 return [error]
-            return [self._run([part])[0] for part in parts]
+            errors = [self._run([part])[0] for part in parts]
+            if not any(errors):  # or nobody would hear of it, but for its being slow
+                log.warning(
+                    "a step of %d requests failed, and none of them alone: %s", len(parts), error
+                )
+            return errors
         if self.on_step is not None:
             rows = sum(part.count * len(part.stream.lanes) for part in parts)
             self.on_step(rows, time.perf_counter() - began)

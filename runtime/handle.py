@@ -21,7 +21,7 @@ class Handle:
     """What `Scheduler.submit` returns. Times are those of `time.perf_counter`.
 
     most_unread: bytes of pixels that may wait for the reader before the request ends with
-    CancelledError; None: any number.
+    CancelledError; None: any number. on_room: see has_room.
     """
 
     def __init__(
@@ -31,6 +31,7 @@ class Handle:
         submitted: float,
         deadline: float | None,
         on_cancel: Callable[[Handle], None],
+        on_room: Callable[[], None] = lambda: None,
         most_unread: int | None = None,
     ) -> None:
         self.request = request
@@ -38,13 +39,16 @@ class Handle:
         self.deadline = deadline
         self.cancelled = False
         self.cancelled_at: float | None = None
-        self._on_cancel = on_cancel
-        self._lock = threading.Lock()  # several threads emit
+        self._on_cancel, self._on_room = on_cancel, on_room
+        # Several threads emit. One that does may have the garbage collected, and by that leave
+        # another reader's iterator, or its own: so it may be entered again.
+        self._lock = threading.RLock()
         self._ended = False
         # A slow reader never stops the threads that fill this: it is bounded by the end of its
         # request, and by the number of events, of which a sample has one a frame, a preview and a
         # percent.
         self._most_unread, self._unread = most_unread, 0
+        self._frame_bytes_read, self._held_back = 0, False  # whether a sample waits for the reader
         self._events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
 
     def cancel(self) -> None:
@@ -66,8 +70,13 @@ class Handle:
         try:
             while True:
                 item = self._events.get()
+                size = _bytes(item)
                 with self._lock:
-                    self._unread -= _bytes(item)
+                    self._unread -= size
+                    self._frame_bytes_read += size if isinstance(item, Frame) else 0
+                    had_room, self._held_back = not self._held_back, False
+                if not had_room:  # perhaps there is some now
+                    self._on_room()
                 last = isinstance(item, Done | BaseException)
                 if last:
                     self._events.put(item)  # a second reading must end too, not block for ever
@@ -102,6 +111,20 @@ class Handle:
         """Whether it is done or has failed: nothing is emitted any more."""
         return self._ended
 
+    def has_room(self, samples: int, size: int) -> bool:
+        """For the scheduler: whether one more sample may begin, after so many, of `size` bytes of
+        frames each: if no more than may wait for the reader would do so, had all of them come by
+        now, or if all of them are read. If not, `on_room` is called when something is read.
+
+        A reader that ranks samples may be slow without any fault of its client's.
+        """
+        if self._most_unread is None:
+            return True
+        with self._lock:
+            left = samples * size - self._frame_bytes_read
+            self._held_back = left > 0 and left + size > self._most_unread
+            return not self._held_back
+
     def emit(self, event: Event) -> None:
         """For the scheduler: hands one event to the reader, unless the request has ended."""
         if self._most_unread is not None and self._unread + _bytes(event) > self._most_unread:
@@ -119,10 +142,11 @@ class Handle:
         self._put(error, last=True)
 
     def _put(self, item: Event | BaseException, *, last: bool) -> None:
+        size = _bytes(item)
         with self._lock:
             if not self._ended:
                 self._ended = last
-                self._unread += _bytes(item)
+                self._unread += size
                 self._events.put(item)
 
 

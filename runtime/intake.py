@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -86,7 +86,7 @@ class Intake:
         self.metrics, self._tracing = metrics or Metrics(), tracing
         self.answers = Answers()
         self._calls = threading.BoundedSemaphore(max_calls)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a reader that is left while it is held takes it again
         self._live: dict[grpc.ServicerContext, set[Handle]] = {}  # requests by their calls
 
     @property
@@ -141,13 +141,17 @@ class Intake:
         client, full = self._identify(context), None
         for loaded in self.host.loaded:
             try:
-                loaded.scheduler.check_room(client)
+                loaded.scheduler.check_room(client, certain=False)
                 return
             except QueueFullError as error:
                 full = full or (loaded, error)
-        if full is not None:
-            self.metrics.refused(full[0].name, full[1])
-            raise full[1]
+        if full is None:
+            return
+        self.metrics.refused(full[0].name, full[1])
+        for loaded in self.host.loaded:  # it is to one of them, from which others take its room
+            with suppress(QueueFullError):
+                loaded.scheduler.check_room(client)
+        raise full[1]
 
     @contextmanager
     def model(self, name: str, context: grpc.ServicerContext) -> Iterator[Loaded]:

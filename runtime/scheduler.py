@@ -133,9 +133,14 @@ class Scheduler:
             submitted=now,
             deadline=deadline,
             on_cancel=self._cancel_queued,
+            on_room=self._notify,
             most_unread=most_unread,
         )
-        submission = Submission(handle, samples, client)
+        info = self.engine.info
+        frame_bytes = 3 * info.height * info.width
+        submission = Submission(
+            handle, samples, client, sample_bytes=request.frame_count * frame_bytes
+        )
         with self._changed:
             if self._closing:
                 raise ShuttingDownError("the server is shutting down")
@@ -149,10 +154,13 @@ class Scheduler:
             self._changed.notify_all()
         return handle
 
-    def check_room(self, client: str) -> None:
-        """QueueFullError if a request of this client would find no room now: cheap to ask."""
+    def check_room(self, client: str, *, certain: bool = True) -> None:
+        """QueueFullError if a request of this client would find no room now: cheap to ask.
+
+        certain: it is known to be a request to this scheduler.
+        """
         with self._changed:
-            self._admission.check_room(self._queue, client)
+            self._admission.check_room(self._queue, client, certain=certain)
 
     def start(self) -> None:
         """Starts the threads."""
@@ -257,6 +265,10 @@ class Scheduler:
             left = list(self._live)
         for handle in left:
             handle.fail(error)
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _can_admit(self) -> bool:
         """Under the lock: whether a sample can have a slot."""

@@ -29,7 +29,8 @@ class Submission:
     """`samples` sequences that share one handle. client: who asks, for fairness among them.
 
     started: samples that got a slot; finished: samples that are decoded; prepared: the request as
-    the engine has encoded it, None while it has not, or when no sample will need it. encode,
+    the engine has encoded it, None while it has not, or when no sample will need it; sample_bytes:
+    of the frames of one. encode,
     decode, prefill and pixels are the seconds in which the engine worked for at least one of them;
     steps are counted likewise.
     """
@@ -40,6 +41,7 @@ class Submission:
     started: int = 0
     finished: int = 0
     prepared: Prepared | None = None
+    sample_bytes: int = 0
     queue: float = 0.0
     encode: float = 0.0
     decode: float = 0.0
@@ -84,6 +86,11 @@ class Submission:
         if self.prepared is not None:
             self.prepared.close()
             self.prepared = None
+
+    @property
+    def read(self) -> bool:
+        """Whether its reader keeps up, so that its next sample may begin."""
+        return self.handle.has_room(self.started, self.sample_bytes)
 
     @property
     def all_started(self) -> bool:

@@ -81,18 +81,19 @@ class Waiting:
         return max(self._now, self._finish.get(client, 0.0))
 
     def ready(self) -> Submission | None:
-        """The first that is prepared."""
-        return next((each for each in self if each.prepared is not None), None)
+        """The first that is prepared, and whose reader keeps up."""
+        return next((each for each in self if each.prepared is not None and each.read), None)
 
     def unprepared(self) -> Submission | None:
-        """The first that is not prepared, nor being so."""
+        """The first that is not prepared, nor being so, and whose reader keeps up."""
         for each in self:
-            if each.prepared is None and each is not self.preparing:
+            if each.prepared is None and each is not self.preparing and each.read:
                 return each
         return None
 
     def idle(self) -> Submission | None:
-        """The last one that is prepared, not running, and behind one that is not prepared.
+        """The last one that is prepared, not running, and behind one that is not prepared, or
+        behind its reader.
 
         It has had a sample of its own, or was overtaken by a client whose turn is sooner: then what
         was prepared of it is made again.
@@ -101,6 +102,6 @@ class Waiting:
         behind = False
         for each in self:
             behind = behind or each is waiting
-            if behind and each.prepared is not None and not each.running:
+            if each.prepared is not None and not each.running and (behind or not each.read):
                 found = each
         return found

@@ -85,7 +85,7 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         _require(
-            self.width % self.heads == 0,
+            self.heads >= 1 and self.width % self.heads == 0,
             f"text width {self.width} is not a multiple of heads {self.heads}",
         )
         _require(self.length >= 2, f"text length {self.length} leaves no room for bos and eos")
@@ -111,7 +111,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         _require(
-            self.width % self.heads == 0,
+            self.heads >= 1 and self.width % self.heads == 0,
             f"decoder width {self.width} is not a multiple of heads {self.heads}",
         )
         _require(self.shift in SHIFTS, f"shift {self.shift!r} is not one of {SHIFTS}")
@@ -205,7 +205,7 @@ class ModelConfig:
             )
         if self.visual is not None:
             _require(
-                self.decoder.width % self.visual.heads == 0,
+                self.visual.heads >= 1 and self.decoder.width % self.visual.heads == 0,
                 f"decoder width {self.decoder.width} is not a multiple of visual heads "
                 f"{self.visual.heads}",
             )

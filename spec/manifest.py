@@ -156,7 +156,7 @@ class Manifest:
         """Manifest from `to_json`'s text; BundleError for anything unknown, missing or invalid."""
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise BundleError(
                 f"{MANIFEST} is not JSON ({error}); export the bundle again"
             ) from None

@@ -344,6 +344,16 @@ def decode_plan(decoder: DecoderConfig, grid: Grid, kind: str = "wave") -> Decod
     return _tables(decoder, base_schedule(decoder, grid, kind))
 
 
+def widest_wave(decoder: DecoderConfig) -> int:
+    """Positions of the widest wave of any volume that is drawn: clips that go on beyond the
+    decoder's grid may have wider waves than it has.
+    """
+    widest = decode_plan(decoder, decoder.grid).widest
+    if decoder.grid.frames > 1:
+        widest = max(widest, *map(len, endless_schedule(decoder).by_phase))
+    return widest
+
+
 def completion_plan(
     decoder: DecoderConfig, grid: Grid, known: npt.NDArray[np.bool_], kind: str = "wave"
 ) -> DecodePlan:

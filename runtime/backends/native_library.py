@@ -111,6 +111,12 @@ def load(level: int) -> ctypes.CDLL:
         library = ctypes.CDLL(str(folder / name))
     except OSError as error:
         raise UnavailableError(f"{folder / name} cannot be loaded: {error}") from None
+    version = library.nuwa_abi_version()  # first: others may not be there in another version
+    if version != _ABI_VERSION:
+        raise UnavailableError(
+            f"{folder / name} is of another version ({version}, this is {_ABI_VERSION}); install "
+            f"nuwa-runtime again"
+        )
     library.nuwa_decoder_new.restype = c_void_p
     library.nuwa_decoder_new.argtypes = [POINTER(AbiShape), POINTER(AbiWeights), c_int32]
     library.nuwa_decoder_step.argtypes = [c_void_p, POINTER(AbiStep)]
@@ -118,12 +124,6 @@ def load(level: int) -> ctypes.CDLL:
     sizes = [c_int32] * 3
     library.nuwa_multiply.argtypes = [c_void_p, *sizes, POINTER(AbiMatrix), c_void_p]
     library.nuwa_decoder_free.restype = None
-    version = library.nuwa_abi_version()
-    if version != _ABI_VERSION:
-        raise UnavailableError(
-            f"{folder / name} is of another version ({version}, this is {_ABI_VERSION}); install "
-            f"nuwa-runtime again"
-        )
     return library
 
 

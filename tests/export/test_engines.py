@@ -15,7 +15,12 @@ pytest.importorskip("tensorrt_rtx")
 
 from nuwa.export import engines as building  # noqa: E402
 from nuwa.export.bundle import export_bundle  # noqa: E402
-from nuwa.export.engines import EngineError, EngineOptions, build_engines, size_ranges  # noqa: E402
+from nuwa.export.engines import (  # noqa: E402
+    EngineError,
+    EngineOptions,
+    build_engines,
+    size_ranges,
+)
 from nuwa.export.engines_cli import command as build_command  # noqa: E402
 from nuwa.runtime.cli import main  # noqa: E402
 from nuwa.runtime.engine import (  # noqa: E402
@@ -33,6 +38,7 @@ from nuwa.spec.engines import (  # noqa: E402
     graphs_hash,
 )
 from nuwa.spec.manifest import MANIFEST, BundleError, Manifest, file_hash  # noqa: E402
+from nuwa.spec.plan import RollingPlan, decode_plan  # noqa: E402
 
 from ..conftest import make_tiny_checkpoint  # noqa: E402
 
@@ -119,7 +125,8 @@ def test_what_a_bundle_without_engines_tells_to_do_can_be_done(tmp_path):
         given = parser.parse_args(words.split())
         assert (given.runtime, given.slots) == (wanted.runtime, 8)
         assert (given.plugins is not None) == (wanted.plugin_abi is not None)
-        EngineOptions(given.runtime, tuple(given.target), given.slots, tuple(given.rows))
+        assert given.rows is None  # those that are usual
+        EngineOptions(given.runtime, tuple(given.target), given.slots)
 
 
 def _rest(key: EngineKey, target: str) -> tuple:
@@ -241,6 +248,17 @@ def test_profiles_are_for_what_the_runtime_asks(manifest):
     assert many[-1][2] == usual
     for (_, _, before), (least, best, most) in itertools.pairwise(many):
         assert least == before + 1 and best == most <= max(4 * before, 16)
+
+
+def test_profiles_reach_the_waves_of_clips_of_any_length():
+    """Of `base` those beyond ten frames are wider than any within."""
+    config = preset("base")
+    grid = config.decoder.grid
+    longer = [RollingPlan(config.decoder, frames, 2).widest for frames in (11, 30)]
+    assert decode_plan(config.decoder, grid).widest == 160 and max(longer) > 160
+    for slots in (1, 4):
+        ranges = size_ranges("decoder_step", config, slots, (1, 16, 64, 256))
+        assert ranges[-1]["T"][2] == usual_rows(slots, config.decoder) >= 2 * slots * max(longer)
 
 
 def test_no_profile_sorts_more_than_a_topk_can(manifest):

@@ -338,6 +338,16 @@ def test_others_are_forgotten_after_a_while():
     admission.check_room(waiting, "a")
 
 
+def test_who_asks_without_it_being_certain_of_which_model_is_not_one_of_the_others():
+    admission = Admission(1, 4)
+    waiting = filled(*[submission("a") for _ in range(3)])
+    admission.check_room(waiting, "b", certain=False)
+    admission.check_room(waiting, "a")
+    with pytest.raises(QueueFullError, match="3 requests of this client"):
+        admission.check_room(waiting, "b")
+        admission.check_room(waiting, "a", certain=False)
+
+
 def test_one_client_among_others_cannot_fill_the_queue(scheduler):
     scheduler.check_room("b")
     for _ in range(6):

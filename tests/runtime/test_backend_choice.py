@@ -42,6 +42,23 @@ def test_auto_takes_the_native_one_where_it_is_built(bundle):
     assert make_backend("onnxruntime-cpu", bundle, **SIZES).name == "onnxruntime-cpu"
 
 
+def test_a_library_of_another_version_is_told_by_that(monkeypatch):
+    """Which may lack what this version looks for."""
+
+    class Older:
+        nuwa_abi_version = staticmethod(lambda: 1)
+
+    monkeypatch.setattr(native_library.ctypes, "CDLL", lambda path: Older())
+    native_library.load.cache_clear()
+    try:
+        with pytest.raises(
+            UnavailableError, match=r"of another version \(1, this is \d\); install"
+        ):
+            native_library.load(0)
+    finally:
+        native_library.load.cache_clear()
+
+
 def test_auto_goes_on_without_it(bundle, no_library):
     assert isinstance(make_backend("auto", bundle, **SIZES), OnnxRuntimeCpu)
 

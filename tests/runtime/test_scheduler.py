@@ -26,7 +26,7 @@ from nuwa.runtime.errors import (
     EngineError,
     ShuttingDownError,
 )
-from nuwa.runtime.handle import TOLERANCE
+from nuwa.runtime.handle import TOLERANCE, Handle
 from nuwa.runtime.scheduler import Scheduler
 from nuwa.spec.tasks import Task
 
@@ -107,6 +107,51 @@ def test_frames_finished_in_one_step_become_pixels_in_one_call():
         scheduler.submit(request(seed))
     turn(scheduler, 4)
     assert engine.pixel_calls == [3]
+
+
+def test_samples_wait_for_a_reader_that_is_slow_and_keep_nobody_else_waiting():
+    """As one is that ranks them, through no fault of its client's."""
+    scheduler = Scheduler(FakeEngine(slots=1), queue_size=8)
+    many = {"samples": 40, "most_unread": 3 * 2 * 192}
+    handle, *slow = [scheduler.submit(request(1, frames=2), **many) for _ in range(5)]
+    events, seen = handle.events(), []
+    turn(scheduler, 300)
+    assert scheduler.active == 0 and scheduler.queued == 5, "three samples are made of each"
+    other = scheduler.submit(request(9, frames=2))
+    turn(scheduler, 20)
+    assert other.ended, "what waits for its reader takes nobody's room"
+    for each in slow:
+        each.cancel()
+    while not handle.ended:
+        seen.append(next(events))
+        turn(scheduler, 10)
+    seen += list(events)
+    frames = [event for event in seen if isinstance(event, Frame)]
+    assert [frame.sample_index for frame in frames] == [n // 2 for n in range(80)]
+    assert all((f.tokens == expected_tokens(1 + f.sample_index, f.index)).all() for f in frames)
+
+
+def test_reading_wakes_who_waits_for_the_reader(monkeypatch):
+    monkeypatch.setattr("nuwa.runtime.scheduler.SWEEP_SECONDS", 1000.0)
+    scheduler = Scheduler(FakeEngine(slots=2), queue_size=4)
+    scheduler.start()
+    try:
+        handle = scheduler.submit(request(1), samples=64, most_unread=2 * 192)
+        assert len(handle.result()[0]) == 64
+    finally:
+        scheduler.close()
+
+
+def test_a_handle_may_be_left_by_what_its_own_thread_collects():
+    """A reader's iterator in a cycle is closed wherever the collector happens to run."""
+
+    def cancelled(handle: Handle) -> None:
+        handle.fail(CancelledError())
+
+    handle = Handle(request(), submitted=0.0, deadline=None, on_cancel=cancelled)
+    with handle._lock:
+        handle.cancel()
+    assert handle.ended
 
 
 def test_cancel_while_queued_makes_room_at_once():

@@ -29,8 +29,9 @@ def test_unknown_missing_and_broken_are_refused():
 
 
 def test_values_are_checked():
-    with pytest.raises(ValueError, match="not a multiple of heads 3"):
-        DecoderConfig(width=64, heads=3)
+    for heads in (3, 0, -2):
+        with pytest.raises(ValueError, match=f"not a multiple of heads {heads}"):
+            DecoderConfig(width=64, heads=heads)
     with pytest.raises(ValueError, match="'diagonal' is not one of"):
         DecoderConfig(shift="diagonal")
     with pytest.raises(ValueError, match="resolution 100 is not a multiple of 16"):

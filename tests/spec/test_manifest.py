@@ -83,6 +83,7 @@ def test_the_hash_of_contents_is_of_what_is_computed():
     [
         ("", "is not JSON"),
         ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         ("[]", "names no format_version"),
         ('{"name": "x"}', "names no format_version"),
         (changed(format_version=FORMAT_VERSION + 1), "format version 4, this nuwa-runtime reads 3"),
