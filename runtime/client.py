@@ -446,7 +446,7 @@ def nobody_at(address: str, seconds: float, *, tls: bool) -> ClientError:
     """gRPC does not tell whether there is none or whether they do not understand each other."""
     other = "one without TLS, or whose certificate is not trusted" if tls else "one that wants TLS"
     return ClientError(
-        f"no server answered at {address} within {seconds:g} s; {other}, would not either",
+        f"no server answered at {address} within {seconds:g} s; {other} would not either",
         code=grpc.StatusCode.UNAVAILABLE,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import stat
 from collections.abc import Callable
@@ -151,6 +152,33 @@ def test_overwrite_replaces_a_bundle_and_its_old_files(tiny_checkpoint, tmp_path
     export_bundle(tiny_checkpoint, out, overwrite=True)
     assert "old.onnx.data" not in tree(out)
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_link_stays_one_and_its_bundle_is_replaced(tiny_checkpoint, tmp_path, monkeypatch):
+    skip_verification(monkeypatch)
+    out, link = tmp_path / "v1", tmp_path / "current"
+    export_bundle(tiny_checkpoint, out)
+    link.symlink_to(out)
+    (out / "old.onnx.data").write_bytes(b"left over")
+    export_bundle(tiny_checkpoint, link, overwrite=True)
+    assert link.is_symlink() and "old.onnx.data" not in tree(out)
+    assert sorted(tmp_path.iterdir()) == [link, out]
+
+
+def test_what_another_export_works_on_is_left_alone(tiny_checkpoint, tmp_path, monkeypatch):
+    """Process numbers come again, in containers with each start."""
+    skip_verification(monkeypatch)
+    other = tmp_path / f".bundle.{os.getpid()}.partial"
+    (other / "of_another").mkdir(parents=True)
+    export_bundle(tiny_checkpoint, tmp_path / "bundle")
+    assert (other / "of_another").is_dir()
+
+
+def test_a_mount_point_is_refused_before_the_work(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "load_checkpoint", None)
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
+    with pytest.raises(ValueError, match="is a mount point; name a folder in it, such as .*bundle"):
+        export_bundle(tiny_checkpoint, tmp_path)
 
 
 def test_existing_folder_needs_leave(tiny_checkpoint, tiny_bundle):

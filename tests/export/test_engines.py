@@ -261,6 +261,12 @@ def test_profiles_reach_the_waves_of_clips_of_any_length():
         assert ranges[-1]["T"][2] == usual_rows(slots, config.decoder) >= 2 * slots * max(longer)
 
 
+def test_int8_is_refused_before_anything_is_built(manifest, tmp_path):
+    (tmp_path / MANIFEST).write_text(dataclasses.replace(manifest, precision="int8").to_json())
+    with pytest.raises(EngineError, match="no product of a bundle's int8 matrices; export with"):
+        build_engines(tmp_path, EngineOptions(targets=("sm_89",)))
+
+
 def test_no_profile_sorts_more_than_a_topk_can(manifest):
     own = manifest.config.image.codebook_size
     for codes, most in ((own, own), (MOST_SORTED, MOST_SORTED), (12288, MOST_SORTED)):

@@ -200,6 +200,19 @@ def test_changed_sampler_is_refused(tamper):
         tamper(DECODER_STEP, draw_from_another_number)
 
 
+def test_what_is_not_finite_agrees_with_nothing():
+    odd = np.array([1.0, np.nan, 1.0])
+    for got, wanted in ((np.ones(3), odd), (odd, np.ones(3)), (odd, odd)):
+        figures = Figures()
+        figures.differ("x", got, wanted)
+        with pytest.raises(ExportError, match="x_relative is inf"):
+            figures.check("graph", "fp32")
+    figures = Figures()
+    figures.exceed("draw_error", float("nan"))
+    with pytest.raises(ExportError, match="draw_error is inf"):
+        figures.check("graph", "fp32")
+
+
 def test_figures_are_counted_by_hand(monkeypatch):
     monkeypatch.setitem(LIMITS, "loose", {"relative": 1.0})
     figures = Figures()

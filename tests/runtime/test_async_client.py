@@ -142,6 +142,23 @@ def test_models_are_listed_loaded_again_and_taken_away():
         asyncio.run(main(server.address))
 
 
+def test_it_may_be_opened_and_closed_by_hand(server):
+    async def main():
+        client = AsyncClient(server.address)
+        with pytest.raises(
+            RuntimeError, match=r"not connected: `async with AsyncClient\(\.\.\.\)`"
+        ):
+            await client.generate_image("t2i", "a 3")
+        await client.connect()
+        image = await client.generate_image("t2i", "a 3", seed=9, deadline=float("inf"))
+        with pytest.raises(ValueError, match="deadline 0 is not a number of seconds above 0"):
+            await client.generate_image("t2i", "a 3", deadline=0)
+        await client.close()
+        return image.pixels
+
+    assert (asyncio.run(main()) == expected_pixels(expected_tokens(9, 0))).all()
+
+
 def test_nobody_there():
     async def main():
         async with AsyncClient("127.0.0.1:1", ready_timeout=0.2):

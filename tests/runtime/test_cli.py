@@ -206,6 +206,15 @@ def test_generate_tells_that_a_gif_may_change_given_pixels(engine, tmp_path, cap
         ("--task t2i --prompt a --out x.png", "name either a bundle or --server"),
         ("b --server h:1 --task t2i --prompt a --out x.png", "name either a bundle or --server"),
         ("b --task t2i", "the following arguments are required: --out"),
+        ("b --task t2i --prompt a --out .", "images end in"),
+        ("b --task t2i --prompt a --fps 9 --out x.png", "task t2i takes no --fps"),
+        ("b --task t2i --prompt a --deadline -1 --out x.png", "deadline -1.0 is not a number of"),
+        ("b --task t2i --prompt a --deadline nan --out x.png", "deadline nan is not a number of"),
+        ("b --task t2i --prompt \udce9 --out x.png", "'\\udce9' is not valid Unicode"),
+        ("b --task t2i --prompt a --tls --tls-ca c --out x.png", "--tls, --tls-ca: of --server"),
+        ("--server h:1 --task t2i --threads 2 --out x.png", "--threads: of a bundle, and a server"),
+        ("--server http://h:1 --task t2i --prompt a --out x.png", "'http://h:1' is a URL; name"),
+        (f"--server h:1 --tls-ca {__file__} --task t2i --out x.png", "has no certificate"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_no_file(
@@ -217,6 +226,20 @@ def test_mistakes_are_one_line_and_leave_no_file(
     last = error.strip().splitlines()[-1]
     assert last.startswith("nuwa generate: error: ") and message in last, error
     assert "Traceback" not in error and list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_no_output(engine, tmp_path, capsys):
+    (tmp_path / "x.png").mkdir()
+    words = ["b", "--task", "t2i", "--prompt", "a 3", "--out", tmp_path / "x.png"]
+    assert run("generate", *words) == 2
+    assert "x.png is a folder; name a file in it" in capsys.readouterr().err
+    assert not engine.admitted
+
+
+def test_a_deadline_bounds_the_wait_for_a_server(tmp_path, capsys):
+    words = ["--server", "127.0.0.1:1", "--task", "t2i", "--prompt", "a 3", "--deadline", 0.3]
+    assert run("generate", *words, "--out", tmp_path / "x.png") == 2
+    assert "within 0.3 s; one that wants TLS would not either" in capsys.readouterr().err
 
 
 def test_debug_shows_where_an_error_comes_from(engine, tmp_path):
@@ -377,6 +400,20 @@ def test_evaluate_hands_the_engine_to_the_evaluator(engine, evaluator, tmp_path,
     assert evaluator.about["files"] == {"decoder_step.onnx": "ab" * 32}
 
 
+class Overwriting(Evaluator):
+    def __call__(self, generate, *, overwrite=False, **options):
+        self.overwrite = overwrite
+        return super().__call__(generate, **options)
+
+
+def test_an_evaluator_is_told_to_overwrite(engine, evaluator, monkeypatch):
+    overwriting = Overwriting()
+    monkeypatch.setattr(evaluate, "load_evaluator", lambda name: overwriting)
+    for words in ([], ["--overwrite"]):
+        assert run("evaluate", "b", "--tasks", "t2i", *words) == 0
+        assert overwriting.overwrite == bool(words)
+
+
 def test_evaluate_gives_every_task_what_it_takes(engine, evaluator, tmp_path):
     assert run("evaluate", "b", "--seed", 4, "--long", 2) == 0
     assert [str(each.task) for each in engine.admitted] == list(evaluator.results)
@@ -435,6 +472,8 @@ def test_seeds_may_go_up_to_the_largest(engine, evaluator):
         (f"b --samples 2 --long 3 --seed {2**63 - 2}", "are not all in [0, "),
         ("b --set colour", "is not NAME=VALUE"),
         ("b --tasks t2i,t2w", "unknown task 't2w'"),
+        ("b --tasks=", "unknown task ''; choose one of t2i, "),
+        ("b --overwrite", "evaluator 'sprites' has no use for --overwrite"),
         ("b --samples 0", "0 is not at least 1"),
         ("b --samples-per-prompt 4", "--samples-per-prompt (above 1) and --rank-by go together"),
         ("b --rank-by first", "--samples-per-prompt (above 1) and --rank-by go together"),

@@ -342,6 +342,22 @@ def test_values_that_no_message_can_hold(options, error, message):
         image_request("t2i", "a 3", options)
 
 
+@pytest.mark.parametrize("deadline", [0, -1.0, float("nan")])
+def test_deadlines_that_are_none(client, deadline):
+    with pytest.raises(ValueError, match=f"deadline {deadline} is not a number of seconds above 0"):
+        client.generate_image("t2i", "a 3", deadline=deadline)
+
+
+@pytest.mark.parametrize("deadline", [None, float("inf"), 1e30])
+def test_any_time_may_be_long_enough(client, deadline):
+    assert client.generate_image("t2i", "a 3", deadline=deadline).pixels.flags.writeable
+
+
+def test_prompts_are_text():
+    with pytest.raises(TypeError, match="prompt None is not a str"):
+        image_request("t2i", None, {})
+
+
 def test_unknown_names():
     with pytest.raises(ValueError, match="unknown task 'x2y'; choose one of t2i"):
         image_request("x2y", "", {})
