@@ -30,7 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync(partial)
         os.replace(partial, path)
     except BaseException as error:
-        full = shutil.disk_usage(path.parent).free < FULL
+        full = path.parent.is_dir() and shutil.disk_usage(path.parent).free < FULL
         partial.unlink(missing_ok=True)
         if full and isinstance(error, Exception):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error

@@ -8,7 +8,6 @@ checkpoint rebuilds its model by itself and loads strictly. Weights are stored a
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nuwa.spec.config import ModelConfig, VQGANConfig
+from nuwa.spec.files import replacing, write_text
 from nuwa.spec.sampling import Sampling, sampling_defaults
 from nuwa.spec.tasks import Task
 from nuwa.spec.text import TextTokenizer
 
 from .nuwa import NUWA
 from .ranker import Ranker, load_ranker, save_ranker
+from .stored import read_object, write_object
 from .vqgan import VQGAN
 
 CONFIG = "config.json"
@@ -62,20 +63,31 @@ def save_tokenizer(
 ) -> None:
     """Writes NAME.json and NAME.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dataclasses.asdict(model.config), indent=2) + "\n"
-    (folder / f"{name}.json").write_text(text)
+    write_object(folder / f"{name}.json", dataclasses.asdict(model.config))
     _save_weights(model, folder / f"{name}.safetensors", dtype)
 
 
 def load_tokenizer(folder: Path, name: str = IMAGE_TOKENIZER) -> VQGAN:
-    """The VQ-GAN of `save_tokenizer`, or of a whole checkpoint."""
-    path = folder / f"{name}.json"
-    data: dict[str, Any] = json.loads(_read(path))
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-    config = VQGANConfig(**fields)
-    model = VQGAN(config)
+    """The VQ-GAN of `save_tokenizer`, or of a whole checkpoint.
+
+    ValueError or FileNotFoundError says which file is at fault and why.
+    """
+    model = VQGAN(_vqgan_config(folder / f"{name}.json"))
     _load_weights(model, folder / f"{name}.safetensors")
     return model.eval()
+
+
+def _vqgan_config(path: Path) -> VQGANConfig:
+    data = read_object(_existing(path))
+    names = {field.name for field in dataclasses.fields(VQGANConfig)}
+    for kind, wrong in (("unknown", data.keys() - names), ("missing", names - data.keys())):
+        if wrong:
+            raise ValueError(f"{path} describes no VQ-GAN: {kind} {', '.join(sorted(wrong))}")
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    try:
+        return VQGANConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} describes no VQ-GAN: {error}") from None
 
 
 def tokenizer_name(folder: Path, *, sketches: bool) -> str:
@@ -121,6 +133,7 @@ def save_checkpoint(
         raise ValueError(
             "the config and the weights disagree on whether there is a sketch tokenizer"
         )
+    (folder / CONFIG).unlink(missing_ok=True)
     save_tokenizer(vqgan, folder, dtype)
     if sketch_vqgan is not None:
         save_tokenizer(sketch_vqgan, folder, dtype, SKETCH_TOKENIZER)
@@ -130,15 +143,15 @@ def save_checkpoint(
         save_ranker(ranker, folder, dtype)
     if sampling:
         defaults = {str(task): dataclasses.asdict(each) for task, each in sampling.items()}
-        (folder / SAMPLING).write_text(json.dumps(defaults, indent=2) + "\n")
+        write_object(folder / SAMPLING, defaults)
     if provenance is not None:
-        (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
-    (folder / CONFIG).write_text(config.to_json() + "\n")
+        write_object(folder / PROVENANCE, provenance)
+    write_text(folder / CONFIG, config.to_json() + "\n")
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Loads strictly. ValueError or FileNotFoundError says which file is at fault and why."""
-    config = ModelConfig.from_json(_read(folder / CONFIG))
+    config = _config(_existing(folder / CONFIG))
     vqgan = _tokenizer(folder, IMAGE_TOKENIZER, config.image)
     sketch_vqgan = None
     if config.sketch is not None:
@@ -151,19 +164,27 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         vqgan,
         nuwa.eval(),
         TextTokenizer.from_file(folder / TEXT_TOKENIZER),
-        json.loads(provenance.read_text()) if provenance.exists() else {},
+        read_object(provenance) if provenance.exists() else {},
         sketch_vqgan,
         load_ranker(folder),
         _sampling(folder / SAMPLING, config),
     )
 
 
+def _config(path: Path) -> ModelConfig:
+    try:
+        return ModelConfig.from_json(path.read_text(encoding="utf-8"))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} describes no model: {error}") from None
+
+
 def _sampling(path: Path, config: ModelConfig) -> dict[Task, Sampling]:
     if not path.exists():
         return {}
+    defaults = read_object(path)
     try:
-        return sampling_defaults(json.loads(path.read_text()), config.tasks)
-    except ValueError as error:  # also of JSON
+        return sampling_defaults(defaults, config.tasks)
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -176,9 +197,8 @@ def _tokenizer(folder: Path, name: str, config: VQGANConfig) -> VQGAN:
 
 def _save_weights(model: nn.Module, path: Path, dtype: torch.dtype) -> None:
     tensors = {name: value.detach().to(dtype).cpu() for name, value in model.state_dict().items()}
-    partial = path.with_name(path.name + ".partial")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
@@ -194,7 +214,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         raise ValueError(f"{path} does not fit its config: {error}") from None
 
 
-def _read(path: Path) -> str:
+def _existing(path: Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; a checkpoint folder has one")
-    return path.read_text()
+    return path

@@ -27,9 +27,10 @@ examples:
       --clips 8 --sketch-clips 2 --hidden-clips 2 --run runs/model-2
   nuwa train average runs/model/checkpoint runs/model-2/checkpoint --out runs/mean/checkpoint
   nuwa train ranker --tokenizer runs/pruned --text runs/model/tokenizer.json --run runs/ranker
-  nuwa train judge --out checkpoints/judge-digits
+  nuwa train judge --out runs/judge-digits
 
-A run can be stopped at any moment, even killed; the same command goes on where it was.
+A run can be stopped at any moment, even killed; the same command goes on where it was. At Ctrl-C or
+SIGTERM it ends its step and saves it first, where one process trains; a second one ends it at once.
 Each run folder holds metrics.jsonl, tensorboard/, samples/ and, at the end, checkpoint/.
 """
 
@@ -75,9 +76,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the chosen kind; 0 when done."""
     import torch
 
+    from .parallel import check_device
+
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1 and arguments.kind != "model":
         raise ValueError(f"{arguments.kind} is trained by one process, not by {processes}")
     if getattr(arguments, "threads", None):
         torch.set_num_threads(arguments.threads)
+    if hasattr(arguments, "device"):
+        check_device(arguments.device)
     return KINDS[arguments.kind].run(arguments)

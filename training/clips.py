@@ -8,8 +8,6 @@ Legend: B rows, F frames, H, W pixels, C cells of a frame.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from rich.progress import track
 
 from .precision import fast_bf16
 from .sources import Source
+from .stored import fingerprint, stored
 from .vqgan import VQGAN, one_hot, to_signed
 
 Codes = npt.NDArray[np.int16]
@@ -147,30 +146,20 @@ def store_clips(
 def _cached(
     vqgan: VQGAN, source: Source, count: int, cache: Path, batch: int, *, sketch: bool
 ) -> Codes:
-    identity = {"vqgan": _fingerprint(vqgan), **source.identity, "count": count}
-    label = cache.with_suffix(".json")
-    if cache.exists() and label.exists() and json.loads(label.read_text()) == identity:
-        return np.load(cache, mmap_mode="r")
     cells = vqgan.config.grid_size**2
-    tokens = np.empty((count, source.frames, cells), np.int16)
     kind = "sketches" if sketch else "clips"
-    for first in track(range(0, count, batch), description=f"encoding {count} {kind}"):
-        indices, span = range(first, min(first + batch, count)), range(source.frames)
-        pixels, maps = zip(*(source.clip(i, span) for i in indices), strict=True)
-        if sketch:
-            encoded = encode_maps(vqgan, np.concatenate(maps))
-        else:
-            encoded = encode_frames(vqgan, np.concatenate(pixels))
-        tokens[first : first + len(indices)] = encoded.reshape(-1, source.frames, cells)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    np.save(cache, tokens)
-    label.write_text(json.dumps(identity))
-    return tokens
 
+    def encoded() -> Codes:
+        tokens = np.empty((count, source.frames, cells), np.int16)
+        for first in track(range(0, count, batch), description=f"encoding {count} {kind}"):
+            indices, span = range(first, min(first + batch, count)), range(source.frames)
+            pixels, maps = zip(*(source.clip(i, span) for i in indices), strict=True)
+            if sketch:
+                codes = encode_maps(vqgan, np.concatenate(maps))
+            else:
+                codes = encode_frames(vqgan, np.concatenate(pixels))
+            tokens[first : first + len(indices)] = codes.reshape(-1, source.frames, cells)
+        return tokens
 
-def _fingerprint(vqgan: VQGAN) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(vqgan.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    identity = {"vqgan": fingerprint(vqgan), **source.identity, "count": count}
+    return stored(cache, identity, encoded)

@@ -50,6 +50,7 @@ def evaluate(
     sketch_prompt: str = "caption",
     given: str = str(GIVEN),
     weights: Mapping[str, Path] | None = None,
+    overwrite: bool = False,
 ) -> dict:
     """JSON-able report on the first `samples` questions of each part of `tasks`.
 
@@ -65,7 +66,8 @@ def evaluate(
     given: frames that V2V goes on from, 1 to 9; the 100-frame clips always two.
     weights: files for metrics with published names, by network; see `published`.
     out: folder that receives report.json, report.md and one contact sheet a part, as each part is
-    done. Parts that a report of the same settings in it has are kept and not asked again.
+    done. Parts that a report of the same settings in it has are kept and not asked again; one of
+    others is a ValueError before anything is asked, or with `overwrite` replaced.
     progress: called with (questions done, questions in all).
     ValueError for unknown names, for less than 2 samples, and for wrongly shaped answers.
     """
@@ -97,7 +99,8 @@ def evaluate(
         "published_weights": published.files,
     }
     folder = None if out is None else ReportFolder(out)
-    report = settings | {"tasks": {}, "bars": [], "long": {}} | _earlier(folder, settings, long)
+    earlier = _earlier(folder, settings, long, overwrite)
+    report = settings | {"tasks": {}, "bars": [], "long": {}} | earlier
     todo = [part for part in parts if part.name not in report["tasks"]]
     left = [name for name in LONG_PARTS if long and name not in report["long"]]
     report["unfinished"] = [part.name for part in todo] + left
@@ -145,11 +148,13 @@ def _frames(given: str) -> int:
         raise ValueError(f"given {given!r} is not a number of frames") from None
 
 
-def _earlier(folder: ReportFolder | None, settings: dict[str, Any], long: int) -> dict[str, Any]:
+def _earlier(
+    folder: ReportFolder | None, settings: dict[str, Any], long: int, overwrite: bool
+) -> dict[str, Any]:
     """The results that need not be measured again; says on stderr what becomes of them."""
     if folder is None:
         return {}
-    results, sentence = folder.earlier(settings)
+    results, sentence = folder.earlier(settings, overwrite=overwrite)
     if sentence:
         print(sentence, file=sys.stderr)
     for name, found in list(results.get("long", {}).items()):

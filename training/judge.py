@@ -20,11 +20,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from nuwa.spec.files import replacing
 from nuwa.spec.manifest import file_hash
 
 from .readers import Layout, locate, read_background, read_colour, read_motion
 from .sprites import world
 from .sprites.world import SpriteWorld
+from .stored import write_object
 
 CROP = 36  # holds the 24-pixel tile wherever in it the centroid lies
 FEATURE_COUNT = 64
@@ -143,12 +145,12 @@ class Judge:
         return read_motion(locate(frames).track_F2)
 
     def save(self, folder: Path) -> None:
-        """Writes judge.safetensors and judge.json."""
+        """Writes judge.safetensors, then judge.json."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.contiguous() for name, t in self.network.state_dict().items()}
-        save_file(tensors, folder / WEIGHTS)
-        text = json.dumps({"level": self.level, **self.metadata}, indent=2)
-        (folder / "judge.json").write_text(text + "\n", encoding="utf-8")
+        with replacing(folder / WEIGHTS) as partial:
+            save_file(tensors, partial)
+        write_object(folder / "judge.json", {"level": self.level, **self.metadata})
 
     @classmethod
     def load(cls, folder: Path) -> Judge:

@@ -64,6 +64,17 @@ class Team:
             torch.distributed.barrier()
 
 
+def check_device(device: str) -> None:
+    """ValueError if this machine has no such device, naming those it has."""
+    there = ["cpu"]
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is not None:
+        count = torch.accelerator.device_count()
+        there += [found.type, *(f"{found.type}:{index}" for index in range(count))]
+    if device not in there:
+        raise ValueError(f"device {device!r} is not one of this machine's: {', '.join(there)}")
+
+
 def join(device: str) -> Team:
     """The team that `torchrun` says this process is in, by its environment; else a team of one.
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from nuwa.spec.files import replacing
 from nuwa.spec.palette import MOST_CLASSES, voc_palette
 
 
@@ -34,6 +35,5 @@ def paint_classes(maps: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
 def save_png(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
     """Writes uint8 [H, W, 3], whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    Image.fromarray(pixels).save(partial, format="PNG")
-    partial.replace(path)
+    with replacing(path) as partial:
+        Image.fromarray(pixels).save(partial, format="PNG")

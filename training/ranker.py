@@ -25,9 +25,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nuwa.spec.config import TextConfig
+from nuwa.spec.files import replacing
 from nuwa.spec.text import TextTokenizer
 
 from .nuwa import TextEncoder
+from .stored import write_object
 from .vqgan import to_signed
 
 CONFIG = "ranker.json"
@@ -221,19 +223,19 @@ def tokenizer_digest(tokenizer: TextTokenizer) -> str:
 def save_ranker(ranker: Ranker, folder: Path, dtype: torch.dtype = torch.float16) -> None:
     """Writes ranker.safetensors, then ranker.json: a folder with the latter is complete."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)
     tensors = {
         name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
         for name, value in ranker.state_dict().items()
     }
-    partial = folder / f"{WEIGHTS}.partial"
-    save_file(tensors, partial)
-    partial.replace(folder / WEIGHTS)
+    with replacing(folder / WEIGHTS) as partial:
+        save_file(tensors, partial)
     data = {
         "format": FORMAT,
         "config": dataclasses.asdict(ranker.config),
         "training": ranker.training_record,
     }
-    (folder / CONFIG).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    write_object(folder / CONFIG, data)
 
 
 def load_ranker(folder: Path) -> Ranker | None:

@@ -9,8 +9,6 @@ Legend: B pictures, F frames, S canvas side, T texts, M text length.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from nuwa.spec.text import TextTokenizer
 
 from .sprites import world as sprites
 from .sprites.world import FRAMES, MOTIONS, Factors, SpriteWorld
+from .stored import fingerprint, stored
 from .vqgan import VQGAN, to_bytes, to_signed
 
 Pixels = npt.NDArray[np.uint8]
@@ -158,36 +157,22 @@ def reconstructions(
 
     cache: a .npy file, read if it holds just those; a .json beside it says what it holds.
     """
+
+    def decoded() -> Pixels:
+        clips = []
+        for index in track(range(count), f"reconstructing {count} clips of {world.split}"):
+            frames = torch.from_numpy(world.sample(index).frames)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+                pixels = vqgan.decode(vqgan.encode(to_signed(frames)).codes)
+            clips.append(to_bytes(pixels).numpy())
+        return np.stack(clips)
+
     identity = {
-        "vqgan": _digest(vqgan),
+        "vqgan": fingerprint(vqgan),
         "world_version": sprites.VERSION,
         "level": world.level,
         "split": world.split,
         "count": count,
         "bf16": bf16,
     }
-    label = cache.with_suffix(".json")
-    if cache.exists() and label.exists() and json.loads(label.read_text()) == identity:
-        return np.load(cache, mmap_mode="r")
-    clips = []
-    for index in track(range(count), f"reconstructing {count} clips of {world.split}"):
-        frames = torch.from_numpy(world.sample(index).frames)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            pixels = vqgan.decode(vqgan.encode(to_signed(frames)).codes)
-        clips.append(to_bytes(pixels).numpy())
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    label.unlink(missing_ok=True)
-    partial = cache.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        np.save(file, np.stack(clips))
-    partial.replace(cache)  # whoever maps the old file keeps it
-    label.write_text(json.dumps(identity) + "\n")
-    return np.load(cache, mmap_mode="r")
-
-
-def _digest(vqgan: VQGAN) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(vqgan.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.float().numpy().tobytes())
-    return digest.hexdigest()
+    return stored(cache, identity, decoded)

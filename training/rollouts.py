@@ -28,10 +28,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nuwa.spec.files import replacing
 from nuwa.spec.plan import MAX_PREDICTED_FRAMES
 
 from .clips import ENDLESS
 from .readers import locate
+from .report_folder import usable
 from .sources import Source, Sprites, may_predict
 from .sprites.world import FRAMES, REACH, Plan, SpriteWorld, render_at, shown_motion
 
@@ -105,8 +107,7 @@ class Rollouts:
     def save(self, path: Path) -> None:
         """As .npz; a file that is there is whole."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
+        with replacing(path) as partial, partial.open("wb") as file:
             np.savez_compressed(
                 file,
                 clip=self.clip_R,
@@ -116,7 +117,6 @@ class Rollouts:
                 snr=self.snr_RF,
                 settings=json.dumps(self.settings),
             )
-        partial.replace(path)
 
 
 def load_rollouts(
@@ -166,7 +166,8 @@ def collect(
 
     frames: of each, the first GIVEN true; captioned: share with the caption of an image as their
     prompt. Clip i is the same whatever `samples` is; the same call goes on with a file that holds
-    fewer. ValueError for what is out of range, and for a file of other settings.
+    fewer. ValueError for what is out of range, and for a file of other settings; OSError if nothing
+    can be written to `out`.
     """
     length, share = _number("frames", frames, int), _number("captioned", captioned, float)
     if not FRAMES < length <= MAX_PREDICTED_FRAMES:
@@ -186,7 +187,7 @@ def collect(
         "bundle": about["bundle_hash"],
         "sampling": about["sampling"]["v2v"],
     }
-    path = out / FILE
+    path = usable(out) / FILE
     parts = [_read(path)] if path.exists() else []
     if parts and parts[0].settings != settings:
         raise ValueError(f"{path} has rollouts of other settings; give another folder")

@@ -1,6 +1,6 @@
 """Trains the judge on real clips, measures it on held-out ones, and saves it.
 
-    nuwa train judge --level digits --out checkpoints/judge-digits
+    nuwa train judge --level digits --out runs/judge-digits
 
 Knows the sprite world and the judge; nothing of generated clips, for which the judge is made
 ready by turning, scaling, blurring and adding noise.

@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import signal
+import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import torch
 from rich.progress import (
@@ -27,6 +31,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from torch.utils.tensorboard import SummaryWriter
+
+from nuwa.spec.files import partial_of, replacing, write_text
 
 
 class Recipe(Protocol):
@@ -65,8 +71,10 @@ class TrainerOptions:
     stop_after: int | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps {self.steps} is not at least 1")
+        for name in ("steps", "checkpoint_every", "sample_every", "stop_after"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value} is not at least 1")
         if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):
             raise ValueError(f"warmup {self.warmup} and decay {self.decay} do not fit in one run")
 
@@ -78,22 +86,36 @@ class TrainerOptions:
         return min(factor, (self.steps - step) / fall) if fall else factor
 
 
-def train(recipe: Recipe, run: Path, options: TrainerOptions, *, leads: bool = True) -> None:
+def train(
+    recipe: Recipe,
+    run: Path,
+    options: TrainerOptions,
+    *,
+    leads: bool = True,
+    alone: bool = False,
+) -> None:
     """Runs `recipe` up to `options.steps`, going on from the newest state in `run` if there is one.
 
     `options.stop_after` ends early at that step, with a state saved (a planned pause). Raises
     FloatingPointError naming the step if the loss is not finite; earlier states stay on disk.
     leads: of several processes that step together just one writes files and shows progress.
+    alone: no other process steps with this one, so that it may stop by itself: KeyboardInterrupt at
+    a first SIGINT or SIGTERM, but not before the step is done and its state saved.
     """
     if not leads:
         _follow(recipe, run, options)
         return
     for name in ("samples", "tensorboard"):
         (run / name).mkdir(parents=True, exist_ok=True)
-    first = _resume(recipe, run)
+    _sweep(run)
+    first = done = _resume(recipe, run)
     last = min(options.steps, options.stop_after or options.steps)
     writer = SummaryWriter(str(run / "tensorboard"), purge_step=first)
-    with _metrics_file(run / "metrics.jsonl", first) as metrics, _progress_bar() as bar:
+    with (
+        _metrics_file(run / "metrics.jsonl", first) as metrics,
+        _progress_bar() as bar,
+        _signals(alone) as told_to_stop,
+    ):
         task = bar.add_task(run.name, total=options.steps, completed=first, note="")
         for step in range(first, last):
             torch.manual_seed((options.seed << 32) + step)
@@ -110,11 +132,17 @@ def train(recipe: Recipe, run: Path, options: TrainerOptions, *, leads: bool = T
                 writer.add_scalar(key, value, step)
             bar.update(task, advance=1, note=f"loss {values['loss']:.4f}")
             done = step + 1
-            if done % options.checkpoint_every == 0 or done == last:
+            stops = told_to_stop()
+            if stops or done % options.checkpoint_every == 0 or done == last:
                 _save(recipe, run, done)
+            if stops:
+                break
             if done % options.sample_every == 0 or done == last:
                 recipe.sample(run / "samples" / f"{done:07d}.png")
     writer.close()
+    if told_to_stop():
+        print(f"stopped at step {done}; the same command goes on from there", file=sys.stderr)
+        raise KeyboardInterrupt
     recipe.export(run / "checkpoint")
 
 
@@ -127,15 +155,46 @@ def _follow(recipe: Recipe, run: Path, options: TrainerOptions) -> None:
             raise FloatingPointError(f"the loss is not finite at step {step}")
 
 
+@contextmanager
+def _signals(alone: bool) -> Iterator[Callable[[], bool]]:
+    """Tells whether SIGINT or SIGTERM came; where not `alone`, they do what they do elsewhere.
+
+    So does the second one. What is ignored, as Ctrl-C by what a shell has put in the background,
+    still is.
+    """
+    before: dict[int, Any] = {}  # handlers to put back
+    heard: list[int] = []
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def on_signal(number: int, _frame: Any) -> None:
+        heard.append(number)
+        restore()
+
+    if alone and threading.current_thread() is threading.main_thread():
+        found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before |= {n: each for n, each in found.items() if each not in (signal.SIG_IGN, None)}
+    try:
+        for number in before:
+            signal.signal(number, on_signal)
+        yield lambda: bool(heard)
+    finally:
+        restore()
+
+
+def _sweep(run: Path) -> None:
+    """Removes what killed runs left of states, each as large as a whole one."""
+    for pattern in (partial_of(run / "state-*").name, "state-*.partial"):  # the latter once
+        for left in run.glob(pattern):
+            left.unlink()
+
+
 def _save(recipe: Recipe, run: Path, step: int) -> None:
     """Atomic: a kill at any moment leaves the previous state whole."""
-    target = run / f"state-{step:08d}.pt"
-    partial = target.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        torch.save({"step": step, "recipe": recipe.state()}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, target)
+    with replacing(run / f"state-{step:08d}.pt") as partial:
+        torch.save({"step": step, "recipe": recipe.state()}, partial)
     for old in sorted(run.glob("state-*.pt"))[:-2]:
         old.unlink()
 
@@ -149,17 +208,18 @@ def _resume(recipe: Recipe, run: Path) -> int:
     return int(state["step"])
 
 
-def _metrics_file(path: Path, first: int):
+def _metrics_file(path: Path, first: int) -> IO[str]:
     """The metrics file opened for appending, without lines of steps that will be repeated."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     kept = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] < first:
-                    kept.append(line)
-            except json.JSONDecodeError:  # a line cut short by a kill
-                continue
-    path.write_text("".join(line + "\n" for line in kept))
+    for line in text.splitlines():
+        try:
+            if json.loads(line)["step"] < first:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:  # a line cut short by a kill
+            continue
+    if "".join(kept) != text:
+        write_text(path, "".join(kept))
     return open(path, "a", encoding="utf-8")
 
 

@@ -48,6 +48,11 @@ def test_a_full_disk_is_told_by_name_whatever_the_library_says(tmp_path, monkeyp
     assert caught.value.errno == errno.ENOSPC and not os.listdir(tmp_path)
 
 
+def test_a_folder_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no/.kept.partial"):
+        files.write_text(tmp_path / "no" / "kept", "new")
+
+
 def test_a_link_stays_one_and_a_device_is_written_to(tmp_path):
     target, link = tmp_path / "target", tmp_path / "link"
     link.symlink_to(target)

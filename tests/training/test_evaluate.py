@@ -527,13 +527,60 @@ def test_a_killed_evaluation_goes_on_with_the_next_part(tmp_path, capsys):
     assert {request["task"] for request in generate.requests} == {"i2i"} and done == [(3, 3)]
     assert report == _evaluate(Perfect(), **options)
     assert "has the same settings; kept as measured: t2i, s2i" in capsys.readouterr().err
-    # Nothing but the seed is another: nothing is kept.
-    _evaluate(lambda **request: Perfect()(**request | {"seed": SEED}), out=tmp_path, seed=7,
-              **options)  # fmt: skip
-    assert "differs in seed, seeds and is replaced" in capsys.readouterr().err
-    (tmp_path / "report.json").write_text("{")
-    _evaluate(Perfect(), out=tmp_path, tasks=["t2i"], samples=2)
-    assert "cannot be read and is replaced" in capsys.readouterr().err
+
+
+def test_a_report_of_other_settings_is_replaced_only_where_that_is_asked_for(tmp_path, capsys):
+    options = {"tasks": ["t2i"], "samples": 2, "out": tmp_path}
+    written, asked = tmp_path / "report.json", Perfect()
+    first = _evaluate(asked, **options, about={"precision": "fp32", "runs_on": "cpu"})
+    asked.requests.clear()
+    others = (
+        ({"sketch_prompt": "none"}, "differs in sketch_prompt; give another folder, or --overwr"),
+        ({"samples": 3}, "differs in samples;"),
+        ({"about": {"precision": "int8", "runs_on": "cpu"}}, r"differs in about\.precision;"),
+        ({"about": {"precision": "fp32"}}, r"differs in about\.runs_on;"),
+        ({"about": {"precision": "int8", "files": {}}}, "precision, about.files, about.runs_on;"),
+    )
+    for other, message in others:
+        with pytest.raises(ValueError, match=f"^{written} .*{message}"):
+            _evaluate(asked, **{"about": first["about"]} | options | other)
+        assert json.loads(written.read_text()) == first and not asked.requests
+    about = {"precision": "int8"}
+    second = _evaluate(asked, **options, about=about, overwrite=True)
+    assert "differs in about.precision, about.runs_on and is replaced" in capsys.readouterr().err
+    assert len(asked.requests) == 2 and json.loads(written.read_text()) == second
+    assert second["about"] == about
+    _evaluate(asked, **options, about=about, overwrite=True)
+    assert len(asked.requests) == 2, "of the same settings it is kept"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\udcff"])
+def test_a_report_that_cannot_be_read_is_replaced_only_where_that_is_asked_for(tmp_path, text):
+    written = tmp_path / "report.json"
+    written.write_text(text, errors="surrogateescape")
+    asked = Perfect()
+    with pytest.raises(ValueError, match=f"{written} .*; give another folder, or --overwrite"):
+        _evaluate(asked, tasks=["t2i"], samples=2, out=tmp_path)
+    assert not asked.requests and written.read_text(errors="surrogateescape") == text
+    made = _evaluate(asked, tasks=["t2i"], samples=2, out=tmp_path, overwrite=True)
+    assert json.loads(written.read_text()) == made
+
+
+def test_a_bundle_is_the_same_by_its_files_whatever_its_name(tmp_path):
+    """An export of the same day after has another hash, for its manifest has a date."""
+    options = {"tasks": ["t2i"], "samples": 2, "out": tmp_path}
+    about = {"bundle": "a", "bundle_hash": "1", "files": {"decoder.onnx": "ab"}}
+    _evaluate(Perfect(), **options, about=about)
+    renamed, asked = about | {"bundle": "b", "bundle_hash": "2"}, Perfect()
+    made = _evaluate(asked, **options, about=renamed)
+    assert not asked.requests and made["about"] == renamed
+    assert json.loads((tmp_path / "report.json").read_text())["about"] == renamed
+    with pytest.raises(ValueError, match=r"differs in about\.files;"):
+        _evaluate(asked, **options, about=about | {"files": {"decoder.onnx": "cd"}})
+    other = tmp_path / "other"
+    _evaluate(asked, **options | {"out": other}, about={"bundle_hash": "1"})
+    with pytest.raises(ValueError, match=r"differs in about\.bundle_hash;"):  # all that is known
+        _evaluate(asked, **options | {"out": other}, about={"bundle_hash": "2"})
 
 
 def test_long_clips_are_kept_and_remade_as_their_number_says(tmp_path):

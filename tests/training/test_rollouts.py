@@ -282,6 +282,32 @@ def test_what_cannot_be_rolled_out_is_refused(generate_clips, tmp_path, wrong, m
         collected(generate_clips, **({"out": tmp_path} | wrong))
 
 
+def test_a_folder_that_cannot_be_is_found_before_anything_is_rolled_out(tmp_path):
+    (tmp_path / "file").write_text("")
+
+    def generate(**request):
+        raise AssertionError("asked")
+
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match=str(out)):
+            collected(generate, out)
+
+
+def test_rollouts_that_cannot_be_written_leave_those_of_before(made, tmp_path, monkeypatch):
+    path = tmp_path / rollouts.FILE
+    made.save(path)
+    before = path.read_bytes()
+
+    def half(file, **arrays):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez_compressed", half)
+    with pytest.raises(KeyboardInterrupt):
+        made.save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
 def test_rolled_rows_are_fed_what_was_made_and_predict_what_is_true(made, checkpoint, source):
     config, clips = checkpoint.config, FreshClips(checkpoint.vqgan, source)
     batches = Batches(config, clips, checkpoint.vqgan, made)

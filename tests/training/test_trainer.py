@@ -194,6 +194,25 @@ def test_what_a_run_was_begun_with(tmp_path):
         begin(Options(lr=0.1, new=4))
 
 
+def test_what_a_run_was_begun_with_is_written_once(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        widths: tuple[int, ...] = (1, 2)
+
+    path = tmp_path / "run" / "run.json"
+    args = argparse.Namespace(kind="model", level="digits", steps=9, seed=0, run=path.parent)
+    record.remember(args, Options(), {})
+    written = path.stat()
+    record.remember(args, Options(), {})
+    assert path.stat() == written
+    record.remember(args, Options(), {"data": None})  # which an earlier version did not write down
+    assert "data" in json.loads(path.read_text())
+    path.write_text('{"kind": "mod')
+    for read in (lambda: record.remember(args, Options(), {}), lambda: record.run_of(path)):
+        with pytest.raises(ValueError, match=f"{path} cannot be read as JSON"):
+            read()
+
+
 def test_tasks_without_rows_are_left_out(folder, tmp_path, capsys):
     """But for those that the checkpoint did at which it began, whose defaults go with it."""
     run, start = tmp_path / "run", tmp_path / "start"
@@ -362,6 +381,52 @@ def test_a_planned_pause_goes_on(tmp_path):
     train(first, tmp_path, TrainerOptions(steps=10, stop_after=5))
     train(second, tmp_path, TrainerOptions(steps=10))
     assert [step for step, _ in first.seen + second.seen] == list(range(10))
+
+
+@pytest.mark.parametrize("name", ["steps", "stop_after", "checkpoint_every", "sample_every"])
+@pytest.mark.parametrize("value", [0, -3])
+def test_counts_of_steps_are_at_least_one(name, value):
+    with pytest.raises(ValueError, match=f"^{name} {value} is not at least 1$"):
+        TrainerOptions(**({"steps": 9} | {name: value}))
+
+
+def test_what_killed_runs_left_of_states_is_removed(tmp_path):
+    for name in (".state-00000002.pt.partial", "state-00000002.partial", "other.partial"):
+        (tmp_path / name).write_bytes(b"half")
+    train(Counting(), tmp_path, TrainerOptions(steps=3))
+    left = {path.name for path in tmp_path.iterdir()} - {"samples", "tensorboard", "checkpoint"}
+    assert left == {"other.partial", "metrics.jsonl", "state-00000003.pt"}
+
+
+def test_a_state_that_cannot_be_written_leaves_the_one_of_before(tmp_path, monkeypatch):
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("unexpected pos 768 vs 662")
+
+    train(Counting(), tmp_path, TrainerOptions(steps=9, stop_after=2))
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        train(Counting(), tmp_path, TrainerOptions(steps=9))
+    assert [path.name for path in tmp_path.glob("*state-*")] == ["state-00000002.pt"]
+
+
+def test_metrics_are_rewritten_only_where_lines_have_to_go(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+
+    def go_on(last: int) -> int:
+        train(Counting(), tmp_path, TrainerOptions(steps=9, stop_after=last))
+        assert [step for step, _ in losses(tmp_path)] == list(range(last))
+        return metrics.stat().st_ino
+
+    same = go_on(2)
+    assert go_on(3) == same
+    for cut in ('{"step": 3, "lo', '{"step": 7, "loss": 7.0}\n', '{"step": 7, "loss": 7.0}'):
+        with metrics.open("a") as file:
+            file.write(cut)
+        before, same = same, go_on(3)
+        assert same != before
+    metrics.write_text(metrics.read_text().rstrip("\n"))
+    assert go_on(4) != same, "or the next line would be none"
 
 
 def test_learning_rate_rises_stays_and_falls():

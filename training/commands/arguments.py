@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,25 @@ if TYPE_CHECKING:
     from ..trainer import TrainerOptions
 
 
+class Paragraphs(argparse.HelpFormatter):
+    """Wraps descriptions paragraph by paragraph, where argparse makes one of all."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.split("\n\n")
+        return "\n\n".join(super(Paragraphs, self)._fill_text(p, width, indent) for p in paragraphs)
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+positive.__name__ = "whole number"  # argparse says "invalid whole number value: 'x'"
+
+
 def add_run(parser: argparse.ArgumentParser, *, steps: int, run: str, model: bool = True) -> None:
     """What every training run has; `model`: with the config of a model."""
     parser.add_argument("--run", type=Path, default=Path(run), help="run folder (%(default)s)")
@@ -26,13 +46,13 @@ def add_run(parser: argparse.ArgumentParser, *, steps: int, run: str, model: boo
         parser.add_argument("--config", type=Path, help="model config as JSON, instead of --preset")
         parser.add_argument("--preset", choices=PRESETS, default="sprites", help="(%(default)s)")
     parser.add_argument("--level", choices=LEVELS, default="digits", help="sprites (%(default)s)")
-    parser.add_argument("--steps", type=int, default=steps, help="optimiser steps (%(default)s)")
-    parser.add_argument("--stop-after", type=int, help="pause at this step, to go on later")
+    add_steps(parser, steps)
+    parser.add_argument("--stop-after", type=positive, help="pause at this step, to go on later")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
     add_threads(parser)
-    parser.add_argument("--checkpoint-every", type=int, default=100, help="steps (%(default)s)")
-    parser.add_argument("--sample-every", type=int, default=200, help="steps (%(default)s)")
+    for name, default in (("--checkpoint-every", 100), ("--sample-every", 200)):
+        parser.add_argument(name, type=positive, default=default, help="steps (%(default)s)")
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument(
         "--bf16", action="store_true", help="autocast to bf16 (where the machine multiplies in it)"
@@ -60,8 +80,25 @@ def config(args: argparse.Namespace) -> ModelConfig:
     return ModelConfig.from_json(args.config.read_text())
 
 
+def add_steps(parser: argparse.ArgumentParser, steps: int) -> None:
+    parser.add_argument(
+        "--steps", type=positive, default=steps, help="optimiser steps (%(default)s)"
+    )
+
+
 def add_threads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (all cores)")
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, help="folder to write, a new one")
+
+
+def check_out(args: argparse.Namespace) -> None:
+    """ValueError if --out is there and not empty: what is in it may be in use."""
+    out: Path = args.out
+    if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
+        raise ValueError(f"{out} is there and not empty; name another folder")
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +119,11 @@ def source(args: argparse.Namespace, resolution: int | None = None) -> Source:
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
-    """One flag for each field of an options dataclass; bf16 is that of add_run."""
+    """One flag for each field of an options dataclass, whose docstring tells what they do; bf16 is
+    that of add_run.
+    """
+    parser.formatter_class = Paragraphs
+    group = parser.add_argument_group("options of the recipe", inspect.getdoc(kind))
     defaults = kind()
     for field in dataclasses.fields(kind):
         if field.name == "bf16":
@@ -90,10 +131,10 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
         value = getattr(defaults, field.name)
         flag = "--" + field.name.replace("_", "-")
         if isinstance(value, bool):
-            parser.add_argument(flag, action="store_true", help="see the options' docstring")
+            group.add_argument(flag, action="store_true", help="see above")
             continue
         number = float if field.name == "layer_scale" else int if value is None else type(value)
-        parser.add_argument(flag, type=number, default=value, help="(%(default)s)")
+        group.add_argument(flag, type=number, default=value, help="(%(default)s)")
 
 
 def options(args: argparse.Namespace, kind: type) -> Any:

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import record
+from . import arguments, record
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,22 +20,27 @@ if TYPE_CHECKING:
 
 def add_average(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="folders, two at least"
+        "checkpoints",
+        type=Path,
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="folders, two at least; ranker and sampling are taken from the first",
     )
     parser.add_argument(
         "--shares", type=float, nargs="+", metavar="S", help="of each (default: equal ones)"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    arguments.add_out(parser)
 
 
 def average(args: argparse.Namespace) -> int:
-    """Writes a checkpoint with the first one's tokenizers, ranker and sampling.
+    """Writes the mean of the models' weights, with the ranker and the sampling of the first one.
 
-    ValueError if they differ in more than the model's weights, the ranker and sampling.
+    Those of the others are not looked at. ValueError if their configs or tokenizers differ.
     """
     from ..averaging import weighted_mean
     from ..checkpoint import load_checkpoint, save_checkpoint
 
+    arguments.check_out(args)
     paths, shares = args.checkpoints, args.shares or [1.0] * len(args.checkpoints)
     if len(paths) < 2 or len(shares) != len(paths):
         raise ValueError(

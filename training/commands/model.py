@@ -36,7 +36,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--start", type=Path, help="begin at this checkpoint's weights")
     parser.add_argument(
         "--dataset-clips",
-        type=int,
+        type=arguments.positive,
         help="tokenize just so many beforehand (sprites: new ones at every step; --data: all)",
     )
     parser.add_argument(
@@ -123,7 +123,8 @@ def train_model(args: argparse.Namespace) -> int:
         team=team,
         seed=args.seed,
     )
-    train(recipe, args.run, arguments.trainer_options(args), leads=team.leads)
+    trainer_options, alone = arguments.trainer_options(args), team.size == 1
+    train(recipe, args.run, trainer_options, leads=team.leads, alone=alone)
     if team.leads:
         print(f"checkpoint: {args.run / 'checkpoint'}")
     return 0

@@ -69,6 +69,6 @@ def train_ranker(args: argparse.Namespace) -> int:
         seed=args.seed,
         **seen,
     )
-    train(recipe, args.run, arguments.trainer_options(args))
+    train(recipe, args.run, arguments.trainer_options(args), alone=True)
     print(f"ranker: {args.run / 'checkpoint'}")
     return 0

@@ -15,6 +15,7 @@ from typing import Any
 from nuwa.spec.manifest import file_hash
 
 from ..sources import Pictures, Source
+from ..stored import read_object, write_object
 
 RUN = "run.json"
 
@@ -23,8 +24,9 @@ def remember(args: argparse.Namespace, options: Any, settings: dict) -> None:
     """Writes run.json, or refuses to go on with other settings than the run was begun with.
 
     options: a dataclass; what a run of an earlier version did not know of counts as its default.
+    ValueError also if what is there cannot be read.
     """
-    settings = {
+    said = {
         "kind": args.kind,
         "level": args.level,
         "steps": args.steps,
@@ -32,17 +34,20 @@ def remember(args: argparse.Namespace, options: Any, settings: dict) -> None:
         "options": dataclasses.asdict(options),
         **settings,
     }
+    now = json.loads(json.dumps(said))  # as it reads back
     path = args.run / RUN
-    if path.exists():
-        before = json.loads(path.read_text())
-        before["options"] = dataclasses.asdict(type(options)()) | before.get("options", {})
-        if changed := sorted(_differences(before, settings)):
+    found = read_object(path) if path.exists() else None
+    if found is not None:
+        known = plain(type(options)()) | found.get("options", {})
+        before = found | {"options": known}
+        if changed := sorted(_differences(before, now)):
             raise ValueError(
                 f"{args.run} was begun with other settings ({'; '.join(changed)}); give the same "
                 f"ones, or another --run"
             )
     args.run.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=2) + "\n")
+    if found != now:
+        write_object(path, now)
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
@@ -128,7 +133,7 @@ def write_provenance(folder: Path, said: dict) -> None:
     """Beside weights that come from no run."""
     from ..checkpoint import PROVENANCE
 
-    (folder / PROVENANCE).write_text(json.dumps(said, indent=2) + "\n")
+    write_object(folder / PROVENANCE, said)
 
 
 def command_line() -> str:
@@ -143,6 +148,5 @@ def run_of(checkpoint: Path | None) -> dict:
         return {}
     for path in (checkpoint / PROVENANCE, checkpoint.parent / RUN):
         if path.exists():
-            found: dict = json.loads(path.read_text())
-            return found
+            return read_object(path)
     return {}

