@@ -14,19 +14,21 @@ from typing import Any, TypeVar, cast
 
 from google.protobuf.message import Message
 
-from .core import CancelledError
+from .core import CancelledError, QueueFullError
 
 M = TypeVar("M", bound=Message)  # of one key always the same kind
 
 KEPT_SECONDS = 300.0
 KEPT_BYTES = 64 * 2**20
 POLL_SECONDS = 0.05
+MOST_FOLLOWERS = 8  # calls that wait for one answer; a client that tries again makes one or two
 
 
 @dataclass(eq=False)
 class _Answer:
     ready: threading.Event = field(default_factory=threading.Event)
     message: Message | None = None  # None when ready: it failed
+    followers: int = 0
     about: Any = None
     size: int = 0
     time: float = 0.0
@@ -61,7 +63,8 @@ class Answers:
         """The answer kept under `key`, or that of make(), which is kept.
 
         A call whose key is being made elsewhere waits for that one, and makes its own if it fails,
-        perhaps because its client is gone. wanted: whether to go on waiting; CancelledError if not.
+        perhaps because its client is gone; QueueFullError where MOST_FOLLOWERS wait already, which
+        no queue counts. wanted: whether to go on waiting; CancelledError if not.
         What make() raises comes through and is not kept. With the answer it says what it is about,
         which again() is called with whenever the answer is given again.
         """
@@ -72,9 +75,19 @@ class Answers:
                 if found is None:
                     mine = self._answers[key] = _Answer()
                     break
-            while not found.ready.wait(POLL_SECONDS):
-                if not wanted():
-                    raise CancelledError("the client left")
+                if not found.ready.is_set() and found.followers >= MOST_FOLLOWERS:
+                    raise QueueFullError(
+                        f"{MOST_FOLLOWERS} calls with this very request wait for its answer "
+                        "already, which is being made"
+                    )
+                found.followers += 1
+            try:
+                while not found.ready.wait(POLL_SECONDS):
+                    if not wanted():
+                        raise CancelledError("the client left")
+            finally:
+                with self._lock:
+                    found.followers -= 1
             if found.message is not None:
                 again(found.about)
                 return cast(M, found.message)

@@ -14,10 +14,14 @@ import grpc
 
 from .core import CancelledError
 from .errors import FieldError
-from .lanes import GENERATING, PROBES
+from .lanes import GENERATING, KSERVE, PROBES, REFLECTION
 from .patience import Patience
 
 PROBE_SECONDS = 1.0  # in which the request of a probe has to come, which is a few bytes
+# Methods whose requests name something at most. Many need no token, and their calls may stay open
+# for ever, with what they were asked.
+SMALL = (*PROBES, *REFLECTION, "/grpc.health.v1.Health/", f"{KSERVE}Server")
+SMALL_BYTES = 1024
 
 
 class Arrival:
@@ -34,7 +38,9 @@ class Arrival:
         self._patience, self._seconds, self._crowded = patience, seconds, crowded
 
     def one(self, requests: Iterator[Any], context: grpc.ServicerContext, method: str) -> Any:
-        """The request of a call that has one. FieldError, of no field, if there is none."""
+        """The request of a call that has one. FieldError, of no field, if there is none, or if it
+        is too large for its method.
+        """
         if method in GENERATING:
             self._crowded(context, method)
         found = self._next(requests, context, method)
@@ -45,7 +51,7 @@ class Arrival:
     def all(
         self, requests: Iterator[Any], context: grpc.ServicerContext, method: str
     ) -> Iterator[Any]:
-        """Those of a stream that may not be idle."""
+        """Those of a stream that may not be idle. FieldError as `one`, for what is too large."""
         while (request := self._next(requests, context, method)) is not None:
             yield request
 
@@ -59,4 +65,9 @@ class Arrival:
                 raise CancelledError("the client left") from None
         if found is None and not context.is_active():  # as where the request is too large
             raise CancelledError("the client left")
+        if found is not None and len(found) > SMALL_BYTES and method.startswith(SMALL):
+            raise FieldError(
+                "",
+                f"the request has {len(found)} bytes; those of {method} have at most {SMALL_BYTES}",
+            )
         return found

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from .interceptor import shortened
+
 NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 LOOK_SECONDS = 5.0  # how often a watcher is looked after if nothing changes
 
@@ -52,7 +54,8 @@ class Health(health_pb2_grpc.HealthServicer):
     ) -> health_pb2.HealthCheckResponse:
         status = self._statuses.get(request.service)
         if status is None:
-            context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {request.service!r}")
+            problem = shortened(f"there is no service {request.service!r}")
+            context.abort(grpc.StatusCode.NOT_FOUND, problem)
         return _STATUS(status=status)
 
     def List(
@@ -67,11 +70,13 @@ class Health(health_pb2_grpc.HealthServicer):
     def Watch(
         self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
     ) -> Iterator[health_pb2.HealthCheckResponse]:
+        name = request.service
+        del request  # a watch may last for ever, and is to keep no more than the name
         context.add_callback(self._wake)
         told: int | None = None
         while context.is_active():
             with self._changed:
-                status = self._statuses.get(request.service, _STATUS.SERVICE_UNKNOWN)
+                status = self._statuses.get(name, _STATUS.SERVICE_UNKNOWN)
                 if status == told:
                     if self._over:
                         return

@@ -218,12 +218,13 @@ class Host:
             )
         if not separator:
             return versions[max(versions)]
-        if not (version.isascii() and version.isdigit() and int(version) in versions):
+        found = {str(number): each for number, each in versions.items()}.get(version)
+        if found is None:
             raise NotFoundError(
                 f"model {name!r} has no version {version!r}; it has "
                 f"{', '.join(map(str, sorted(versions)))}"
             )
-        return versions[int(version)]
+        return found
 
     def _versions(self, name: str) -> list[Loaded]:
         with self._lock:

@@ -10,6 +10,7 @@ import logging
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import grpc
@@ -54,6 +55,7 @@ MAX_MESSAGE_BYTES = 600
 
 Read = Callable[[bytes], Message]
 Sending = Callable[[grpc.ServicerContext, str, Iterator[Any]], Iterator[Any]]
+Sent = Callable[[grpc.ServicerContext, str], None]
 
 # The first class that matches counts; anything else is INTERNAL.
 CODES: tuple[tuple[type[BaseException], grpc.StatusCode, str], ...] = (
@@ -75,10 +77,25 @@ CODES: tuple[tuple[type[BaseException], grpc.StatusCode, str], ...] = (
 )
 
 
+class ToldError(Exception):
+    """In place of an error that was counted and is in the log: what a client is told of it, which
+    is its text. Keeps nothing of the request, as an error's traceback and its words may.
+
+    known: as of _known; pushback: when the client's gRPC may try again, "" where it decides.
+    """
+
+    def __init__(
+        self, status: status_pb2.Status, reason: str, known: dict[str, str], pushback: str
+    ) -> None:
+        super().__init__(status.message)
+        self.status, self.reason, self.known, self.pushback = status, reason, known, pushback
+
+
 class ErrorInterceptor(grpc.ServerInterceptor):
-    """arrival: how requests are read; sending: as Intake.sending, how answers are sent; on_error:
-    hears the reason of each error; tracing: hears of calls that fail before a request of theirs has
-    begun.
+    """arrival: how requests are read; sending: as Intake.sending, how answers are sent;
+    sent(context, method): hears of a call with one answer that no thread waits for, when that is
+    about to be sent; on_error: hears the reason of each error; tracing: hears of calls that fail
+    before a request of theirs has begun.
 
     All handlers become those of streams of requests (arrival.py). Of health and reflection, which
     have statuses of their own, only what goes wrong in reading is told here. `refusals` counts
@@ -89,10 +106,11 @@ class ErrorInterceptor(grpc.ServerInterceptor):
         self,
         arrival: Arrival,
         sending: Sending,
+        sent: Sent = lambda context, method: None,
         on_error: Callable[[str], None] = lambda reason: None,
         tracing: Tracing | None = None,
     ) -> None:
-        self._arrival, self._sending = arrival, sending
+        self._arrival, self._sending, self._sent = arrival, sending, sent
         self._on_error, self._tracing = on_error, tracing
         self.refusals = Refusals()
 
@@ -129,21 +147,26 @@ class ErrorInterceptor(grpc.ServerInterceptor):
     def _guard(self, behaviour: Callable, method: str, read: Read) -> Callable:
         def guarded(requests: Iterator[bytes], context: grpc.ServicerContext) -> Any:
             request = self._request(requests, context, method, read)
+            answer = None
             if not method.startswith(GUARDED):
-                return behaviour(request, context)
-            try:
-                return behaviour(request, context)
-            except (Exception, DeviceLostError) as error:
-                self.abort(error, method, context, request)
+                answer = behaviour(request, context)
+            else:
+                try:
+                    answer = behaviour(request, context)
+                except (Exception, DeviceLostError) as error:
+                    self.abort(error, method, context, request)
+            self._sent(context, method)
+            return answer
 
         return guarded
 
     def _guard_stream(self, behaviour: Callable, method: str, read: Read) -> Callable:
         def guarded(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Any]:
-            request = self._request(requests, context, method, read)
-            if not method.startswith(GUARDED):
-                yield from behaviour(request, context)
+            if not method.startswith(GUARDED):  # it may last for ever: without the request here
+                answers = behaviour(self._request(requests, context, method, read), context)
+                yield from self._sending(context, method, answers)
                 return
+            request = self._request(requests, context, method, read)
             try:
                 yield from behaviour(request, context)
             except (Exception, DeviceLostError) as error:
@@ -159,10 +182,12 @@ class ErrorInterceptor(grpc.ServerInterceptor):
         def guarded(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Any]:
             try:
                 if method.startswith(GUARDED):
-                    found: Iterator[Any] = (_read_or_not(each, read) for each in requests)
+                    # Not a generator, which keeps the last one while it waits for the next.
+                    found: Iterator[Any] = map(partial(_read_or_not, read), requests)
+                    yield from behaviour(found, context)
                 else:
                     found = map(read, self._arrival.all(requests, context, method))
-                yield from behaviour(found, context)
+                    yield from self._sending(context, method, behaviour(found, context))
             except (Exception, DeviceLostError) as error:
                 self.abort(error, method, context)
 
@@ -176,26 +201,35 @@ class ErrorInterceptor(grpc.ServerInterceptor):
         request: Any = None,
     ) -> NoReturn:
         """Ends a call with the status of `error`. request: what it asked for, if that is known."""
-        status, reason = self.status(error, method)
-        known = _known(error, request)
-        _log(error, status, method, context.peer(), known)
+        told = error
+        if not isinstance(told, ToldError):
+            told = self._tell(error, method, context.peer(), _known(error, request))
         if self._tracing is not None:
-            self._tracing.failed(reason, {"method": method} | known, context)
-        told = rpc_status.to_status(status)
-        if status.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]:
-            wait = NO_RETRY
-            if isinstance(error, QueueFullError):
-                wait = str(round(1000 * error.retry_seconds))
-            told = told._replace(trailing_metadata=(*told.trailing_metadata, (PUSHBACK, wait)))
-        context.abort_with_status(told)
+            self._tracing.failed(told.reason, {"method": method} | told.known, context)
+        status = rpc_status.to_status(told.status)
+        if told.pushback:
+            metadata = (*status.trailing_metadata, (PUSHBACK, told.pushback))
+            status = status._replace(trailing_metadata=metadata)
+        context.abort_with_status(status)
         raise AssertionError("abort_with_status raises")
 
-    def told(self, error: Exception, request_id: str, peer: str) -> str:
-        """The message of `error` for a client, as the answer to one request of its stream."""
+    def told(self, error: Exception, request_id: str, peer: str) -> ToldError:
+        """What is to be kept of the `error` of one request of a stream until its client hears."""
         [method] = STREAMS
-        status, _ = self.status(error, method)
-        _log(error, status, method, peer, _known(error, request_id=request_id))
-        return status.message
+        return self._tell(error, method, peer, _known(error, request_id=request_id))
+
+    def _tell(
+        self, error: BaseException, method: str, peer: str, known: dict[str, str]
+    ) -> ToldError:
+        """Counts it and has it in the log."""
+        status, reason = self.status(error, method)
+        _log(error, status, method, peer, known)
+        pushback = ""
+        if status.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]:
+            pushback = NO_RETRY
+            if isinstance(error, QueueFullError):
+                pushback = str(round(1000 * error.retry_seconds))
+        return ToldError(status, reason, known, pushback)
 
     def status(self, error: BaseException, method: str) -> tuple[status_pb2.Status, str]:
         """What the client of `method` is told about `error`, and the reason in it."""
@@ -205,7 +239,7 @@ class ErrorInterceptor(grpc.ServerInterceptor):
             incident = uuid.uuid4().hex[:8]
             message = f"internal error; the server's log has the details under {incident}"
         else:
-            message = _shorten(str(error))
+            message = shortened(str(error))
         self._on_error(reason)
         self.refusals.count(reason, method)
         info = error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)
@@ -219,7 +253,7 @@ class ErrorInterceptor(grpc.ServerInterceptor):
         if isinstance(error, RequestError):
             field = error.field if isinstance(error, FieldError) else ""  # the request as a whole
             bad = error_details_pb2.BadRequest()
-            bad.field_violations.add(field=_shorten(field), description=message)
+            bad.field_violations.add(field=shortened(field), description=message)
             details.append(bad)
         status = status_pb2.Status(code=code.value[0], message=message)
         for detail in details:
@@ -237,7 +271,7 @@ def _known(error: BaseException, request: Any = None, request_id: str = "") -> d
         "field": error.field if isinstance(error, FieldError) else "",
         "problem": str(error) if isinstance(error, BundleError) else "",
     }
-    return {name: _shorten(value) for name, value in known.items() if value}
+    return {name: shortened(value) for name, value in known.items() if value}
 
 
 def _log(
@@ -276,7 +310,7 @@ class Unreadable:
     error: RequestError
 
 
-def _read_or_not(data: bytes, read: Read) -> Message | Unreadable:
+def _read_or_not(read: Read, data: bytes) -> Message | Unreadable:
     try:
         return read(data)
     except RequestError as error:
@@ -297,8 +331,9 @@ def _sent(behaviour: Callable, sending: Sending) -> Callable:
     return streamed
 
 
-def _shorten(text: str) -> str:
-    data = text.encode(errors="replace")
+def shortened(text: str) -> str:
+    """Of no more bytes than a client can be told."""
+    data = text[: MAX_MESSAGE_BYTES + 1].encode(errors="replace")
     if len(data) <= MAX_MESSAGE_BYTES:
         return text
     return data[: MAX_MESSAGE_BYTES - 3].decode(errors="ignore") + "..."

@@ -61,6 +61,9 @@ TRIM_SECONDS = 30.0
 AGE_GRACE = 600.0  # seconds that calls may go on in a connection that has reached its age
 SLOW_READERS = 16  # calls of a model that may still be sending when their decoding is done
 MOST_CALLS = 1024  # generations, each with a thread, where not one model alone needs more
+# Calls that one connection may have open at least. A Python process has one for all its channels to
+# an address, and `nuwa bench` 512 calls at a time.
+LEAST_STREAMS = 640
 
 
 class Server:
@@ -115,7 +118,13 @@ class Server:
             most_unread=settings.max_unread_bytes,
         )
         arrival = Arrival(patience, settings.slow_sender_timeout, intake.crowded)
-        errors = ErrorInterceptor(arrival, intake.sending, metrics.error, tracing)
+        errors = ErrorInterceptor(
+            arrival,
+            intake.sending,
+            _awaited(patience, settings.slow_reader_timeout),
+            metrics.error,
+            tracing,
+        )
         self._refusals = errors.refusals
         sizes = SIZES | {
             "generations": max_calls,
@@ -126,7 +135,7 @@ class Server:
         self._server = grpc.server(
             self._lanes.refusing,
             interceptors=_interceptors(self._lanes, errors, tokens, settings.host in LOOPBACK),
-            options=_options(settings),
+            options=_options(settings, max(LEAST_STREAMS, sum(sizes.values()))),
         )
         self._inference = InferenceService(
             intake, live=self.is_live, ready=self.is_ready, told=errors.told
@@ -365,8 +374,28 @@ def _most_calls(settings: ServerSettings) -> int:
     return max(one, min((bundles + 1) * one, MOST_CALLS)) if bundles else one
 
 
-def _options(settings: ServerSettings) -> list[tuple[str, int]]:
+def _awaited(patience: Patience, seconds: float) -> Callable[[grpc.ServicerContext, str], None]:
+    """Has calls cancelled whose one answer, which no thread waits for, is not taken in time."""
+
+    def sent(context: grpc.ServicerContext, method: str) -> None:
+        what = f"{method}: its answer was not taken for {seconds:g} s"
+        waiting = patience.waiting(context, what, seconds)
+        waiting.__enter__()
+        taken = partial(waiting.__exit__, None, None, None)
+        if not context.add_callback(taken):
+            taken()  # the call is over
+
+    return sent
+
+
+def _options(settings: ServerSettings, most_streams: int = LEAST_STREAMS) -> list[tuple[str, int]]:
+    """most_streams: calls of one connection; a client keeps back what is beyond."""
     options = [
+        # What a client does not take waits in gRPC, where nothing else bounds it.
+        ("grpc.max_concurrent_streams", most_streams),
+        # Which counts calls that are over, too, while they are cleaned up, and then refuses some of
+        # a client that keeps to the number: those fail as UNAVAILABLE.
+        ("grpc.http.overload_protection", 0),
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", -1),
         # Without this a second server on the port starts too, and gets half of the calls.

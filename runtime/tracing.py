@@ -7,6 +7,7 @@ an answer that was kept, is one span.
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 from weakref import WeakSet
@@ -16,6 +17,8 @@ import grpc
 from .core import Accepted, Done, Event, Frame
 from .errors import UnavailableError
 from .metrics import OK, outcome_of
+
+log = logging.getLogger("nuwa.runtime")
 
 PHASES = ("queue", "encode", "decode", "prefill", "pixels", "ranking")
 EXPORT_SECONDS = 2  # for a collector that is away
@@ -39,6 +42,9 @@ class Tracing:
             raise UnavailableError(
                 f"traces need {error.name}; install it with: pip install 'nuwa-runtime[tracing]'"
             ) from error
+        if not log.isEnabledFor(logging.DEBUG):
+            # Which tells of headers that are no traces by quoting what the client sent.
+            logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
         resource = Resource.create({"service.name": "nuwa", "service.version": version})
         self._trace, self._propagator = trace, TraceContextTextMapPropagator()
         self._provider = TracerProvider(resource=resource)

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import grpc
@@ -23,7 +24,7 @@ from nuwa.spec.tasks import Task
 
 from .. import media
 from ..convert import Job, refuse_unknown_fields
-from ..core import Done, Event, Frame, Timings
+from ..core import CancelledError, Done, Event, Frame, Timings
 from ..errors import FieldError, NotFoundError, NotReadyError
 from ..intake import Intake
 from .models import TaskModel, find, models_of
@@ -47,7 +48,7 @@ WANTS_STATUS = "triton_grpc_error"  # metadata: end the stream with a status at 
 
 class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     """live: whether the server is well; ready: whether it takes requests; told(error, request_id,
-    peer): the message for clients of an error.
+    peer): what is kept of an error, as one whose text is the message for clients.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         *,
         live: Callable[[], bool],
         ready: Callable[[], bool],
-        told: Callable[[Exception, str, str], str],
+        told: Callable[[Exception, str, str], Exception],
     ) -> None:
         self._intake, self._host = intake, intake.host
         self._live, self._ready, self._told = live, ready, told
@@ -175,7 +176,7 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         self, request_iterator: Iterator[Any], context: grpc.ServicerContext
     ) -> Iterator[pb.ModelStreamInferResponse]:
         strict = dict(context.invocation_metadata()).get(WANTS_STATUS) == "true"
-        stream = Stream(self._answers, context)
+        stream = Stream(self._answers, context, partial(self._kept, context))
         with self._lock:
             self._streams.add(stream)
             dismissed = self._dismissed
@@ -190,6 +191,12 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
             with self._lock:
                 self._streams.discard(stream)
 
+    def _kept(self, context: grpc.ServicerContext, error: Exception, request_id: str) -> Exception:
+        """As `told`. The end of the call itself is told once, not of each request in it."""
+        if isinstance(error, CancelledError) and not context.is_active():
+            return type(error)(str(error))  # without the traceback
+        return self._told(error, request_id, context.peer())
+
     def _told_of(
         self, answers: Iterator[Any], context: grpc.ServicerContext, strict: bool
     ) -> Iterator[pb.ModelStreamInferResponse]:
@@ -202,8 +209,7 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
                 failed = pb.ModelInferResponse(id=answer.request_id)
                 set_parameters(failed.parameters, {FINAL: True})
                 yield pb.ModelStreamInferResponse(
-                    error_message=self._told(answer.error, answer.request_id, context.peer()),
-                    infer_response=failed,
+                    error_message=str(answer.error), infer_response=failed
                 )
 
     def _answers(

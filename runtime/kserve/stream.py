@@ -13,8 +13,9 @@ import grpc
 
 from nuwa.inference import grpc_service_pb2 as pb
 
+from ..convert import MAX_REQUEST_ID_LENGTH
 from ..core import QueueFullError
-from ..errors import ShuttingDownError
+from ..errors import FieldError, ShuttingDownError
 from ..interceptor import Unreadable
 
 log = logging.getLogger("nuwa.runtime")
@@ -32,14 +33,17 @@ class Stream:
     """One bidirectional call: requests are answered side by side, each in a thread of its own.
 
     Answers wait in a bounded queue until the client reads them; the engine never waits for that.
+    answer(request, context): an iterator, which begins when it is asked; kept(error, request_id):
+    what waits there in place of an error, which may hold all of its request.
     """
 
     def __init__(
         self,
         answer: Callable[[pb.ModelInferRequest, grpc.ServicerContext], Iterator],
         context: grpc.ServicerContext,
+        kept: Callable[[Exception, str], Exception],
     ) -> None:
-        self._answer, self._context = answer, context
+        self._answer, self._context, self._kept = answer, context, kept
         self._pool = futures.ThreadPoolExecutor(CALLS_PER_STREAM + 1, "nuwa-stream")
         self._queue: queue.Queue[Any] = queue.Queue(UNSENT_ANSWERS)
         self._lock = threading.Lock()
@@ -88,7 +92,10 @@ class Stream:
             for request in requests:
                 if self._closed.is_set():
                     return
-                self._take(request)
+                failure = self._take(request)
+                del request  # it may be large, and what follows waits for the client
+                if failure is not None:
+                    self._put(failure)
         except Exception:
             log.debug("a stream ended", exc_info=True)  # how the iterator says that it is over
         finally:
@@ -97,29 +104,44 @@ class Stream:
             if reading:
                 self._finish_one()
 
-    def _take(self, request: Any) -> None:
+    def _take(self, request: Any) -> Failure | None:
+        """Has it answered; or why not."""
         if isinstance(request, Unreadable):
-            self._put(Failure("", request.error))
-            return
+            return self._failure(request.error)
+        if len(request.id) > MAX_REQUEST_ID_LENGTH:  # or it would be in answers that wait
+            problem = f"id is not at most {MAX_REQUEST_ID_LENGTH} printable ASCII characters"
+            return self._failure(FieldError("id", problem))
         with self._lock:
             dismissed, busy = self._dismissed, self._open > CALLS_PER_STREAM
             self._open += not (dismissed or busy)
         if dismissed:
-            self._put(Failure(request.id, ShuttingDownError("the server is shutting down")))
-        elif busy:
+            return self._failure(ShuttingDownError("the server is shutting down"), request.id)
+        if busy:
             problem = f"a stream has at most {CALLS_PER_STREAM} requests at a time"
-            self._put(Failure(request.id, QueueFullError(problem)))
-        else:
-            self._pool.submit(self._serve, request)
+            return self._failure(QueueFullError(problem), request.id)
+        # Without the request, which the pool would keep until this has ended.
+        self._pool.submit(self._serve, request.id, self._answer(request, self._context))
+        return None
 
-    def _serve(self, request: pb.ModelInferRequest) -> None:
+    def _serve(self, request_id: str, answers: Iterator) -> None:
         try:
-            for answer in self._answer(request, self._context):
-                self._put(answer)
-        except Exception as error:
-            self._put(Failure(request.id, error))
+            failure = self._put_all(request_id, answers)
+            if failure is not None:
+                self._put(failure)
         finally:
             self._finish_one()
+
+    def _put_all(self, request_id: str, answers: Iterator) -> Failure | None:
+        """Why there are no more of them, if that is a failure."""
+        try:
+            for answer in answers:
+                self._put(answer)
+        except Exception as error:
+            return self._failure(error, request_id)
+        return None
+
+    def _failure(self, error: Exception, request_id: str = "") -> Failure:
+        return Failure(request_id, self._kept(error, request_id))
 
     def _finish_one(self) -> None:
         with self._lock:

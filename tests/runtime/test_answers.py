@@ -9,16 +9,16 @@ import grpc
 import pytest
 
 from nuwa.runtime import admission
-from nuwa.runtime.answers import Answers
+from nuwa.runtime.answers import MOST_FOLLOWERS, Answers
 from nuwa.runtime.client import Client, ClientError
-from nuwa.runtime.core import CancelledError
+from nuwa.runtime.core import CancelledError, QueueFullError
 from nuwa.runtime.logs import FIELDS
 from nuwa.runtime.server import Server
 from nuwa.v1 import generation_pb2 as pb
 from nuwa.v1 import generation_pb2_grpc
 
 from .fake_engine import FakeEngine
-from .messages import image, once, video, wait_until
+from .messages import details, image, once, video, wait_until
 
 A, B, C = b"a", b"b", b"c"
 
@@ -118,6 +118,55 @@ def test_a_follower_makes_its_own_when_the_first_one_fails():
     assert answers.once(A, second, always).seed == 1 and second.made == 1
     leader.join(20)
     assert len(failed) == 1
+
+
+def test_so_many_wait_for_one_answer_and_no_more():
+    make, answers, found, left = Maker(), Answers(), [], threading.Event()
+    make.gate.clear()
+
+    def follow(wanted):
+        try:
+            found.append(answers.once(A, make, wanted).seed)
+        except CancelledError:
+            found.append(0)
+
+    def begin(wanted):
+        thread = threading.Thread(target=follow, args=(wanted,))
+        thread.start()
+        return thread
+
+    threads = [begin(always)]
+    wait_until(lambda: make.made == 1)
+    threads += [begin(lambda: not left.is_set()) for _ in range(MOST_FOLLOWERS)]
+    wait_until(lambda: answers._answers[A].followers == MOST_FOLLOWERS)
+    with pytest.raises(QueueFullError, match="8 calls with this very request wait"):
+        answers.once(A, make, always)
+    left.set()  # who leaves makes room
+    wait_until(lambda: answers._answers[A].followers == 0)
+    threads.append(begin(always))
+    wait_until(lambda: answers._answers[A].followers == 1)
+    make.gate.set()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(found) == [0] * MOST_FOLLOWERS + [1, 1] and make.made == 1
+
+
+def test_who_sends_one_request_very_often_is_told_that_it_is_being_made(stub, engine, server):
+    engine.gate.clear()
+    first = stub.GenerateImage.future(image(request_id="one"))
+    wait_until(lambda: server.scheduler.active == 1)
+    followers = [stub.GenerateImage.future(image(request_id="one")) for _ in range(MOST_FOLLOWERS)]
+    [answer] = server.intake.answers._answers.values()
+    wait_until(lambda: answer.followers == MOST_FOLLOWERS)
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.GenerateImage(image(request_id="one"))
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert details(caught.value)[0].reason == "QUEUE_FULL"
+    assert "wait for its answer already" in caught.value.details()
+    engine.gate.set()
+    assert all(each.result(20) == first.result(20) for each in followers)
+    assert stub.GenerateImage(image(request_id="one")) == first.result() and not answer.followers
+    assert len(engine.admitted) == 1
 
 
 def test_a_request_that_is_sent_again_is_not_generated_again(stub, engine):

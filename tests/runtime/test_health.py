@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import time
 
@@ -10,9 +11,11 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from nuwa.runtime.arrival import SMALL_BYTES
+from nuwa.runtime.interceptor import MAX_MESSAGE_BYTES
 from nuwa.runtime.server import KSERVE, SERVICE
 
-from .messages import image, wait_until
+from .messages import details, image, wait_until
 
 STATUS = health_pb2.HealthCheckResponse
 
@@ -106,3 +109,40 @@ def test_a_watch_ends_with_the_server_and_does_not_use_up_its_grace(health, serv
     assert list(watch) == []
     stopper.join(10)
     assert not stopper.is_alive() and time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    "method",
+    [f"grpc.health.v1.Health/{name}" for name in ("Check", "List", "Watch")]
+    + [f"{KSERVE}/{name}" for name in ("ServerLive", "ServerReady", "ServerMetadata", "ModelReady")]
+    + ["grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"],
+)
+def test_probes_and_watches_that_are_not_small_are_refused_before_they_are_parsed(channel, method):
+    call = channel.stream_stream(f"/{method}")
+    with pytest.raises(grpc.RpcError) as caught:
+        list(call(iter([b"\xff" * (SMALL_BYTES + 1)]), timeout=20))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.details() == (
+        f"the request has {SMALL_BYTES + 1} bytes; those of /{method} have at most {SMALL_BYTES}"
+    )
+    assert details(caught.value)[0].reason == "INVALID_REQUEST"
+
+
+def test_a_name_that_the_server_does_not_have_is_told_in_short(health):
+    with pytest.raises(grpc.RpcError) as caught:
+        health.Check(request("\x85" * ((SMALL_BYTES - 3) // 2)))  # as long as it may be
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    told = caught.value.details()
+    assert told.startswith("there is no service '\\x85") and told.endswith("...")
+    assert len(told.encode()) <= MAX_MESSAGE_BYTES
+
+
+def test_a_watch_keeps_nothing_of_its_request_but_the_name(channel):
+    method = "/grpc.health.v1.Health/Watch"
+    watch = channel.unary_stream(method, response_deserializer=STATUS.FromString)
+    calls = [watch(request("other").SerializeToString()) for _ in range(4)]
+    assert {next(call).status for call in calls} == {STATUS.SERVICE_UNKNOWN}
+    gc.collect()
+    assert not any(type(each) is health_pb2.HealthCheckRequest for each in gc.get_objects())
+    for call in calls:
+        call.cancel()

@@ -378,6 +378,21 @@ def test_a_client_may_have_errors_end_its_stream(stub):
     assert "parameters.seed" in fields and "seed -1" in message
 
 
+def test_an_id_that_is_too_long_is_refused_first_and_not_sent_back(stub, engine):
+    long = ask("t2i", {"seed": -1}, PROMPT=text())
+    long.id, long.model_name = "x" * 129, "other"
+    [answer] = stub.ModelStreamInfer(iter([long]))
+    assert answer.error_message == "id is not at most 128 printable ASCII characters"
+    assert answer.infer_response.id == "" and answer.infer_response.parameters
+    long.id = "x" * 128
+    [answer] = stub.ModelStreamInfer(iter([long]))
+    assert answer.infer_response.id == long.id and "no model" in answer.error_message
+    metadata = [("triton_grpc_error", "true")]
+    long.id = "x" * 129
+    _, fields = refused(lambda: list(stub.ModelStreamInfer(iter([long]), metadata=metadata)))
+    assert set(fields) == {"id"}
+
+
 def test_internal_faults_are_told_without_their_details(stub, engine):
     engine.step_error = RuntimeError("secret")
     [answer] = stub.ModelStreamInfer(iter([ask("t2i", PROMPT=text())]))
@@ -648,7 +663,7 @@ class Ended:
 
 def test_a_stream_that_ends_while_the_server_shuts_down_does_not_stop_it():
     """stop() dismisses streams that it knew of a moment before, some of which have ended."""
-    found = stream.Stream(lambda request, context: iter(()), Ended())
+    found = stream.Stream(lambda *_: iter(()), Ended(), lambda error, _: error)
     gate = threading.Event()
     found.start(iter(gate.wait, True))  # reads until the gate opens
     found.close()

@@ -84,6 +84,8 @@ def test_models_are_found_by_name_and_version(host):
         ("other", "no model 'other'; this server has small, large"),
         ("large/3", "model 'large' has no version '3'; it has 1, 2"),
         ("large/x", "no version 'x'"),
+        ("large/" + "1" * 5000, "no version '1111"),
+        ("large/01", "no version '01'"),
         ("large/", "no version ''"),
         ("/1", "no model '/1'"),
     ):

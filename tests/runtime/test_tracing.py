@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from concurrent import futures
@@ -197,6 +198,22 @@ def test_a_collector_that_is_away_hinders_nobody():
     ):
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
         assert stub.GenerateImage(image(), timeout=10).frame.data
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_headers_that_are_no_traces_are_in_no_log_unless_asked_for(collected, caplog, debug):
+    quiet, own = logging.getLogger("opentelemetry.trace"), logging.getLogger("nuwa.runtime")
+    caplog.set_level(logging.NOTSET, quiet.name)
+    caplog.set_level(logging.DEBUG if debug else logging.INFO, own.name)
+    metadata = (("traceparent", f"00-{TRACE}-{SPAN}-01"), ("tracestate", "secret words of mine"))
+    with (
+        Server(FakeEngine(), trace_endpoint=collected[0]) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        assert stub.GenerateImage(image(request_id="mine"), metadata=metadata).frame.data
+    assert ("secret words of mine" in caplog.text) == debug
+    assert "mine t2i" in caplog.text
 
 
 def test_what_is_missing_for_traces_is_said(monkeypatch):

@@ -95,7 +95,7 @@ def test_what_is_no_message_is_refused_in_little_time(data):
     assert caught.value.field == ""
 
 
-@pytest.mark.parametrize("method", ["ModelInfer", "ModelStreamInfer", "ServerMetadata"])
+@pytest.mark.parametrize("method", ["ModelInfer", "ModelStreamInfer", "ModelMetadata"])
 def test_over_the_wire_it_is_an_error_of_the_call_and_the_server_goes_on(channel, method):
     path = f"/inference.GRPCInferenceService/{method}"
     bomb = BOMBS["submessages"] * 10**5
