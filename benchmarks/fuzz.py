@@ -167,7 +167,7 @@ def targets(manifest: bytes) -> list[Target]:
     def file(data: bytes) -> None:
         problem: MediaError | None = None
         for read in (
-            lambda: media.stated_size(data, LIMITS),
+            lambda: media.stated_shape(data, LIMITS),
             lambda: media.decode_mask(data, LIMITS),
             lambda: media.decode_class_map(data, CLASSES, LIMITS),
             lambda: media.decode_clip(data, LIMITS),
@@ -221,10 +221,10 @@ def run(count: int, seed: int, manifest: bytes) -> tuple[dict[str, Any], list[st
     tried, faults = targets(manifest), []
     outcomes: dict[str, Counter] = {each.name: Counter() for each in tried}
     slowest, started = 0.0, time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for each in tried:
         for data in each.seeds:  # the valid ones must be, or nothing is tried
             _one(each, data)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with (
         Server(StillEngine(), max_media_bytes=2**20, max_media_pixels=2**20) as server,
         grpc.insecure_channel(server.address) as channel,

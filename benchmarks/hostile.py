@@ -25,6 +25,7 @@ SIDE, FRAMES, CLASSES = 16, 4, 5  # of the pictures that requests give
 INTERESTING = (0, 1, 2, 3, 7, 8, 16, 127, 128, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**63 - 1)
 
 Draw = np.random.Generator
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def pictures() -> dict[str, bytes]:
@@ -133,27 +134,19 @@ def _element(data: bytes) -> bytes:
 
 
 def bombs() -> Iterator[bytes]:
-    """Small files that say that they are huge."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
+    """Small files that say that they are huge, or are costly to read."""
     for width, height in ((2**31 - 1, 2**31 - 1), (2**16, 2**16), (20000, 20000), (0, 5)):
         head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
         body = zlib.compress(bytes(2**20), 9)
-        yield (
-            b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
-        )
+        yield _SIGNATURE + _chunk(b"IHDR", head) + _chunk(b"IDAT", body) + _chunk(b"IEND", b"")
     text = zlib.compress(bytes(2**24), 9)  # a comment that unpacks to 16 MiB
     head = struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0)
     yield (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", head)
-        + chunk(b"zTXt", b"x\0\0" + text)
-        + chunk(b"IDAT", zlib.compress(bytes((3 * SIDE + 1) * SIDE)))
-        + chunk(b"IEND", b"")
+        _SIGNATURE
+        + _chunk(b"IHDR", head)
+        + _chunk(b"zTXt", b"x\0\0" + text)
+        + _chunk(b"IDAT", zlib.compress(bytes((3 * SIDE + 1) * SIDE)))
+        + _chunk(b"IEND", b"")
     )
     frame = Image.new("P", (SIDE, SIDE))
     file = io.BytesIO()
@@ -164,6 +157,37 @@ def bombs() -> Iterator[bytes]:
         append_images=[Image.new("P", (SIDE, SIDE), n % 255) for n in range(500)],
     )
     yield file.getvalue()
+    yield from _costly()
+
+
+def _costly() -> Iterator[bytes]:
+    """Valid but for what lies between the parts that matter, each of which Pillow takes in."""
+    head = _chunk(b"IHDR", struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0))
+    text = zlib.compress(b"a" * 2**20 + "\U0001f600".encode(), 9)  # a MiB, of which it makes four
+    texts = b"".join(_chunk(b"iTXt", b"%d\0\1\0\0\0" % index + text) for index in range(60))
+    pixels = _chunk(b"IDAT", zlib.compress(bytes((3 * SIDE + 1) * SIDE)))
+    yield _SIGNATURE + head + texts + pixels + _chunk(b"IEND", b"")
+
+    still = pictures()["gif"]
+    place = still.index(b"," + struct.pack("<HHHH", 0, 0, SIDE, SIDE))
+    screen, frame = still[:place], still[place:-1]
+    vast = frame[:5] + struct.pack("<HH", 13_300, 13_300) + frame[9:]
+    yield screen + frame + b"!\xf9\4\x08\0\0\0\0" + vast + frame + b";"  # to be filled
+    yield screen + (b"!\xfe" + b"\1a" * 1000 + b"\0") * 50 + frame + b";"
+
+    photo = pictures()["jpeg"]
+    for more in (
+        (b"\xff\xe1\0\x16Exif\0\0" + bytes(14)) * 5000,
+        b"\xff" * 100_000,
+        b"\xff\xfe\0\2" + bytes(100_000),
+    ):
+        yield photo[:2] + more + photo[2:]
+    photo = pictures()["progressive jpeg"]
+    yield photo[:-2] + photo[photo.rindex(b"\xff\xda") : -2] * 1000 + photo[-2:]
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def mutated(draw: Draw, seeds: list[bytes]) -> bytes:

@@ -1,7 +1,8 @@
 """What a request of nuwa.v1 gives besides text: pictures, clips, sketches and masks, as arrays.
 
-Says which of them a task takes and checks their sizes against the model's, those of files before
-they are decoded. Nothing is resized: pixels outside a mask are promised to come back unchanged.
+Says which of them a task takes and checks their sizes and numbers of frames against the model's,
+those of files before they are decoded. Nothing is resized: pixels outside a mask are promised to
+come back unchanged.
 """
 
 from __future__ import annotations
@@ -57,18 +58,19 @@ def read(
         if needed and not message.HasField(field):
             raise FieldError(field, f"{field} is missing; task {task.name} needs one")
     frames = mask = sketch = None
+
+    def check(shape: tuple[int, ...], field: str) -> None:
+        _check_frames(shape, field, task, info)
+
     if task.needs_frames:
-        frames = _samples(
-            getattr(message, picture_field), picture_field, 3, media.decode_clip, info, limits
-        )
-        _check_frames(frames, picture_field, task, info)
+        given = getattr(message, picture_field)
+        frames = _samples(given, picture_field, 3, media.decode_clip, check, limits)
     if task.needs_sketch:
 
         def class_map(data: bytes, limits: Limits) -> Array:
             return media.decode_class_map(data, info.sketch_classes, limits)
 
-        sketch = _samples(message.sketch, "sketch", 1, class_map, info, limits)
-        _check_frames(sketch, "sketch", task, info)
+        sketch = _samples(message.sketch, "sketch", 1, class_map, check, limits)
     if task.needs_mask:
         mask = _mask(message.mask, info, limits)
     return Conditions(frames, mask, sketch)
@@ -88,21 +90,27 @@ def _samples(
     field: str,
     channels: int,
     decode: Callable[[bytes, Limits], Array],
-    info: ModelInfo,
+    check: Callable[[tuple[int, ...], str], None],
     limits: Limits,
 ) -> Array:
-    """u8 [F, H, W, channels], without the last axis for one channel."""
+    """u8 [F, H, W, channels], without the last axis for one channel.
+
+    check: FieldError if the model does not take a shape (F, H, W); of a file, asked before any of
+    its frames is decoded.
+    """
     match given.WhichOneof("content"):
         case "encoded":
             with _blame(f"{field}.encoded", field):
-                size = media.stated_size(given.encoded, limits)
-            _check_size(size, field, info)
+                shape = media.stated_shape(given.encoded, limits)
+            check(shape, field)
             with _blame(f"{field}.encoded", field):
-                return decode(given.encoded, limits)
+                samples = decode(given.encoded, limits)
         case "raw":
-            return _raw(given.raw, f"{field}.raw", channels, limits)
+            samples = _raw(given.raw, f"{field}.raw", channels, limits)
         case _:
             raise FieldError(field, f"{field} has neither encoded nor raw content")
+    check(samples.shape[:3], field)
+    return samples
 
 
 def _raw(given: pb.RawFrames, field: str, channels: int, limits: Limits) -> Array:
@@ -121,14 +129,15 @@ def _raw(given: pb.RawFrames, field: str, channels: int, limits: Limits) -> Arra
     return np.frombuffer(given.data, np.uint8).reshape(shape)
 
 
-def _check_frames(frames: Array, field: str, task: Task, info: ModelInfo) -> None:
-    _check_size(frames.shape[1:3], field, info)
-    if not task.is_video and len(frames) != 1:
-        raise FieldError(field, f"{field} has {len(frames)} frames; task {task.name} takes one")
-    if len(frames) > info.max_frames:
+def _check_frames(shape: tuple[int, ...], field: str, task: Task, info: ModelInfo) -> None:
+    _check_size(shape[1:], field, info)
+    frames = shape[0]
+    if not task.is_video and frames != 1:
+        raise FieldError(field, f"{field} has {frames} frames; task {task.name} takes one")
+    if frames > info.max_frames:
         raise FieldError(
             field,
-            f"{field} has {len(frames)} frames; the model takes {info.max_frames} at most, so give "
+            f"{field} has {frames} frames; the model takes {info.max_frames} at most, so give "
             f"1 to {info.max_frames} of them",
         )
 
@@ -159,8 +168,10 @@ def _mask_picture(given: pb.Media, field: str, info: ModelInfo, limits: Limits) 
     def mask(data: bytes, limits: Limits) -> Array:
         return media.decode_mask(data, limits)[None].astype(np.uint8)
 
-    samples = _samples(given, field, 1, mask, info, limits)
-    _check_size(samples.shape[1:], field, info)
+    def check(shape: tuple[int, ...], field: str) -> None:
+        _check_size(shape[1:], field, info)
+
+    samples = _samples(given, field, 1, mask, check, limits)
     if len(samples) != 1:
         raise FieldError(field, f"{field} has {len(samples)} frames; a mask is one picture")
     if not samples.any():

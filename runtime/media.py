@@ -1,12 +1,16 @@
 """Pictures and clips in files: reading what users send, writing what they get.
 
-What users send is taken for hostile: sizes are checked before pixels are decoded, and whatever is
-wrong with a file is one MediaError. Knows nothing of requests, of the model's size or of gRPC.
+What users send is taken for hostile: Pillow gets no more of a file than its pixels, and that when
+their number is known (containers.py). Whatever is wrong with a file is one MediaError. Knows
+nothing of requests, of the model's size or of gRPC.
 """
 
 from __future__ import annotations
 
 import io
+import os
+import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,22 +18,42 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, JpegImagePlugin
+from PIL import Image
 
-from . import animation
+from . import animation, containers
 from .class_maps import check_ids, ids_of_colours, ids_of_indices
-from .containers import is_whole, png_samples
+from .containers import Container, png_samples
 from .core import Mask, Pixels
 
-READABLE_FORMATS = ("PNG", "WEBP", "GIF", "JPEG")
 PICTURE_FORMATS = ("png", "webp", "gif", "raw")
 ANIMATION_FORMATS = ("webp", "gif")
 MAX_SCALE = 8
 MAX_FRAMES_PER_SECOND = 50
 DEFAULT_FRAMES_PER_SECOND = 8
 
-_ORIENTATION = 0x0112  # of EXIF; 5 and above swap rows and columns
+_TURNS = {  # by EXIF's number of an orientation; 5 to 8 swap rows and columns
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _TRANSPARENT_MODES = ("LA", "PA", "RGBA", "La", "RGBa")
+
+# As many files are decoded at a time as there are cores: more would take no less time, and the
+# memory that each takes at its peak would add up. Who holds one waits for nothing.
+_affinity = getattr(os, "sched_getaffinity", None)
+_decoders = threading.BoundedSemaphore(len(_affinity(0)) if _affinity else os.cpu_count() or 1)
+
+# Pillow warns of what is in a file. A text that is shown, on stderr, is kept for good, so whoever
+# sends files could fill the memory with them; what is ignored is not kept. For the whole process,
+# as warnings.catch_warnings is not for threads; other warnings and other libraries' stay.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+# A second line: limits are checked before Pillow sees a file, which draws no such warning then.
+# Training does not import this module, and may read what pictures it likes.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
 class MediaError(ValueError):
@@ -57,14 +81,15 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 
 
-def stated_size(data: bytes, limits: Limits = DEFAULT_LIMITS) -> tuple[int, int]:
-    """(height, width) as the head of a file has them; no pixel is decoded.
+def stated_shape(data: bytes, limits: Limits = DEFAULT_LIMITS) -> tuple[int, int, int]:
+    """(frames, height, width) as a file states them, upright; no pixel is decoded.
 
-    MediaError for what can be seen to be wrong so far.
+    MediaError for what can be seen to be wrong so far; of the limits, a single frame's.
     """
-    with _opened(data, limits) as image:
-        turned = image.format == "JPEG" and image.getexif().get(_ORIENTATION, 1) >= 5
-        return (image.width, image.height) if turned else (image.height, image.width)
+    with _decoders:
+        file = _walked(data, limits)
+    turned = file.orientation in range(5, 9)
+    return (file.frames, *((file.width, file.height) if turned else (file.height, file.width)))
 
 
 def decode_clip(
@@ -106,12 +131,13 @@ def decode_class_map(
 
 def decode_mask(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Mask:
     """A picture as bool [H, W]: True where it is 128 or brighter. MediaError as decode_clip."""
-    frames = _decode(
+    frames, _, _ = stated_shape(data, limits)
+    if frames != 1:
+        raise MediaError(f"has {frames} frames; a mask is one picture")
+    grey = _decode(
         data, limits, lambda image: np.asarray(Image.fromarray(_to_rgb(image)).convert("L"))
     )
-    if len(frames) != 1:
-        raise MediaError(f"has {len(frames)} frames; a mask is one picture")
-    return frames[0] >= 128
+    return grey[0] >= 128
 
 
 def encode_picture(pixels: Pixels, kind: str) -> bytes:
@@ -164,65 +190,71 @@ def _decode(
     first: int | None = None,
     last: int | None = None,
 ) -> npt.NDArray[np.uint8]:
-    with _opened(data, limits) as image:
-        if not is_whole(data, image.format):
-            raise MediaError(f"is cut off: the end of a {image.format} file is missing")
-        if image.format == "PNG" and (depth := png_samples(data).depth) > 8:
+    with _decoders, _opened(data, limits) as (file, image):
+        if file.kind == "PNG" and (depth := png_samples(file.data).depth) > 8:
             raise MediaError(f"has {depth} bits a channel; at most 8 bits a channel are read")
-        frames = map(convert, _frames(image, limits, first))
+        frames = map(convert, _frames(file, image, limits, first))
         return np.stack(deque(frames, maxlen=last))
 
 
-@contextmanager
-def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
-    """The file, not yet decoded; whatever goes wrong with it inside is a MediaError."""
+def _walked(data: bytes, limits: Limits) -> Container:
+    """The file, without all that is no pixels; none of its frames is too large."""
     if not data:
         raise MediaError("is empty")
     if len(data) > limits.max_bytes:
         raise MediaError(f"is {len(data)} bytes long; the limit is {limits.max_bytes}")
     try:
-        with Image.open(io.BytesIO(data), formats=READABLE_FORMATS) as image:
-            limits.check(1, image.height, image.width)
-            if image.format != "MPO":
-                yield image
-                return
-        # A JPEG with further pictures behind it, as cameras make them: the first is the picture.
-        with JpegImagePlugin.JpegImageFile(io.BytesIO(data)) as image:
-            yield image
+        file = containers.read(data)
+    except ValueError as error:
+        raise MediaError(str(error)) from error
+    limits.check(1, file.height, file.width)
+    return file
+
+
+@contextmanager
+def _opened(data: bytes, limits: Limits) -> Iterator[tuple[Container, Image.Image]]:
+    """The file, not yet decoded; whatever goes wrong with it inside is a MediaError."""
+    file = _walked(data, limits)
+    try:
+        with Image.open(io.BytesIO(file.data), formats=(file.kind,)) as image:
+            stated = (file.frames, file.height, file.width)
+            # Of a GIF it does not know how many frames there are before it has read them.
+            frames = file.frames if file.kind == "GIF" else getattr(image, "n_frames", 1)
+            if (frames, image.height, image.width) != stated:
+                raise MediaError("is damaged or cut off: it says its size twice, differently")
+            yield file, image
     except MediaError:
         raise
     except Image.UnidentifiedImageError as error:
-        raise MediaError(f"is not a {', '.join(READABLE_FORMATS)} file") from error
-    except Image.DecompressionBombError as error:
-        raise MediaError(f"has too many pixels; the limit is {limits.max_pixels}") from error
+        raise MediaError(f"is damaged or cut off: its {file.kind} header is wrong") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        most = min(limits.max_pixels, Image.MAX_IMAGE_PIXELS or limits.max_pixels)
+        raise MediaError(f"has too many pixels; the limit is {most}") from error
     except Exception as error:
         # Pillow's readers raise half a dozen kinds of error on broken files, struct.error and
         # SyntaxError among them. All mean the same to whoever sent the file.
         raise MediaError(f"is damaged or cut off: {error}") from error
 
 
-def _frames(image: Image.Image, limits: Limits, most: int | None) -> Iterator[Image.Image]:
-    """The first `most` frames in turn, checked against the limits before they are decoded."""
-    # A GIF does not say how many frames it has, and counting them takes reading them.
-    stated = None if image.format == "GIF" else getattr(image, "n_frames", 1)
-    expected = stated if most is None or stated is None else min(stated, most)
-    limits.check(expected or 1, image.height, image.width)
-    count = 0
-    while count != most:
+def _frames(
+    file: Container, image: Image.Image, limits: Limits, most: int | None
+) -> Iterator[Image.Image]:
+    """The first `most` frames in turn, checked against the limits before one is decoded."""
+    frames = file.frames if most is None else min(file.frames, most)
+    limits.check(frames, file.height, file.width)
+    for index in range(frames):
         try:
-            image.seek(count)
+            image.seek(index)
         except EOFError:
-            break
-        count += 1
-        limits.check(count, image.height, image.width)
+            raise MediaError(f"is cut off: {index} of {frames} frames are there") from None
         image.load()
-        yield _upright(image) if image.format == "JPEG" else image
-    if expected is not None and count != expected:
-        raise MediaError(f"is cut off: {count} of {expected} frames are there")
+        yield _upright(image, file.orientation) if file.kind == "JPEG" else image
 
 
-def _upright(photo: Image.Image) -> Image.Image:
-    turned = ImageOps.exif_transpose(photo)
+def _upright(photo: Image.Image, orientation: int) -> Image.Image:
+    if orientation not in _TURNS:
+        return photo
+    turned = photo.transpose(_TURNS[orientation])
     turned.format = photo.format  # a copy forgets it
     return turned
 

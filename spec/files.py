@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,17 @@ def write_text(path: Path, text: str) -> None:
     """As `replacing`, in UTF-8."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def make_writable(folder: Path) -> Path:
+    """The folder itself, made if need be; ValueError if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written to: {error.strerror}") from None
+    return folder
 
 
 def partial_of(path: Path) -> Path:

@@ -8,14 +8,13 @@ nothing.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nuwa.spec.files import write_text
+from nuwa.spec.files import make_writable, write_text
 
 from .pictures import save_png
 from .report import format_report
@@ -32,7 +31,7 @@ class ReportFolder:
     """Makes the folder `path`; OSError if nothing can be written there."""
 
     def __init__(self, path: Path) -> None:
-        self.path = usable(path)
+        self.path = make_writable(path)
 
     def earlier(
         self, settings: Mapping[str, Any], *, overwrite: bool = False
@@ -70,14 +69,6 @@ class ReportFolder:
         text = json.dumps(report, indent=2, allow_nan=False)
         write_text(self.path / TABLE, format_report(report))
         write_text(self.path / REPORT, text + "\n")
-
-
-def usable(folder: Path) -> Path:
-    """The folder itself, made if need be; OSError that names it if nothing can be written there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
-    return folder
 
 
 def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

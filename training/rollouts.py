@@ -28,12 +28,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nuwa.spec.files import replacing
+from nuwa.spec.files import make_writable, replacing
 from nuwa.spec.plan import MAX_PREDICTED_FRAMES
 
 from .clips import ENDLESS
 from .readers import locate
-from .report_folder import usable
 from .sources import Source, Sprites, may_predict
 from .sprites.world import FRAMES, REACH, Plan, SpriteWorld, render_at, shown_motion
 
@@ -187,7 +186,7 @@ def collect(
         "bundle": about["bundle_hash"],
         "sampling": about["sampling"]["v2v"],
     }
-    path = usable(out) / FILE
+    path = make_writable(out) / FILE
     parts = [_read(path)] if path.exists() else []
     if parts and parts[0].settings != settings:
         raise ValueError(f"{path} has rollouts of other settings; give another folder")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nuwa.spec.files import make_writable
 from nuwa.spec.tasks import parse_task
 
 from . import arguments
@@ -232,7 +233,7 @@ def _measure(args: argparse.Namespace, turns: Turns) -> int:
     workload = _workload(args)
     for folder in (args.out, args.loadgen):
         if folder is not None:
-            arguments.make_writable(folder)
+            make_writable(folder)
     on_devices = memory.used_on_devices()
     with _target(args) as target:
         _check_scores(target, args.scores)
@@ -263,7 +264,7 @@ def _launched(args: argparse.Namespace) -> int:
     bench_launches.check(args)
     before = None if args.baseline is None else schema.read(args.baseline)
     if args.out is not None:
-        arguments.make_writable(args.out)
+        make_writable(args.out)
     result, whole = bench_launches.run(args, _settings(args).extent, before, say)
     result["command"] = command_line(args)
     return _finish(args, result, before) or int(not whole)

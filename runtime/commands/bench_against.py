@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import arguments
+from nuwa.spec.files import make_writable
 
 if TYPE_CHECKING:
     from ..bench.launches import Pair
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace, extent: Extent, say: Callable[[str], None]) ->
     launches = _launches(args)
     sides = other(args), Side("b", "this", PYTHON, words_of(args, (*OWN,)), not args.no_rates)
     if args.out is not None:
-        arguments.make_writable(args.out)
+        make_writable(args.out)
     with tempfile.TemporaryDirectory(prefix="nuwa-against-") as scratch:
         folder = Path(scratch) if args.out is None else args.out
         pairs, interrupted = _measured(sides, each_launch(extent, launches), folder, say)

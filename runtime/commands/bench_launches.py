@@ -14,7 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import arguments, bench_against
+from nuwa.spec.files import make_writable
+
+from . import bench_against
 
 if TYPE_CHECKING:
     from ..bench.scenarios import Extent
@@ -72,7 +74,7 @@ def _launched(args: argparse.Namespace, extent: Extent, folder: Path) -> dict[st
     from ..bench import schema
 
     path = folder / "result.json"
-    arguments.make_writable(folder)
+    make_writable(folder)
     path.unlink(missing_ok=True)  # of an earlier command
     words = ["bench", "--out", str(folder), "--seconds", str(extent.seconds)]
     words += ["--rounds", str(extent.rounds), "--least", str(max(1, extent.least))]

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nuwa.spec.engines import RUNTIMES
-from nuwa.spec.files import write_text
+from nuwa.spec.files import make_writable, write_text
 from nuwa.spec.manifest import PRECISIONS
 
 from ..backends.base import AUTO, BACKENDS
-from . import arguments
 
 if TYPE_CHECKING:
     from ..bench.running import Settings
@@ -141,7 +140,7 @@ def _check(args: argparse.Namespace, backends: list[str]) -> None:
     if args.scores is not None and not args.scores.exists():
         raise ValueError(f"--scores {args.scores}: there is no such file or folder")
     if args.out is not None:
-        arguments.make_writable(args.out)
+        make_writable(args.out)
 
 
 def _bundles(args: argparse.Namespace) -> list[str]:

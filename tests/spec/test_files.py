@@ -60,3 +60,11 @@ def test_a_link_stays_one_and_a_device_is_written_to(tmp_path):
     assert link.is_symlink() and target.read_text() == "new"
     files.write_text(files.Path("/dev/null"), "gone")
     assert not files.Path("/dev/null").is_file()
+
+
+def test_a_folder_of_results_is_made_or_told(tmp_path):
+    folder = tmp_path / "deep" / "results"
+    assert files.make_writable(folder) == folder and folder.is_dir()
+    (folder / "file").write_text("")
+    with pytest.raises(ValueError, match="file cannot be written to: File exists"):
+        files.make_writable(folder / "file")

@@ -599,7 +599,7 @@ def test_long_clips_are_kept_and_remade_as_their_number_says(tmp_path):
 def test_a_folder_that_cannot_be_is_found_before_anything_is_asked(tmp_path):
     (tmp_path / "file").write_text("")
     generate = Perfect()
-    with pytest.raises(FileExistsError):
+    with pytest.raises(ValueError, match="file cannot be written to: File exists"):
         _evaluate(generate, tasks=["t2i"], out=tmp_path / "file")
     assert not generate.requests
 

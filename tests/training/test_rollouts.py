@@ -289,7 +289,7 @@ def test_a_folder_that_cannot_be_is_found_before_anything_is_rolled_out(tmp_path
         raise AssertionError("asked")
 
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(OSError, match=str(out)):
+        with pytest.raises(ValueError, match=f"{out} cannot be written to"):
             collected(generate, out)
 
 
