@@ -98,12 +98,8 @@ class EngineOptions:
 
 
 def check(options: EngineOptions, precision: str) -> None:
-    """EngineError if engines of such a bundle cannot be built here, or nowhere."""
-    if precision == "int8":
-        raise EngineError(
-            "TensorRT has no product of a bundle's int8 matrices; export with --precision fp8, "
-            "bf16, fp16 or fp32 for engines"
-        )
+    """EngineError if engines of a bundle in this precision cannot be built here, or nowhere."""
+    _check_precision(precision)
     trt = _module(options.runtime)
     _plugin_abi(trt, options.plugins)
     for target in options.targets or _own_gpu()[:1]:
@@ -120,7 +116,7 @@ def build_engines(
     EngineError if the runtime is missing or refuses; BundleError if `bundle` is none.
     """
     manifest = _manifest(bundle)
-    check(options, manifest.precision)
+    _check_precision(manifest.precision)
     trt = _module(options.runtime)
     logger = _logger(trt)
     plugin_abi = _plugin_abi(trt, options.plugins)
@@ -268,6 +264,14 @@ def _timing_cache(config: Any, path: Path | None) -> Any:
         return cache
     log.warning("TensorRT takes no timing cache: %s is not written", path)
     return None
+
+
+def _check_precision(precision: str) -> None:
+    if precision == "int8":
+        raise EngineError(
+            "TensorRT has no product of a bundle's int8 matrices; export with --precision fp8, "
+            "bf16, fp16 or fp32 for engines"
+        )
 
 
 def _manifest(bundle: Path) -> Manifest:

@@ -212,11 +212,11 @@ def test_engines_without_plugins_are_not_built_where_plugins_are_known(
     monkeypatch.setattr(engines, "_module", lambda _: FakeTensorRt)
     monkeypatch.setattr(engines, "_own_gpu", lambda: ("sm_90", "NVIDIA H200"))
     without = engines.EngineOptions("tensorrt")
-    engines.check(without)
-    engines.check(engines.EngineOptions("tensorrt", plugins=plugin_library()))
+    engines.check(without, "fp16")
+    engines.check(engines.EngineOptions("tensorrt", plugins=plugin_library()), "fp16")
     found = sorted(bundle.path.glob("engines/*"))
     with pytest.raises(engines.EngineError, match="registered .* in a process of its own"):
-        engines.check(without)
+        engines.check(without, "fp16")
     with pytest.raises(engines.EngineError, match="registered .* in a process of its own"):
         engines.build_engines(bundle.path, without)
     assert sorted(bundle.path.glob("engines/*")) == found
