@@ -315,10 +315,23 @@ def write_graph(graph: Graph, path: Path, inline_limit: int = INLINE_LIMIT) -> N
         )
     assert program is not None, "dynamo=True returns a program"
     operators.attach(program.model)
+    _forget_sources(program.model)
     _note_aliases(program.model, graph.module)
     weights = program.model.graph.initializers.values()
     size = sum(value.const_value.nbytes for value in weights if value.const_value is not None)
     ir.save(program.model, path, external_data=f"{path.name}.data" if size > inline_limit else None)
+
+
+def _forget_sources(model: ir.Model) -> None:
+    """The exporter notes at each node which lines of which files it comes from: a graph would be
+    another one, with another hash, for every folder that the sources lie in, and tell its name.
+    """
+    for graph in (model.graph, *model.functions.values()):
+        graph.metadata_props.clear()
+        for node in graph.all_nodes():
+            node.metadata_props.clear()
+            for value in node.outputs:
+                value.metadata_props.clear()
 
 
 def _note_aliases(model: ir.Model, module: nn.Module) -> None:

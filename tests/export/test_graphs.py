@@ -234,6 +234,14 @@ def test_halves_are_stored_and_fp32_decides(tiny_checkpoint, tmp_path, precision
         verify_graph(checkpoint, path, DECODER_STEP, precision)
 
 
+@pytest.mark.parametrize("name", GRAPHS)
+def test_nothing_tells_of_the_sources_that_a_graph_comes_from(tiny_bundle, name):
+    """Their folder and lines, by which equal models would have graphs of different hashes."""
+    data = (tiny_bundle / graph_file(name)).read_bytes()
+    assert str(Path(torch.__file__).parents[1]).encode() not in data
+    assert str(Path(operators.__file__).parents[1]).encode() not in data and b".py" not in data
+
+
 def test_weights_beyond_the_limit_go_to_a_second_file(tiny_checkpoint, tmp_path):
     checkpoint = load_checkpoint(tiny_checkpoint)
     graph = next(g for g in graphs(checkpoint, "fp32") if g.name == TEXT_ENCODER)
