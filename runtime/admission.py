@@ -75,14 +75,14 @@ class Admission:
             )
 
     def learn(self, step: list[tuple[Running, SlotStep]], seconds: float) -> None:
-        """What a step did for those that had a part in it, and how long it took."""
+        """What a step did for those that had a part in it, at least one, and how long it took."""
         done = [running.advanced(result) for running, result in step]
         if any(running.request.schedule == "raster" for running, _ in step):
             return  # slower than anything that is decoded in waves
         if any(result.prefill for _, result in step):
             seconds = 0.0  # they went into what is given
-        for unit, forecast in enumerate(self.forecasts):
-            forecast.add(sum(each[unit] for each in done), seconds, len(step))
+        for forecast, units in zip(self.forecasts, zip(*done, strict=True), strict=True):
+            forecast.add(sum(units), seconds, len(step))
 
     def _note(self, client: str) -> None:
         self._asked[client] = self._now()

@@ -293,7 +293,7 @@ class Engine:
 
     def _advance(self, slot: int, part: Part, error: Exception | None) -> SlotStep:
         sequence = self._sequences[slot]
-        total, frames, prefill = sequence.plan.grid.size, [], not sequence.ordinary
+        frames, prefill = [], not sequence.ordinary
         if error is None:
             try:
                 for frame in sequence.advance(part.count):
@@ -303,7 +303,7 @@ class Engine:
                     self._backend.stage(sequence.stream)
             except Exception as failure:
                 frames, error = [], failure
-        done = sequence.positions_done
+        done, total = sequence.positions_done, sequence.positions_total
         return SlotStep(slot, done, total, tuple(frames), sequence.done, error, prefill)
 
     def pixels(self, tokens: Int) -> Pixels:

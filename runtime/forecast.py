@@ -36,7 +36,9 @@ class Forecast:
 
     def add(self, units: float, seconds: float, slots: int) -> None:
         """That so much was decoded in so long, by so many slots."""
-        speed = self._speeds.setdefault(slots, _Speed())
+        speed = self._speeds.get(slots)
+        if speed is None:
+            speed = self._speeds[slots] = _Speed()
         speed.units += units
         speed.seconds += seconds
         if speed.seconds >= MEASURED_SECONDS:

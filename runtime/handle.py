@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from .core import CancelledError, Done, Event, Frame, GenerationRequest, Preview, Timings
 from .errors import DeadlineExceededError
 
+_PICTURES = (Frame, Preview)  # made once, as every step asks
+
 # gRPC cancels a call at its deadline, which may be a moment before that of its handle.
 TOLERANCE = 0.01  # seconds
 
@@ -152,4 +154,4 @@ class Handle:
 
 def _bytes(item: Event | BaseException) -> int:
     """Of its pixels."""
-    return item.pixels.nbytes if isinstance(item, Frame | Preview) else 0
+    return item.pixels.nbytes if isinstance(item, _PICTURES) else 0

@@ -8,8 +8,22 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+
+
+class _AtWork:
+    """Notes since when a thread is in its block. No generator: there is one for every step."""
+
+    __slots__ = ("_now", "_since")
+
+    def __init__(self, since: dict[int, float], now: Callable[[], float]) -> None:
+        self._since, self._now = since, now
+
+    def __enter__(self) -> None:
+        self._since[threading.get_ident()] = self._now()
+
+    def __exit__(self, *_exception: object) -> None:
+        del self._since[threading.get_ident()]
 
 
 class Pulse:
@@ -20,15 +34,9 @@ class Pulse:
         self._since: dict[int, float] = {}
         self._came_round: float | None = None  # None while there is no work
 
-    @contextmanager
-    def at_work(self) -> Iterator[None]:
+    def at_work(self) -> _AtWork:
         """Around a call of the engine; not around another one of the same thread."""
-        thread = threading.get_ident()
-        self._since[thread] = self._now()
-        try:
-            yield
-        finally:
-            del self._since[thread]
+        return _AtWork(self._since, self._now)
 
     def comes_round(self) -> None:
         """The loop begins another round."""

@@ -62,6 +62,8 @@ class Running:
     def preview_is_due(self, result: SlotStep) -> bool:
         """Whether another preview should be made now; they are spread evenly over the positions."""
         wanted = self.request.previews
+        if not wanted:
+            return False
         due = result.positions_done * (wanted + 1) // max(result.positions_total, 1)
         if self.previews < due <= wanted:
             self.previews = due

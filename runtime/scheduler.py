@@ -392,19 +392,21 @@ class Scheduler:
                 results = self.engine.step()
             elapsed = time.perf_counter() - started
             taken = [(self._running[result.slot], result) for result in results]
-            for submission in self._submissions(self._running):
+            for submission in {each.submission for each in self._running.values()}:
                 submission.decode += elapsed
                 submission.steps += 1
-            for submission in self._submissions(each.slot for each in results if each.prefill):
-                submission.prefill += elapsed
+            if prefilled := [result.slot for result in results if result.prefill]:
+                for submission in self._submissions(prefilled):
+                    submission.prefill += elapsed
         except Exception as error:
             log.exception("a decode step failed; the requests of %d slots end", len(self._running))
             for submission in self._submissions(self._running):
                 self._end(submission, _engine_error("decoding", error))
             return
         self._on_step(elapsed)
-        with self._changed:
-            self._admission.learn(taken, elapsed)
+        if taken:
+            with self._changed:
+                self._admission.learn(taken, elapsed)
         for running, result in taken:
             if self._running.get(result.slot) is not running:
                 continue  # its request has ended with another slot of it

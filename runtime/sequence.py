@@ -58,7 +58,7 @@ class Sequence:
         self._steps, self._widest = plan.steps, plan.widest
         self._step = self._row = 0
         self._complete = 0
-        self.positions_done = 0
+        self.positions_done, self.positions_total = 0, plan.grid.size
         self.done = self._steps == 0
         self.stream = Stream(lanes, sampling, self._held, self._stage())
 

@@ -70,7 +70,7 @@ class Submission:
         request = self.handle.request
         return len(lane_texts(request.prompt, request.sampling.guidance_scale))
 
-    @property
+    @cached_property
     def given_frames(self) -> int:
         """Whole frames that are given, before those that are drawn."""
         request = self.handle.request

@@ -40,18 +40,14 @@ class Window {
     }
     float* score = score_.get();
     const float scale = 1.f / std::sqrt(static_cast<float>(head_dim));
+    const auto score_block = score_block_for(head_dim / kLanes);
     for (int head = 0; head < heads; ++head, query += head_dim, out += head_dim) {
       const float* head_keys = keys + head * head_dim;
       Floats highest_score = all(-INFINITY);
       for (int j = 0; j < count_; j += kLanes) {
-        Floats product[kLanes] = {};
         const int here = std::min(count_ - j, kLanes);
-        for (int lane = 0; lane < here; ++lane) {
-          const float* key = head_keys + static_cast<std::size_t>(entry_[j + lane]) * width;
-          for (int i = 0; i < head_dim; i += kLanes)
-            product[lane] += load(query + i) * load(key + i);
-        }
-        store(score + j, sums(product) * scale);
+        const std::int32_t* entry = entry_.get() + j;
+        store(score + j, score_block(query, head_keys, entry, here, head_dim, width) * scale);
         if (bias)
           for (int lane = 0; lane < here; ++lane)
             score[j + lane] += bias[head * bias_stride + column_[j + lane]];
@@ -75,6 +71,36 @@ class Window {
   }
 
  private:
+  // The query's products with the keys of `here` entries, at most kLanes, one a lane.
+  typedef Floats (*ScoreBlock)(const float* query, const float* keys, const std::int32_t* entry,
+                               int here, int head_dim, int width);
+
+  // Vectors: head_dim / kLanes, known when this is compiled, or 0 for any.
+  template <int Vectors>
+  static Floats score_block(const float* query, const float* keys, const std::int32_t* entry,
+                            int here, int head_dim, int width) {
+    Floats product[kLanes] = {};
+    const int vectors = Vectors ? Vectors : head_dim / kLanes;
+    for (int lane = 0; lane < here; ++lane) {
+      const float* key = keys + static_cast<std::size_t>(entry[lane]) * width;
+      Floats total{};
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) total += load(query + v * kLanes) * load(key + v * kLanes);
+      product[lane] = total;
+    }
+    return sums(product);
+  }
+
+  static ScoreBlock score_block_for(int vectors) {
+    switch (vectors) {
+      case 1: return score_block<1>;
+      case 2: return score_block<2>;
+      case 4: return score_block<4>;
+      case 8: return score_block<8>;
+      default: return score_block<0>;
+    }
+  }
+
   // The weighted sum of Vectors vectors of all entries' values.
   template <int Vectors>
   void mix(const float* values, int width, float share, float* out) const {

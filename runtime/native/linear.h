@@ -110,12 +110,17 @@ typedef Floats Sums[2];  // one row's outputs of a panel
 typedef Ints WholeSums[2];
 
 // M rows, at most kTileRows, times one panel. A function of its own for every number of rows, so
-// that all sums stay in registers.
-template <int M>
+// that all sums stay in registers. Afar: the panel is in no near cache, so it is fetched ahead.
+template <int M, bool Afar>
 __attribute__((noinline)) void tile(const float* rows, int in, const float* panel, Sums* sums) {
+  constexpr int kAhead = 8 * kPanel;
   Floats sum[M][2] = {};
   for (int k = 0; k < in; ++k, panel += kPanel) {
     const Floats low = load(panel), high = load(panel + kLanes);
+    if (Afar) {
+      __builtin_prefetch(panel + kAhead);
+      __builtin_prefetch(panel + kAhead + kLanes);
+    }
 #pragma GCC unroll 12
     for (int i = 0; i < M; ++i) {
       const Floats x = all(rows[static_cast<std::size_t>(i) * in + k]);
@@ -156,18 +161,19 @@ NUWA_WHOLE __attribute__((noinline)) void whole_tile(const WholeRow* rows, int i
 typedef void (*Tile)(const float*, int, const float*, Sums*);
 typedef void (*WholeTile)(const WholeRow*, int, const WholeWeight*, Ints, Ints, WholeSums*);
 
-template <int... M>
+template <bool Afar, int... M>
 constexpr std::array<Tile, sizeof...(M)> tiles(std::integer_sequence<int, M...>) {
-  return {{tile<M + 1>...}};
+  return {{tile<M + 1, Afar>...}};
 }
 template <int... M>
 constexpr std::array<WholeTile, sizeof...(M)> whole_tiles(std::integer_sequence<int, M...>) {
   return {{whole_tile<M + 1>...}};
 }
 
-constexpr std::array<Tile, kTileRows> kTiles = tiles(std::make_integer_sequence<int, kTileRows>());
-constexpr std::array<WholeTile, kTileRows> kWholeTiles =
-    whole_tiles(std::make_integer_sequence<int, kTileRows>());
+constexpr auto kRowCounts = std::make_integer_sequence<int, kTileRows>();
+constexpr std::array<Tile, kTileRows> kTiles = tiles<false>(kRowCounts);
+constexpr std::array<Tile, kTileRows> kTilesAfar = tiles<true>(kRowCounts);
+constexpr std::array<WholeTile, kTileRows> kWholeTiles = whole_tiles(kRowCounts);
 constexpr int kBlocksAtATime = 16;  // row blocks that a panel meets while it is in a near cache
 
 // Panels [first, last) of linear(the first `count` rows), which are quantized if the layer is.
@@ -202,7 +208,8 @@ void multiply(const Rows& rows, int count, const Linear& linear, int first, int 
                  __builtin_convertvector(sum[1], Floats) * scale * high_scale + high);
           }
         } else {
-          kTiles[end - begin - 1](rows.row(begin), in, linear.panel(p), sums);
+          const auto& tiles = block == block0 ? kTilesAfar : kTiles;
+          tiles[end - begin - 1](rows.row(begin), in, linear.panel(p), sums);
           for (int row = begin; row < end; ++row)
             done(row, p, sums[row - begin][0] + low, sums[row - begin][1] + high);
         }

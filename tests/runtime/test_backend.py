@@ -549,6 +549,9 @@ def test_native_logits_are_those_of_onnxruntime(bundle, plain, kind, sees):
 
 OTHER_MODELS = {
     "wide": {"visual": False, "codes": 70, "width": 64, "heads": 2},
+    "heads of 48": {"width": 96, "heads": 2},
+    "heads of 64": {"width": 64, "heads": 1},
+    "heads of 128": {"width": 128, "heads": 1},
     "two extents": {
         "visual": True,
         "extents": (Extent(3, 3, 3), Extent(1, 3, 3)),
