@@ -1,9 +1,11 @@
-"""README's tables of scores, from the report.json of a `nuwa evaluate`.
+"""The tables of scores of README and docs/measured.md, from the report.json of `nuwa evaluate`.
 
-Scores that need not reach anything, and distances, are in a second one.
+Of one report: the scores that have to reach something; those that need not, and distances; those of
+clips far beyond the trained length. Of two: what has to be reached, side by side.
 
-    nuwa evaluate BUNDLE --split test --out runs/test
+    nuwa evaluate BUNDLE --split test --long 128 --out runs/test
     python benchmarks/scores.py runs/test/report.json
+    python benchmarks/scores.py runs/test/report.json runs/novel/report.json
 """
 
 from __future__ import annotations
@@ -14,10 +16,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-NAMES = {"v2v_captioned": "V2V with caption"}
+NAMES = {
+    "v2v_captioned": "V2V with caption",
+    "v2v_long": "V2V, 100 frames",
+    "v2v_long_captioned": "V2V, 100 frames, an image's caption",
+}
 FURTHER = ("fid_judge", "fvd_judge", "psnr", "ssim", "psnr_one_way", "ssim_one_way", "motion")
 FURTHER += ("class_cut", "joint_off_cells")
 NEVER_MISSED = "known_identical"  # has a sentence of its own
+ALWAYS_MET = (NEVER_MISSED, "kept_background")
 
 
 def main() -> int:
@@ -25,8 +32,16 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("report", type=Path)
-    report = json.loads(parser.parse_args().report.read_text())
-    print("\n".join([*bars(report), "", *further(report)]))
+    parser.add_argument("other", type=Path, nargs="?", help="of another split")
+    options = parser.parse_args()
+    report = json.loads(options.report.read_text())
+    if options.other:
+        lines = side_by_side(report, json.loads(options.other.read_text()))
+    else:
+        lines = [*bars(report), "", *further(report)]
+        if report["long"]:
+            lines += ["", *long_bars(report)]
+    print("\n".join(lines))
     return 0
 
 
@@ -41,13 +56,67 @@ def bars(report: dict[str, Any]) -> list[str]:
         score = report["tasks"].get(bar["part"], {}).get("scores", {}).get(name)
         if score is None or name == NEVER_MISSED:
             continue
-        must = bar["bar"].removeprefix(f"{name} ")
+        must = wanted(bar)
         if must.endswith(" visible"):
             must += f", which is {shown(name, score['visible'])}"
-        met = "**no**" if bar["holds"] is False else "yes"
-        met += ", within noise" if "within noise" in bar["verdict"] else ""
-        lines.append(row(bar["part"], name, score, must, met))
+        lines.append(row(bar["part"], name, score, must, met(bar)))
     return lines
+
+
+def long_bars(report: dict[str, Any]) -> list[str]:
+    """What the first and the last of 100 frames have to reach: means of three windows each."""
+    lines = [
+        "| task | score | model | samples | bar | met |",
+        "| --- | --- | ---: | ---: | --- | --- |",
+    ]
+    for bar in report["bars"]:
+        if bar["part"] in report["long"]:
+            name = bar["score"]
+            cells = [NAMES[bar["part"]], name.replace("_", " "), shown(name, bar["value"])]
+            cells += [
+                str(bar["samples"]),
+                f"{wanted(bar)}: {shown(name, bar['threshold'])}",
+                met(bar),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def side_by_side(report: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Each bar of a task in two reports: the score, and in brackets what it has to reach."""
+    lines = [
+        f"| task | score | bar | {report['split']} | {other['split']} |",
+        "| --- | --- | --- | ---: | ---: |",
+    ]
+    found = {_key(bar): bar for bar in other["bars"]}
+    for bar in report["bars"]:
+        if bar["part"] in report["tasks"] and bar["score"] not in ALWAYS_MET:
+            title = NAMES.get(bar["part"], bar["part"].upper())
+            name = bar["score"].replace("_", " ")
+            cells = [title, name, wanted(bar), _beside(bar), _beside(found.get(_key(bar)))]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _key(bar: dict[str, Any]) -> tuple[str, str]:
+    return bar["part"], bar["bar"].split("0.")[0]  # the factor may differ from split to split
+
+
+def _beside(bar: dict[str, Any] | None) -> str:
+    if bar is None or bar["value"] is None:
+        return ""
+    name = bar["score"]
+    numbers = f"{shown(name, bar['value'])} ({shown(name, bar['threshold'])})"
+    return f"**{numbers}: no**" if bar["holds"] is False else numbers
+
+
+def wanted(bar: dict[str, Any]) -> str:
+    return bar["bar"].removeprefix(f"{bar['score']} ")
+
+
+def met(bar: dict[str, Any]) -> str:
+    noise = ", within noise" if "within noise" in bar["verdict"] else ""
+    return ("**no**" if bar["holds"] is False else "yes") + noise
 
 
 def further(report: dict[str, Any]) -> list[str]:
