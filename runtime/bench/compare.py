@@ -6,6 +6,9 @@ two runs that took turns (turns.py) are pairs, and what is compared is how far a
 pair are, by Wilcoxon's signed-rank test, as a machine's bad moments are far off. Of runs that did
 not, Welch's t-test compares all of the one with all of the other.
 
+Medians do not show a longer tail, nor a bound that is missed: so what MLPerf has a scenario judged
+by is compared, too, its quantile of latency and whether the bound was kept.
+
 Processes of one build differ, too, each in all of its rounds (launches.py). Of results of several
 launches each a launch is one observation. One launch does not show how far another would be from
 it: its interval is made wider by what launches were seen to differ by, and the verdict says so.
@@ -21,14 +24,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from .statistics import signed_rank_interval, signed_rank_needed, student_t
+from .judged import Rounds, is_search, loads, own_quantile, rate_kept, tails, with_quantile
+from .schema import percentile
+from .search import VERDICTS
+from .statistics import needed, signed_rank_interval, signed_rank_needed, student_t
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 Verdict = Literal["slower", "faster", "no difference", "unknown"]
 Better = Literal["lower", "higher"]
-Rounds = Sequence[Sequence[float | None]]
 
 HEADS = ("metric", "a", "b", "b / a", "interval", "launches", "verdict")
 STYLES = {"slower": "red", "faster": "green", "no difference": "", "unknown": "yellow"}
@@ -44,6 +49,10 @@ SCHEMA = "nuwa-bench-compare/1"
 RATE = "highest_rate"  # what a search is about
 WHOLE = "throughput"  # compared as one number where no metric has rounds
 NOT_ANSWERED = "not answered"  # the row of how many requests failed
+KEPT = "bound kept"  # the row of whether a given rate kept its bound
+LATENCY = "latency"
+# Tails of one build differ more than its medians, and one more row is one more chance to be wrong.
+TAIL_THRESHOLDS, TAIL_CONFIDENCE = 2.0, 0.99
 SAME = ("scenario", "workload", "task")  # parts of a result that must be
 LISTED = ("version", "model", "machine")  # parts that may differ
 # Names within SAME that may differ, too: how long it was measured, and what served it.
@@ -92,9 +101,9 @@ def compare(
     A difference is told if the ratio's interval excludes 1 and the ratio is beyond the threshold:
     above 1 + threshold, or below 1 / (1 + threshold). "no difference" means that none was found;
     how large a one may have gone unseen is what the interval says. Rounds are taken for independent
-    of each other. Only what moves medians is seen: a longer tail is not. None and rounds without
-    values are passed over, with what they are paired with. "unknown" with fewer than LEAST_ROUNDS
-    rounds, or too few pairs for an interval, or where a median is 0.
+    of each other. Only what moves medians is seen: a longer tail is not (`tails`). None and rounds
+    without values are passed over, with what they are paired with. "unknown" with fewer than
+    LEAST_ROUNDS rounds, or too few pairs for an interval, or where a median is 0.
 
     paired: rounds of the same index were measured right after each other. apart: standard
     deviations of what all rounds of a, and of b, have in common by chance, in logarithms; not of
@@ -146,8 +155,9 @@ def judge(middle: float, low: float, high: float, threshold: float, better: Bett
 def compare_results(
     a: Mapping[str, Any], b: Mapping[str, Any], threshold: float = 0.05, confidence: float = 0.95
 ) -> list[Difference]:
-    """Every metric with rounds in both results, in the order of the first; of a search the highest
-    rate; where neither is there, throughput; then how many requests failed.
+    """Every metric with rounds in both results, in the order of the first, and the scenario's own
+    quantile of latency; of a rate whether it kept its bound, of a search the highest that did;
+    where none of these is there, throughput; then how many requests failed.
 
     ValueError that names what differs if they are not of the same workload, scenario and task, or
     have no metric in common.
@@ -160,6 +170,11 @@ def compare_results(
             differing += _unlike(of_a.get(key), of_b.get(key), f"metrics.{name}.{key}")
     _refuse(differing)
     found = [_of_rounds(name, a, b, threshold, confidence) for name in names]
+    if LATENCY in names and (share := own_quantile(a)) is not None:
+        surer = max(confidence, TAIL_CONFIDENCE)
+        found.append(_of_rounds(LATENCY, a, b, TAIL_THRESHOLDS * threshold, surer, share))
+    if (kept := _compare_kept(a, b)) is not None:
+        found.append(kept)
     if is_search(a):
         found.append(_compare_searches(a, b, threshold))
     elif not found and all(_metric(each, WHOLE).get("value") is not None for each in (a, b)):
@@ -171,12 +186,23 @@ def compare_results(
 
 
 def _of_rounds(
-    name: str, a: Mapping[str, Any], b: Mapping[str, Any], threshold: float, confidence: float
+    name: str,
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    threshold: float,
+    confidence: float,
+    share: float | None = None,
 ) -> Difference:
-    """Of launches, where a result has several; else of its rounds, with what one launch hides."""
+    """Of launches, where a result has several; else of its rounds, with what one launch hides.
+
+    share: of the quantile that is compared; None for medians.
+    """
     paired = took_turns(a, b)
-    known = [None if paired else _launches(result, name) for result in (a, b)]
-    units = [each or _rounds(result)[name] for each, result in zip(known, (a, b), strict=True)]
+    known = [None if paired else _launches(result, name, share) for result in (a, b)]
+    rounds = [_rounds(result)[name] for result in (a, b)]
+    if share is not None:
+        rounds = tails(share, *rounds) if paired else [tails(share, each)[0] for each in rounds]
+    units = [each or own for each, own in zip(known, rounds, strict=True)]
     one, other = (0.0 if paired or each else LAUNCHES_APART for each in known)
     found = compare(
         units[0],
@@ -184,12 +210,15 @@ def _of_rounds(
         threshold,
         confidence,
         better=_metric(a, name).get("better", "lower"),
-        name=name,
+        name=name if share is None else f"{name} {percentile(str(share))}",
         unit=_metric(a, name).get("unit", ""),
         paired=paired,
         apart=(one, other),
     )
-    return found if found.reason else replace(found, reason=_alone(one > 0, other > 0))
+    if not found.reason:
+        return replace(found, reason=_alone(one > 0, other > 0))
+    of_each = "" if share is None else f" of {needed(share)} requests each"
+    return replace(found, reason=found.reason + of_each)
 
 
 def _alone(a: bool, b: bool) -> str:
@@ -200,13 +229,30 @@ def _alone(a: bool, b: bool) -> str:
     return f"one launch {whose}: builds may differ by a few percent for that alone"
 
 
-def _launches(result: Mapping[str, Any], name: str) -> Rounds | None:
-    """Of each launch its one value, the geometric mean of its rounds' medians; None with fewer than
-    LEAST_LAUNCHES that have one.
+def _compare_kept(a: Mapping[str, Any], b: Mapping[str, Any]) -> Difference | None:
+    """Whether a rate that was given kept its bound, in all launches; None where none was."""
+    if is_search(a) or not all(loads(each) for each in (a, b)):
+        return None
+    kept = [rate_kept(result) for result in (a, b)]
+    first, second = (None if each is None else float(each) for each in kept)
+    told = [VERDICTS[each] for each in kept]
+    verdict: Verdict = "no difference"
+    if None in kept:
+        verdict = "unknown"
+    elif kept[0] != kept[1]:
+        verdict = "slower" if kept[0] else "faster"
+    reason = f"{told[0]} in both" if kept[0] == kept[1] else f"{told[0]} in a, {told[1]} in b"
+    return Difference(KEPT, "", "higher", verdict, first, second, reason=reason)
+
+
+def _launches(result: Mapping[str, Any], name: str, share: float | None) -> Rounds | None:
+    """Of each launch its one value, the geometric mean of its rounds' medians, or of their
+    quantiles; None with fewer than LEAST_LAUNCHES that have one.
     """
     found = []
     for launch in result.get("each_launch") or ():
-        medians = medians_of((launch.get("rounds") or {}).get(name) or ())
+        rounds = (launch.get("rounds") or {}).get(name) or ()
+        medians = medians_of(rounds if share is None else tails(share, rounds)[0])
         if len(medians) and medians.min() > 0:
             found.append([math.exp(float(np.log(medians).mean()))])
     return found if len(found) >= LEAST_LAUNCHES else None
@@ -221,6 +267,7 @@ def unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
         free = tuple(name for name in free if name != "seconds")
     if _outstanding_by_default(a) and _outstanding_by_default(b):
         free += ("outstanding",)
+    a, b = (with_quantile(result) for result in (a, b))
     return [line for part in SAME for line in _unlike(a.get(part), b.get(part), part, free)]
 
 
@@ -238,12 +285,6 @@ def took_turns(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     """Whether they are the two of a pair."""
     told = [(result.get("turns") or {}).get("id") for result in (a, b)]
     return told[0] is not None and told[0] == told[1]
-
-
-def is_search(result: Mapping[str, Any]) -> bool:
-    """Whether it is of a search for the highest rate."""
-    scenario = result.get("scenario") or {}
-    return scenario.get("name") == "server" and scenario.get("rate") is None
 
 
 def _outstanding_by_default(result: Mapping[str, Any]) -> bool:

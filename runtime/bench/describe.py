@@ -5,6 +5,7 @@ docs/bench-result.md says what each field is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -114,13 +115,13 @@ def describe_card(
         backend=target.info.backend,
         prompt=all(workload.prompt(number).strip() for number in range(len(workload.prompts) or 1)),
     )
-    shapes = cards.products(manifest.config)
+    shapes, at_once = cards.products(manifest.config), _at_once(target, workload, settings)
 
     def measure(repeats: int) -> tuple[rates.Rates | None, str]:
-        return _rates(target, settings, shapes, made, frugal, repeats)
+        return _rates(target, settings, shapes, made, frugal, repeats, at_once)
 
     measured, note = measure(rates.REPEATS)
-    return Described(made, measured, note, _at_once(target, workload, settings), measure)
+    return Described(made, measured, note, at_once, measure)
 
 
 def _rates(
@@ -130,8 +131,12 @@ def _rates(
     made: cards.Card,
     frugal: bool,
     repeats: int,
+    at_once: float,
 ) -> tuple[rates.Rates | None, str]:
-    """(of what computes, what to know of them), or (None, why there are none)."""
+    """(of what computes, what to know of them), or (None, why there are none).
+
+    at_once: generations that can share a step.
+    """
     if not settings.rates:
         return None, NOT_ASKED
     if not target.local:
@@ -139,10 +144,12 @@ def _rates(
     if not target.info.backend.endswith("cpu"):
         tf32 = "tensorrt" in target.info.backend
         try:
+            shared = math.ceil(at_once * made.row_counts[-1])  # rows of a step with all slots full
             found = device_rates.measure(
                 shapes,
-                made.row_counts,
+                [*made.row_counts, shared],
                 precision=made.products_precision,
+                working_set=made.weights_bytes,
                 tf32=tf32,
                 frugal=frugal,
                 repeats=repeats,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ def measure(
     rows: Iterable[int],
     *,
     precision: str,
+    working_set: int,
     tf32: bool = False,
     frugal: bool = False,
     repeats: int = REPEATS,
@@ -46,7 +48,9 @@ def measure(
 ) -> Rates:
     """All rates of a GPU, products in the bundle's precision unless that is int8.
 
-    tf32: whether the backend may round fp32 to TF32, which is faster.
+    rows: of its steps, alone and shared; the greatest of them, and all doublings of MANY_ROWS below
+    it, are among those that are timed. working_set: bytes of weights that a step reads, which a
+    cache may hold. tf32: whether the backend may round fp32 to TF32, which is faster.
 
     UnavailableError without cuda-python or a GPU. Without the package onnx, and where the graph
     does not run, there are no products. device, memory: "cpu" and HostMemory do it on the host.
@@ -54,16 +58,31 @@ def measure(
     memory = memory or CudaMemory(index)
     copied = FRUGAL_COPIED if frugal else COPIED
     copy = copy_bandwidth(memory, copied, repeats)
+    near = max(1, min(working_set // 2, copied))  # source and target are as much as is read
+    read = copy_bandwidth(memory, near, repeats)
     products: dict[int, Measurement] = {}
     reason = ""
     try:
         multiply = _Products(shapes, precision, tf32, device, index)
-        for size in sorted({*few_of(rows), MANY_ROWS}):
+        for size in _sizes(rows):
             products[size] = multiply.rate(size, repeats)
+        read = max(read, *map(multiply.read, products.items()), key=lambda each: each.best)
     except Exception as error:  # ONNX Runtime's are of no common kind; the bandwidth stands
         products, reason = {}, f"products could not be measured: {error}".splitlines()[0]
-    about: dict[str, Any] = {"copied_bytes": copied, "gemm_by": reason or "ONNX Runtime, CUDA"}
-    return Rates(copy, products, precision=precision if products else "none", about=about)
+    about: dict[str, Any] = {
+        "copied_bytes": copied,
+        "working_set_bytes": working_set,
+        "gemm_by": reason or "ONNX Runtime, CUDA",
+    }
+    return Rates(copy, products, read, precision=precision if products else "none", about=about)
+
+
+def _sizes(rows: Iterable[int]) -> list[int]:
+    """Numbers of rows whose products are timed: more are faster, until all of the GPU works."""
+    few, many = few_of(rows), [MANY_ROWS]
+    while 2 * many[-1] < few[-1]:
+        many.append(2 * many[-1])
+    return sorted({*few, *many})
 
 
 def copy_bandwidth(memory: DeviceMemory, size: int, repeats: int = REPEATS) -> Measurement:
@@ -129,6 +148,12 @@ class _Products:
             binding.synchronize_outputs()
 
         return Measurement.of(rows * self._flops, timed_in_bulk(multiply, repeats))
+
+    def read(self, measured: tuple[int, Measurement]) -> Measurement:
+        """Bytes of weights a second of such a product (rows, its rate), each read once."""
+        rows, rate = measured
+        size = np.dtype(STORAGE[self._precision][0]).itemsize / (2.0 * rows)
+        return replace(rate, value=rate.value * size, best=rate.best * size)
 
 
 def _filled(number: float, shape: tuple[int, ...], precision: str) -> npt.NDArray[Any]:

@@ -16,7 +16,6 @@ from .running import Seen, Settings
 from .scenarios import Extent, Interrupted, Rounds
 
 GUESS_SECONDS = 10.0  # of an offline run that says how many samples LoadGen's query needs
-ESTIMATED = {"single-stream": 0.9, "multi-stream": 0.99}  # MLPerf's quantile of each
 
 
 def by_loadgen(asker: Asker, settings: Settings, folder: Path, outstanding: int) -> Seen:
@@ -90,8 +89,8 @@ def judged(observed: Sequence[Observation], settings: Settings) -> dict[str, Any
         if not kept.met:
             more = f"; {kept.more} more within it would do" if kept.more else ""
             reasons.append(f"{found['over']} of {len(observed)} queries over the bound{more}")
-    elif settings.scenario in ESTIMATED and latencies:
-        share = ESTIMATED[settings.scenario]
+    elif settings.scenario in statistics.JUDGED_BY and latencies:
+        share = statistics.JUDGED_BY[settings.scenario]
         stopped = statistics.early_stopping(latencies, share)
         found[f"early_stopping_p{100 * share:g}"] = stopped.value
         if stopped.needs:

@@ -19,7 +19,6 @@ from .observation import Observation
 from .running import Seen, Settings
 from .workload import Workload
 
-EARLY = {"single-stream": 0.9, "multi-stream": 0.99}  # MLPerf's quantile of each
 NO_PHASES = ("total", "steps")  # of what the server says of a request
 # Phases that run while others do, or after them, and what is part of another (prefill of decode).
 BESIDE = ("pixels", "encoding", "ranking", "prefill")
@@ -56,8 +55,8 @@ def metrics(seen: Seen, workload: Workload, settings: Settings, around: Surround
     shares = statistics.shares_with(settings.share) if asked else statistics.SHARES
     latencies = [each.latency for each in answered]
     found = {"latency": _summary(latencies, shares=shares)}
-    if settings.scenario in EARLY:
-        share = EARLY[settings.scenario]
+    if settings.scenario in statistics.JUDGED_BY:
+        share = statistics.JUDGED_BY[settings.scenario]
         stopped = statistics.early_stopping(latencies, share)
         known = {"value": stopped.value} if stopped.value else {"needs": stopped.needs}
         found[f"early_stopping_p{100 * share:g}"] = {"unit": "s", "better": "lower", **known}
@@ -71,7 +70,7 @@ def metrics(seen: Seen, workload: Workload, settings: Settings, around: Surround
         found["highest_rate"] = {"unit": "1/s", "better": "higher", "value": best[0]}
     if (spent := _energy(seen, workload, settings, around)) is not None:
         found[f"energy_per_{'frame' if workload.task.is_video else 'image'}"] = spent
-    if settings.scenario == "single-stream" and settings.loadgen is None:
+    if settings.scenario == "single-stream" and settings.loadgen is None and seen.seconds:
         between = 1 - sum(each.ended - each.sent for each in seen.all) / seen.seconds
         share = max(between, 0.0) + around.sampling
         found["measuring"] = {"unit": "", "better": "lower", "value": share}
@@ -83,7 +82,9 @@ def metrics(seen: Seen, workload: Workload, settings: Settings, around: Surround
 
 def _throughput(seen: Seen, settings: Settings, answered: int) -> Json:
     """As the scenario said it; where it did not, answers in the time, all of it."""
-    rate = answered / seen.seconds if seen.rate is None else seen.rate
+    rate = seen.rate
+    if rate is None:
+        rate = answered / seen.seconds if seen.seconds else 0.0
     span = statistics.mean_interval(seen.rates) if seen.rates else None
     ends = {} if span is None else {"low": max(span[0], 0.0), "high": span[1]}
     if settings.scenario == "multi-stream" and seen.rate is None:
@@ -107,8 +108,8 @@ def floors(settings: Settings, around: Surroundings) -> dict[str, float]:
     if settings.scenario == "multi-stream":
         whole = max(alone, settings.streams * together)
     found = {"latency": whole}
-    if settings.scenario in EARLY:
-        found[f"early_stopping_p{100 * EARLY[settings.scenario]:g}"] = whole
+    if settings.scenario in statistics.JUDGED_BY:
+        found[f"early_stopping_p{100 * statistics.JUDGED_BY[settings.scenario]:g}"] = whole
         found["throughput"] = (
             settings.streams if settings.scenario == "multi-stream" else 1
         ) / whole
@@ -178,7 +179,7 @@ def in_rounds(
     """
     if settings.scenario == "offline":
         return {"throughput": [[rate] if rate else [] for rate in seen.rates]}
-    if seen.load and settings.rate is None:
+    if settings.scenario == "server" and settings.rate is None:
         return {}
     found = {"latency": [[each.latency for each in one if each.ok] for one in seen.rounds]}
     for name, value in series_of(workload, settings, given).items():

@@ -29,7 +29,8 @@ from .statistics import student_t
 
 Pair = tuple[Mapping[str, Any], Mapping[str, Any]]  # results a and b of one launch
 LEAST = 2  # launches of which there is an interval
-OF_EACH = ("when", "outcomes", "metrics", "rounds")  # parts of each launch's result that are kept
+# Parts of each launch's result that are kept.
+OF_EACH = ("when", "outcomes", "metrics", "load", "rounds")
 
 
 def compare_launches(

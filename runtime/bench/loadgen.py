@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
@@ -23,7 +22,7 @@ from pathlib import Path
 from ..errors import UnavailableError
 from .asking import Ask
 from .observation import Observation, together
-from .scenarios import MOST_IN_FLIGHT, Interrupted
+from .scenarios import MOST_IN_FLIGHT, Interrupted, workers
 
 NAMES = {
     "single-stream": "SingleStream",
@@ -69,8 +68,7 @@ def drive(
     UnavailableError where LoadGen is not installed; its logs go into `folder`. Ctrl-C is
     Interrupted with one round.
     """
-    if importlib.util.find_spec("mlperf_loadgen") is None:
-        raise UnavailableError("LoadGen is not installed: pip install 'nuwa-runtime[bench]'")
+    check_installed()
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {
         "min_duration_ms": round(1000 * seconds),
@@ -84,10 +82,8 @@ def drive(
     }
     seen: list[Observation] = []
     lock = threading.Lock()
-    pool = ThreadPoolExecutor(
-        outstanding if scenario == "offline" else MOST_IN_FLIGHT, "nuwa-loadgen"
-    )
-    with _loadgen_process() as link:
+    most_at_once = outstanding if scenario == "offline" else MOST_IN_FLIGHT
+    with _loadgen_process() as link, workers(most_at_once) as pool:
 
         def answered(samples: Samples, observation: Observation) -> None:
             with lock:
@@ -112,12 +108,15 @@ def drive(
                     call = pool.submit(alone, sample, now)
                     if scenario == "single-stream":
                         call.result()
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            raise Interrupted([seen]) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+        except KeyboardInterrupt:  # who is under way may be so for long, or for ever
+            raise Interrupted([list(seen)]) from None
     return seen, read_verdict((folder / SUMMARY).read_text())
+
+
+def check_installed() -> None:
+    """UnavailableError if LoadGen is not."""
+    if importlib.util.find_spec("mlperf_loadgen") is None:
+        raise UnavailableError("LoadGen is not installed: pip install 'nuwa-runtime[bench]'")
 
 
 def _received(link: Connection) -> Samples | None:

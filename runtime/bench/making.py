@@ -18,13 +18,18 @@ from pathlib import Path
 
 from nuwa import plugins_trt
 from nuwa.spec.engines import TENSORRT
+from nuwa.spec.manifest import MANIFEST
 
 RANDOM = "nuwa.random_bundles"  # entry points: (preset, folder, precision) -> a bundle there
 EXTRA = "needs `pip install 'nuwa-runtime[export]'`"
 
 
 def random_bundle(preset: str, out: Path, precision: str) -> Path:
-    """A bundle of that size in the folder `out`, which does not exist; ValueError says why not."""
+    """A bundle of that size in the folder `out`, in the place of an older one; ValueError says why
+    not.
+    """
+    if (out / MANIFEST).is_file():
+        shutil.rmtree(out)
     _run(["nuwa.runtime.bench.making", preset, str(out), precision], f"--preset {preset}")
     return out
 

@@ -79,14 +79,22 @@ def measure(
     try:
         settings.turns.begin()
         say(settings.scenario)
-        seen = run(asker, target, settings, warm_up["requests"])
+        seen = run(asker, target, settings, warm_up["requests"], say)
         settings.turns.finish()
     finally:
         power = sampler.stop()
     peak = memory.process_peak(hardware)  # before rates are measured again
-    if takes is not None and takes.rates is not None and not seen.interrupted:
+    interrupted, cut_short = seen.interrupted, []
+    if takes is not None and takes.rates is not None and not interrupted:
         say("the machine's rates, again")
-        takes = takes.again()
+        try:
+            takes = takes.again()
+        except KeyboardInterrupt:  # the run is whole
+            interrupted = True
+            cut_short.append(
+                "Interrupted while the machine's rates were measured again: the floor is of those "
+                "before the run, and all else is whole."
+            )
     card = {} if takes is None else takes.to_json()
     observed, span = seen.all, figures.counted(seen, settings)
     frames = workload.frame_count(target.info)
@@ -119,6 +127,7 @@ def measure(
             *notes(target, warm_up, power, conditions, seen.asked),
             *([device_note] if device_note else []),
             *([] if takes is None else takes.notes()),
+            *cut_short,
         ],
         "machine": described,
         "model": describe_model(target, settings),
@@ -148,23 +157,40 @@ def measure(
             "rates were measured, and the floor is no floor."
         )
     if metrics_at is not None:
-        after = server_metrics.read(metrics_at)
-        told = server_metrics.difference(before, after, target.info.name, str(workload.task))
-        result["server"] = {"metrics_at": metrics_at} | told
-        if told["requests"] != len(observed):
-            result["notes"].append(
-                f"The server counted {told['requests']} requests meanwhile, {len(observed)} of "
-                f"which are in the figures: its phases are of all that it was asked."
-            )
+        asked = len(observed) * (settings.streams if settings.scenario == "multi-stream" else 1)
+        told, note = counted_meanwhile(metrics_at, before, target.info.name, workload, asked)
+        result |= {} if told is None else {"server": told}
+        result["notes"] += [note] if note else []
     if settings.in_turns:
         result["turns"] = {"id": settings.turns.id}
     if seen.search is not None:
         result["search"] = seen.search
-    if seen.interrupted:
+    if interrupted:
         result["interrupted"] = True
     if seen.loadgen is not None:
         result["loadgen"] = seen.loadgen
     return result
+
+
+def counted_meanwhile(
+    metrics_at: str, before: str, model: str, workload: Workload, asked: int
+) -> tuple[dict[str, Any] | None, str]:
+    """What the server counted since, None if it does not say; and what must be known of that.
+
+    asked: requests that the figures are of.
+    """
+    try:
+        after = server_metrics.read(metrics_at)
+        told = server_metrics.difference(before, after, model, str(workload.task))
+    except ValueError as error:  # such as of a server that is gone
+        return None, f"What the server counted is not known: {error}."
+    note = ""
+    if told["requests"] != asked:
+        note = (
+            f"The server counted {told['requests']} requests meanwhile, {asked} of which are in "
+            "the figures: its phases are of all that it was asked."
+        )
+    return {"metrics_at": metrics_at} | told, note
 
 
 def cool_down(

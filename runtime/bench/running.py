@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,14 @@ def warmed(asker: Asker, most: int, at_once: int = 1) -> dict[str, Any]:
     }
 
 
-def run(asker: Asker, target: Target, settings: Settings, first: int) -> Seen:
-    """The scenario; queries are numbered from `first` on.
+def run(
+    asker: Asker,
+    target: Target,
+    settings: Settings,
+    first: int,
+    say: Callable[[str], None] = lambda text: None,
+) -> Seen:
+    """The scenario; queries are numbered from `first` on. say: hears how a search goes on.
 
     Ctrl-C gives what there is by then, marked so; if that is nothing, it is raised.
     """
@@ -143,7 +150,7 @@ def run(asker: Asker, target: Target, settings: Settings, first: int) -> Seen:
     if settings.loadgen is not None:
         seen = driven.by_loadgen(asker, settings, settings.loadgen, outstanding)
     elif settings.scenario == "server":
-        seen = serving.serve(asker, target, settings, outstanding, first)
+        seen = serving.serve(asker, target, settings, outstanding, first, say)
     elif settings.scenario == "offline":
         seen = _offline(asker, settings, outstanding, first)
     else:

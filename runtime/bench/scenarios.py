@@ -309,28 +309,25 @@ def server(
     to go on, 0 for no more. Who is still under way then is told as if it ended at that moment.
     """
     draw = random.Random(seed)
-    pool = ThreadPoolExecutor(MOST_IN_FLIGHT, "nuwa-bench")
     calls: list[tuple[float, Future[Observation]]] = []
     began = time.perf_counter()
-    try:
-        due = list(arrivals(rate, extent, draw))
-        while due:
-            for moment in due:
-                scheduled, send = began + moment, prepared(ask, first + len(calls))
-                time.sleep(max(0.0, scheduled - time.perf_counter()))
-                calls.append((scheduled, pool.submit(send, scheduled)))
-            began += len(due) / rate
-            left = None if extent.most is None else extent.most - len(calls)
-            seconds = 0.0 if more is None or left == 0 else more(*_until_now(calls))
-            part = Extent(seconds, 1, 0, left)
-            due = list(arrivals(rate, part, draw)) if seconds else []
-        seen = [call.result() for _, call in calls]
-    except KeyboardInterrupt:
-        pool.shutdown(cancel_futures=True)
-        done = [call.result() for _, call in calls if not call.cancelled()]
-        raise Interrupted(in_parts(done, extent.rounds)) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with workers(MOST_IN_FLIGHT) as pool:
+        try:
+            due = list(arrivals(rate, extent, draw))
+            while due:
+                for moment in due:
+                    scheduled, send = began + moment, prepared(ask, first + len(calls))
+                    time.sleep(max(0.0, scheduled - time.perf_counter()))
+                    calls.append((scheduled, pool.submit(send, scheduled)))
+                began += len(due) / rate
+                left = None if extent.most is None else extent.most - len(calls)
+                seconds = 0.0 if more is None or left == 0 else more(*_until_now(calls))
+                part = Extent(seconds, 1, 0, left)
+                due = list(arrivals(rate, part, draw)) if seconds else []
+            seen = [call.result() for _, call in calls]
+        except KeyboardInterrupt:  # who is under way may be so for long, or for ever
+            done = [call.result() for _, call in calls if call.done()]
+            raise Interrupted(in_parts(done, extent.rounds)) from None
     return in_parts(seen, extent.rounds)
 
 

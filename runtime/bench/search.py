@@ -13,6 +13,7 @@ from typing import Any
 MOST = 16  # points of a search
 CLOSE = 0.03  # of the rate, at which the search is over
 DOUBLINGS = 6
+VERDICTS = {True: "kept", False: "missed", None: "undecided"}  # of a point's `met`
 NEAR = 1.4  # times an undecided rate: the next to be tried
 
 

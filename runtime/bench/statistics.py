@@ -25,6 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 SHARES = (0.5, 0.9, 0.95, 0.99)
+# MLPerf's quantile of latency, by scenario; of server it is what was asked for.
+JUDGED_BY = {"single-stream": 0.9, "multi-stream": 0.99}
 EXACT_RANKS = 60  # values up to which the signed-rank statistic's chances are counted out
 LEAST_WINDOWS = 3  # that a series must be steady for
 # Numbers of batches that a series is cut into, to see how its neighbours depend on each other: few

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections import Counter
@@ -95,21 +96,26 @@ def sweep(
     say: Callable[[str], None] = lambda text: None,
     scores: Path | None = None,
     folder: Callable[[Choice], Path] = lambda choice: Path(choice.bundle),
+    keep: Callable[[list[Outcome]], None] = lambda outcomes: None,
 ) -> list[Outcome]:
     """Measures each for `seconds`, half of them one request at a time; fastest latency first.
 
     What this machine cannot do is told in its outcome and is no error; nor is Ctrl-C, after which
     the rest are INTERRUPTED. scores: as of Settings.evaluation; folder: of a choice's bundle, made
-    if need be.
+    if need be; keep: hears after each choice what would be the result if it were the last one.
     """
     found: list[Outcome] = []
-    try:
+
+    def until_now() -> list[Outcome]:
+        left = wanted[len(found) :]
+        return ranked([*found, *(Outcome(choice, problem=INTERRUPTED) for choice in left)])
+
+    with contextlib.suppress(KeyboardInterrupt):
         for number, choice in enumerate(wanted, 1):
             say(f"{number} of {len(wanted)}: {told(choice)}")
             found.append(_measured(choice, workload, seconds, scores, folder))
-    except KeyboardInterrupt:
-        found += [Outcome(choice, problem=INTERRUPTED) for choice in wanted[len(found) :]]
-    return ranked(found)
+            keep(until_now())
+    return until_now()
 
 
 def ranked(outcomes: Iterable[Outcome]) -> list[Outcome]:

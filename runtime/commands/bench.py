@@ -7,14 +7,15 @@ import contextlib
 import dataclasses
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nuwa.spec.files import make_writable
 from nuwa.spec.tasks import parse_task
 
-from . import arguments
+from . import arguments, bench_options
 
 if TYPE_CHECKING:
     from ..bench.running import Settings
@@ -51,6 +52,10 @@ measured rates set to it. Quantiles that the number of requests cannot support a
 --out the result is written as result.json (docs/bench-result.md) and as a page, report.html. The
 last line of the standard output is JSON, of --compare and `sweep` too. Ctrl-C ends measuring; what
 was measured until then is told.
+
+Exit status: 0; 1 if no request was answered, a --rate missed its --bound, a launch has no result,
+or it is slower than --baseline or --against, or that cannot be told; 2 for what was said wrong, and
+if nothing of a `sweep` could be measured; 130 for Ctrl-C.
 
 `sweep` measures each combination of bundles, backends, threads, slots and T buckets for --seconds,
 and writes sweep.json, sweep.html, and server.toml with the best settings for `nuwa serve --config`.
@@ -149,41 +154,104 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
     )
     what.add_argument("--seed", type=int, default=0, help="of the first request")
     how = parser.add_argument_group("how")
-    how.add_argument("--scenario", choices=SCENARIOS, default=SCENARIOS[0])
     how.add_argument(
-        "--profile", choices=tuple(PROFILES), help="defaults of small machines, or of servers"
-    )
-    how.add_argument("--seconds", type=float, metavar="S", help="of measuring (default: 60)")
-    how.add_argument(
-        "--rounds", type=arguments.positive, metavar="N", help="(default: 10, with --against 200)"
+        "--scenario", choices=SCENARIOS, default=SCENARIOS[0], help="(default: %(default)s)"
     )
     how.add_argument(
-        "--least", type=arguments.positive, default=1, metavar="N", help="queries at the least"
+        "--profile",
+        choices=tuple(PROFILES),
+        help=f"of small machines, or of servers: other defaults of {_options(PROFILES['edge'])}; "
+        "edge also takes little memory for the machine's rates, and lets it cool down after them",
     )
-    how.add_argument("--queries", type=arguments.positive, metavar="N", help="at the most")
-    how.add_argument("--streams", type=arguments.positive, default=8, help="of multi-stream")
     how.add_argument(
-        "--outstanding", type=arguments.positive, metavar="N", help="requests under way, of offline"
+        "--seconds", type=float, metavar="S", help=f"of measuring ({_default('seconds')})"
+    )
+    how.add_argument(
+        "--rounds",
+        type=arguments.positive,
+        metavar="N",
+        help=f"({_default('rounds')}; --against: {TURNS}, of offline {TURNS_OFFLINE})",
+    )
+    how.add_argument(
+        "--least",
+        type=arguments.positive,
+        default=1,
+        metavar="N",
+        help="queries at the least (default: %(default)s)",
+    )
+    how.add_argument(
+        "--queries",
+        type=arguments.positive,
+        metavar="N",
+        help=f"at the most, of a search at each rate ({_default('queries')})",
+    )
+    how.add_argument(
+        "--streams",
+        type=arguments.positive,
+        default=8,
+        metavar="N",
+        help="requests of a query of multi-stream (default: %(default)s)",
+    )
+    how.add_argument(
+        "--outstanding",
+        type=arguments.positive,
+        metavar="N",
+        help="requests under way, of offline (default: two for each slot)",
     )
     how.add_argument(
         "--rate",
         type=float,
-        help="requests a second, of server (default: the highest that keeps --bound, which takes "
-        "about 30 times --seconds to find)",
+        help="requests a second, of server (default: the highest that keeps --bound; to find it "
+        "takes some 50 times as long as one rate does at the least, which is --seconds, ten times "
+        "--bound, or as long as 459 requests take, of p99, whichever is longest; it tells how it "
+        "goes on)",
     )
     how.add_argument("--bound", type=float, metavar="S", help="latency to be kept, of server")
     how.add_argument(
-        "--percentile", type=float, default=99.0, help="of latencies that keep it (default: 99)"
+        "--percentile",
+        type=float,
+        default=99.0,
+        metavar="P",
+        help="of latencies that keep it (default: 99)",
     )
     how.add_argument("--loadgen", type=Path, metavar="DIR", help="LoadGen drives, and logs there")
     how.add_argument("--no-rates", action="store_true", help="no floor: measure only the model")
     bench_sweep.add_arguments(parser.add_argument_group(f"what `{SWEEP}` tries"))
     arguments.add_sampling(parser)
-    arguments.add_engine(parser, slots=True)
-    parser.add_argument("--queue-size", type=arguments.positive, metavar="N")
+    arguments.add_engine(parser, slots=False)
+    room = parser.add_argument_group("how much of an engine here")
+    room.add_argument(
+        "--slots",
+        type=arguments.positive,
+        metavar="N",
+        help=f"samples that are decoded at a time; others wait ({_default('slots')})",
+    )
+    room.add_argument(
+        "--queue-size",
+        type=arguments.positive,
+        metavar="N",
+        help="requests that wait before others are refused; at the least as many as the scenario "
+        f"has under way, and two for each slot ({_default('queue_size')})",
+    )
     arguments.add_access(parser)
-    parser.set_defaults(slots=None)
     return run
+
+
+def _default(name: str) -> str:
+    """As help says it: what it is, and what profiles have instead."""
+    usual = DEFAULTS[name]
+    others = [
+        f"{key}: {_plain(each[name])}" for key, each in PROFILES.items() if each[name] != usual
+    ]
+    return f"default: {_plain(usual)}; --profile {', '.join(others)}"
+
+
+def _plain(value: float | None) -> str:
+    return "no limit" if value is None else f"{value:g}"
+
+
+def _options(names: Iterable[str]) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -191,6 +259,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--threshold {args.threshold} is not at least 0")
     if args.against is not None and (args.compare or args.baseline):
         raise ValueError("--against compares by itself: no --compare or --baseline beside it")
+    swept = args.bundle[:1] == [SWEEP]
+    bench_options.check(args, sweep=swept)
     if args.compare:
         first, second = args.compare
         return _compare(first, second, args.threshold)
@@ -200,7 +270,7 @@ def run(args: argparse.Namespace) -> int:
     for name, value in profile.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.bundle[:1] == [SWEEP]:
+    if swept:
         from . import bench_sweep
 
         args.bundle = args.bundle[1:]
@@ -223,17 +293,17 @@ def _turns(args: argparse.Namespace) -> Turns:
 
 
 def _measure(args: argparse.Namespace, turns: Turns) -> int:
-    from ..bench import compare, memory, schema
+    from ..bench import compare, loadgen, memory, schema
     from ..bench.measure import measure
 
-    if args.metrics is not None and not args.server:
-        raise ValueError("--metrics is of --server")
     before = None if args.baseline is None else schema.read(args.baseline)
     settings = dataclasses.replace(_settings(args), turns=turns)
     workload = _workload(args)
     for folder in (args.out, args.loadgen):
         if folder is not None:
             make_writable(folder)
+    if args.loadgen is not None:
+        loadgen.check_installed()
     on_devices = memory.used_on_devices()
     with _target(args) as target:
         _check_scores(target, args.scores)
@@ -272,7 +342,7 @@ def _launched(args: argparse.Namespace) -> int:
 
 def _finish(args: argparse.Namespace, result: dict[str, Any], before: dict[str, Any] | None) -> int:
     """Tells the result, and what it is beside the one before; the exit status."""
-    from ..bench import schema
+    from ..bench import judged, schema
 
     told = dict(result)  # and what is only in the last line
     try:
@@ -284,7 +354,8 @@ def _finish(args: argparse.Namespace, result: dict[str, Any], before: dict[str, 
     if result.get("interrupted"):
         return INTERRUPTED
     slower = "comparison" in told and told["comparison"]["status"]
-    return 1 if slower or not result["outcomes"].get("ok") else 0
+    missed = judged.rate_kept(result) is False
+    return 1 if slower or missed or not result["outcomes"].get("ok") else 0
 
 
 def _conditions(target: Target, workload: Workload, settings: Settings) -> dict[str, Any]:
@@ -361,6 +432,9 @@ def _settings(args: argparse.Namespace) -> Settings:
         raise ValueError(f"--seconds {args.seconds} is not above 0")
     if not 0 < args.percentile < 100:
         raise ValueError(f"--percentile {args.percentile} is not between 0 and 100")
+    if args.queries is not None and args.least > args.queries:
+        whose = "" if bench_options.said(args, "queries") else f" of --profile {args.profile}"
+        raise ValueError(f"--least {args.least} are more than --queries {args.queries}{whose}")
     for name in ("rate", "bound"):
         value = getattr(args, name)
         if value is not None and not value > 0:
@@ -372,7 +446,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         outstanding=args.outstanding,
         rate=args.rate,
         bound=args.bound,
-        share=args.percentile / 100,
+        share=float(Decimal(str(args.percentile)) / 100),  # 99.9 / 100 is more than 0.999
         rates=not args.no_rates,
         loadgen=args.loadgen,
         evaluation=args.scores,
@@ -405,8 +479,6 @@ def _target(args: argparse.Namespace) -> Iterator[Target]:
     named = [bool(args.bundle) and not args.server, bool(args.server), bool(args.preset)]
     if sum(named) != 1 or len(args.bundle) > 1:
         raise ValueError("name one thing to measure: a bundle, --server or --preset")
-    if args.checkpoint is not None:
-        raise ValueError(f"--checkpoint is of `{SWEEP}`; `nuwa export` makes its bundle")
     if args.precision is not None and not args.preset:
         raise ValueError(f"--precision is of --preset and `{SWEEP}`: a bundle has its own")
     if args.scores is not None and args.preset:
@@ -421,9 +493,8 @@ def _target(args: argparse.Namespace) -> Iterator[Target]:
         if bundle is None:
             bundle = stack.enter_context(_random_bundle(args.preset, args.precision or "fp32"))
         crowd = args.streams if args.scenario == "multi-stream" else args.outstanding or 0
-        room = max(
-            args.queue_size, crowd, 2 * args.slots
-        )  # or the bench would be refused by itself
+        # Or the bench would be refused by itself.
+        room = max(args.queue_size, crowd, 2 * args.slots)
         yield stack.enter_context(
             in_process(bundle, slots=args.slots, queue_size=room, **arguments.engine(args))
         )

@@ -103,8 +103,11 @@ def each_launch(extent: Extent, launches: int) -> list[Extent]:
             f"--queries {extent.most} are of all {launches} launches together; ask for as many "
             "queries at least, or for fewer --launches"
         )
-    whole = replace(extent, rounds=launches)
-    return [replace(each, rounds=-(-extent.rounds // launches)) for each in whole.each()]
+    rounds = -(-extent.rounds // launches)
+    return [
+        replace(each, rounds=rounds, least=min(each.least, each.most or each.least))
+        for each in replace(extent, rounds=launches).each()
+    ]
 
 
 def _measured(
@@ -245,7 +248,7 @@ def words_of(args: argparse.Namespace, without: Sequence[str]) -> list[str]:
     for name in without:
         parser.add_argument(name)
     words = parser.parse_known_args(list(args.words))[1]
-    for name in ALWAYS:
+    for name in () if args.server else ALWAYS:
         if (value := getattr(args, name)) is not None:
             words = [f"--{name.replace('_', '-')}", str(value), *words]
     return words

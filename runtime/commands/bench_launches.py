@@ -44,33 +44,40 @@ def run(
     """The result, and whether all launches have one. extent: of all launches together; before: a
     result that the first launch must be comparable with, or the others are not started.
 
-    ValueError if the first launch has no result; what was wrong it said on stderr.
+    ValueError if the first launch has no result; what was wrong it said on stderr. After Ctrl-C the
+    result is of what there is, marked so; KeyboardInterrupt if that is nothing.
     """
     from ..bench import compare
     from ..bench.launches import together
 
     parts = bench_against.each_launch(extent, args.launches)
     results: list[dict[str, Any]] = []
+    interrupted = False
     with tempfile.TemporaryDirectory(prefix="nuwa-launches-") as scratch:
         folder = Path(scratch) if args.out is None else args.out
         for number, part in enumerate(parts, 1):
             say(f"launch {number} of {len(parts)}")
-            result = _launched(args, part, folder / f"launch-{number}")
-            if result is None:
+            result, interrupted = _launched(args, part, folder / f"launch-{number}")
+            if result is not None:
+                results.append(result)
+            elif not interrupted:
                 say(f"launch {number} of {len(parts)} has no result")
-                break
-            results.append(result)
-            if result.get("interrupted"):
+            if result is None or interrupted:
                 break
             if number == 1 and before is not None:
                 compare.check_comparable(before, result)
+    if interrupted and not results:
+        raise KeyboardInterrupt
     if not results:
         raise ValueError("the first launch has no result")
-    return together(results), len(results) == len(parts)
+    found = together(results) | ({"interrupted": True} if interrupted else {})
+    return found, len(results) == len(parts)
 
 
-def _launched(args: argparse.Namespace, extent: Extent, folder: Path) -> dict[str, Any] | None:
-    """The result of a process of its own; None if it has none."""
+def _launched(
+    args: argparse.Namespace, extent: Extent, folder: Path
+) -> tuple[dict[str, Any] | None, bool]:
+    """The result of a process of its own, None if it has none; and whether Ctrl-C ended it."""
     from ..bench import schema
 
     path = folder / "result.json"
@@ -79,12 +86,15 @@ def _launched(args: argparse.Namespace, extent: Extent, folder: Path) -> dict[st
     words = ["bench", "--out", str(folder), "--seconds", str(extent.seconds)]
     words += ["--rounds", str(extent.rounds), "--least", str(max(1, extent.least))]
     words += [] if extent.most is None else ["--queries", str(extent.most)]
-    _waited([*bench_against.PYTHON, *words, *bench_against.words_of(args, OWN)])
-    return schema.read(path) if path.exists() else None
+    interrupted = _waited([*bench_against.PYTHON, *words, *bench_against.words_of(args, OWN)])
+    result = schema.read(path) if path.exists() else None
+    return result, interrupted or bool(result and result.get("interrupted"))
 
 
-def _waited(command: Sequence[str]) -> None:
-    """Until it has ended; Ctrl-C is passed on, and what it has by then is its result."""
+def _waited(command: Sequence[str]) -> bool:
+    """Until it has ended. Ctrl-C is passed on, and what it has by then is its result; whether that
+    was so.
+    """
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -97,6 +107,8 @@ def _waited(command: Sequence[str]) -> None:
         except KeyboardInterrupt:
             process.send_signal(signal.SIGINT)
             process.wait()
+            return True
+        return False
     finally:
         if process.poll() is None:
             process.kill()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable, Hashable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +21,18 @@ if TYPE_CHECKING:
     from ..bench.sweep import Choice, Outcome
     from ..bench.workload import Workload
 
-NOT_OF_A_SWEEP = ("server", "metrics", "baseline", "against", "launches", "loadgen")  # options
+FILE = "sweep.json"
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
     from ..bench.sweep import PREFERENCES
 
-    group.add_argument("--backends", default=AUTO, metavar="A,B", help=f"of {', '.join(BACKENDS)}")
+    group.add_argument(
+        "--backends",
+        default=AUTO,
+        metavar="A,B",
+        help=f"of {', '.join(BACKENDS)} (default: %(default)s)",
+    )
     group.add_argument("--threads-of", metavar="N,N", help="(default: one a core)")
     group.add_argument(
         "--slots-of", default="1,2,4,8", metavar="N,N", help="(default: %(default)s)"
@@ -42,28 +49,54 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         help=f"ranges of rows by their upper ends, of {' and '.join(RUNTIMES)}: engines are built "
         "for each, and kept in --out (default: the engines that the bundle has)",
     )
-    group.add_argument("--prefer", choices=PREFERENCES, default="balance")
+    group.add_argument(
+        "--prefer",
+        choices=PREFERENCES,
+        default="balance",
+        help="what the best is by, balance by latency over throughput (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace, settings: Settings, workload: Workload) -> int:
-    from ..bench import schema, sweep
+    from ..bench import machine, schema, sweep
     from ..bench.sweep_report import print_outcomes
-    from .bench import INTERRUPTED, say
+    from .bench import INTERRUPTED, command_line, say
 
     backends, threads, slots, buckets = _tried(args)
     _check(args, backends)
-    began = datetime.now(UTC)
-    wanted = list(sweep.choices(_bundles(args), backends, threads, slots, buckets))
-    folders = Folders(args.out)
+    made = _made(args)
+    wanted = list(sweep.choices([*args.bundle, *made], backends, threads, slots, buckets))
+    about = {
+        "schema": sweep.SCHEMA,
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command_line(args),
+        "machine": machine.describe(),
+        "workload": dataclasses.asdict(workload) | {"task": str(workload.task)},
+        "seconds": args.seconds,
+        "prefer": args.prefer,
+    }
+
+    def keep(outcomes: list[Outcome]) -> None:
+        """So that whatever ends this process leaves what was measured."""
+        if args.out is None:
+            return
+        chosen, _ = _best(outcomes, args.prefer)
+        try:
+            schema.write(args.out / FILE, _result(about, outcomes, chosen))
+        except OSError as error:
+            say(f"not written yet: {error}")
+
     outcomes = sweep.sweep(
-        wanted, workload, args.seconds, say, scores=settings.evaluation, folder=folders
+        wanted,
+        workload,
+        args.seconds,
+        say,
+        scores=settings.evaluation,
+        folder=Folders(args.out, made),
+        keep=keep,
     )
-    chosen, problem = None, ""
-    try:
-        chosen = sweep.best(outcomes, args.prefer)
-    except ValueError as error:
-        problem = str(error)
-    result = _result(args, workload, began, outcomes, chosen)
+    chosen, problem = _best(outcomes, args.prefer)
+    result = _result(about, outcomes, chosen)
     try:
         print_outcomes(outcomes, str(workload.task))
         _write(args.out, result, outcomes, chosen, str(workload.task))
@@ -77,26 +110,44 @@ def run(args: argparse.Namespace, settings: Settings, workload: Workload) -> int
 
 
 class Folders:
-    """Of choices' bundles; for those with buckets of their own, made with engines, once each."""
+    """Of choices' bundles. Those of `made`, and those with engines for buckets of their own, are
+    made when they are asked for: once each, also where that fails.
+    """
 
-    def __init__(self, out: Path | None) -> None:
-        self._out = out
-        self._made: dict[tuple[Any, ...], Path] = {}
+    def __init__(self, out: Path | None, made: Mapping[str, Callable[[], Path]]) -> None:
+        self._out, self._make = out, made
+        self._bundles: dict[Hashable, Path | Exception] = {}
+        self._engines: dict[Hashable, Path | Exception] = {}
 
     def __call__(self, choice: Choice) -> Path:
         from ..bench import making
 
-        bundle = Path(choice.bundle)
-        if choice.buckets is None:
+        name, buckets = choice.bundle, choice.buckets
+        make = self._make.get(name)
+        bundle = Path(name) if make is None else _once(self._bundles, name, make)
+        if buckets is None:
             return bundle
         assert self._out is not None, "checked before"
-        key = (choice.bundle, choice.backend, choice.slots, choice.buckets)
-        if key not in self._made:
-            out = self._out / "engines" / str(len(self._made)) / bundle.resolve().name
-            self._made[key] = making.with_engines(
-                bundle, out, choice.backend, choice.slots, choice.buckets
-            )
-        return self._made[key]
+        out = self._out / "engines" / str(len(self._engines)) / bundle.resolve().name
+        key = (name, choice.backend, choice.slots, buckets)
+        return _once(
+            self._engines,
+            key,
+            lambda: making.with_engines(bundle, out, choice.backend, choice.slots, buckets),
+        )
+
+
+def _once(found: dict[Hashable, Path | Exception], key: Hashable, make: Callable[[], Path]) -> Path:
+    """What was made; what went wrong when it was is raised again."""
+    if key not in found:
+        try:
+            found[key] = make()
+        except Exception as error:
+            found[key] = error
+    made = found[key]
+    if isinstance(made, Exception):
+        raise made
+    return made
 
 
 def _tried(
@@ -117,9 +168,6 @@ def _tried(
 
 def _check(args: argparse.Namespace, backends: list[str]) -> None:
     """What can be known to be wrong before anything is made or measured."""
-    for name in NOT_OF_A_SWEEP:
-        if getattr(args, name) is not None:
-            raise ValueError(f"--{name} is not of a sweep")
     made = args.checkpoint is not None or args.preset is not None
     if not (args.bundle or made):
         raise ValueError(
@@ -143,48 +191,58 @@ def _check(args: argparse.Namespace, backends: list[str]) -> None:
         make_writable(args.out)
 
 
-def _bundles(args: argparse.Namespace) -> list[str]:
-    """Those that were named, and then those that are made."""
+def _made(args: argparse.Namespace) -> dict[str, Callable[[], Path]]:
+    """By its folder, how each bundle of --checkpoint and --preset is made."""
+    found: dict[str, Callable[[], Path]] = {}
+    for precision in _precisions(args):
+        if args.checkpoint is not None:
+            out = args.out / "bundles" / precision
+            found[str(out)] = partial(_exported, args.checkpoint, out, precision)
+        if args.preset is not None:
+            out = args.out / "bundles" / f"{args.preset}-{precision}"
+            found[str(out)] = partial(_random, args.preset, out, precision)
+    return found
+
+
+def _exported(checkpoint: Path, out: Path, precision: str) -> Path:
     from ..bench import making
     from .bench import say
 
-    found = list(args.bundle)
-    for precision in _precisions(args):
-        if args.checkpoint is not None:
-            say(f"exporting {args.checkpoint} in {precision}")
-            out = args.out / "bundles" / precision
-            found.append(str(making.export(args.checkpoint, out, precision)))
-        if args.preset is not None:
-            say(f"making {args.preset} with random weights in {precision}")
-            out = args.out / "bundles" / f"{args.preset}-{precision}"
-            found.append(str(making.random_bundle(args.preset, out, precision)))
-    return found
+    say(f"exporting {checkpoint} in {precision}")
+    return making.export(checkpoint, out, precision)
+
+
+def _random(preset: str, out: Path, precision: str) -> Path:
+    from ..bench import making
+    from .bench import say
+
+    say(f"making {preset} with random weights in {precision}")
+    return making.random_bundle(preset, out, precision)
 
 
 def _precisions(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys((args.precision or PRECISIONS[0]).split(",")))
 
 
+def _best(outcomes: list[Outcome], prefer: str) -> tuple[Outcome | None, str]:
+    """The one that is chosen, or why there is none."""
+    from ..bench import sweep
+
+    try:
+        return sweep.best(outcomes, prefer), ""
+    except ValueError as error:
+        return None, str(error)
+
+
 def _result(
-    args: argparse.Namespace,
-    workload: Workload,
-    began: datetime,
-    outcomes: list[Outcome],
-    chosen: Outcome | None,
+    about: Mapping[str, Any], outcomes: list[Outcome], chosen: Outcome | None
 ) -> dict[str, Any]:
-    from ..bench import machine, sweep
-    from .bench import command_line
+    from ..bench import sweep
 
     return {
-        "schema": sweep.SCHEMA,
-        "when": began.isoformat(timespec="seconds"),
-        "command": command_line(args),
+        **about,
         "notes": sweep.notes(outcomes),
         "interrupted": any(one.problem == sweep.INTERRUPTED for one in outcomes),
-        "machine": machine.describe(),
-        "workload": dataclasses.asdict(workload) | {"task": str(workload.task)},
-        "seconds": args.seconds,
-        "prefer": args.prefer,
         "outcomes": sweep.to_json(outcomes),
         "best": None if chosen is None else sweep.to_json([chosen])[0],
     }
@@ -205,11 +263,11 @@ def _write(
     if out is None:
         print(config or "", end="")
         return
-    schema.write(out / "sweep.json", result)
+    schema.write(out / FILE, result)
     write_text(out / "sweep.html", page(outcomes, chosen, result["command"], task))
     if config is not None:
         write_text(out / "server.toml", config)
-    told = "sweep.json, sweep.html" + (" and server.toml" if config is not None else "")
+    told = f"{FILE}, sweep.html" + (" and server.toml" if config is not None else "")
     say(f"written: {told} in {out}")
 
 

@@ -444,6 +444,25 @@ def test_ctrl_c_while_threads_are_asking(scenario):
     assert time.perf_counter() - began < 15
 
 
+@pytest.mark.usefixtures("ctrl_c_is_heard")
+def test_ctrl_c_does_not_wait_for_who_is_never_answered():
+    never = threading.Event()
+
+    def ask(number: int, scheduled: float) -> Observation:
+        if number == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+        if number >= 6:
+            never.wait()
+        return Observation(scheduled, scheduled, time.perf_counter())
+
+    try:
+        with pytest.raises(scenarios.Interrupted) as ended:
+            scenarios.server(ask, Extent(30.0, rounds=3), rate=50.0, seed=0)
+    finally:
+        never.set()
+    assert 1 <= sum(map(len, ended.value.rounds)) <= 6
+
+
 def test_of_several_models_the_one_that_was_named_is_measured():
     other = FakeEngine()
     with Server(FakeEngine(), queue_size=8) as server:

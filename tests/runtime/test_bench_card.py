@@ -557,20 +557,83 @@ def test_rates_of_a_device_on_a_stand_in(monkeypatch, precision):
     monkeypatch.setattr(device_rates, "COPIED", 1 << 16)
     memory = HostMemory()
     made = device_rates.measure(
-        products(small()), [1, 4], precision=precision, repeats=2, device="cpu", memory=memory
+        products(small()),
+        [1, 4],
+        precision=precision,
+        working_set=1 << 12,
+        repeats=2,
+        device="cpu",
+        memory=memory,
     )
+    assert made.read.best > 0 and made.about["working_set_bytes"] == 1 << 12
     assert made.copy.best > 0 and made.about["copied_bytes"] == 1 << 16
     assert set(made.products) == {1, 4, rates.MANY_ROWS} and made.precision == precision
     assert not memory._arrays, "what was allocated is freed"
     json.dumps(made.to_json())
 
 
+class Timed:
+    """Products each of which takes a second, of however many rows."""
+
+    _precision = "fp16"
+    read = device_rates._Products.read
+
+    def __init__(self, shapes, *_):
+        self.flops = 2.0 * sum(inputs * outputs for inputs, outputs in shapes)
+
+    def rate(self, rows, repeats):
+        return measured(self.flops * rows)
+
+
+def test_a_floor_of_a_device_is_of_the_fastest_there_is(monkeypatch):
+    """Of steps that all slots share, and of weights that its cache holds."""
+    monkeypatch.setattr(device_rates, "_Products", Timed)
+    sizes = []
+
+    def copy(memory, size, repeats):
+        sizes.append(size)
+        return measured(800.0 if size < 1000 else 100.0)
+
+    monkeypatch.setattr(device_rates, "copy_bandwidth", copy)
+    given = {"precision": "fp16", "working_set": 1000, "memory": HostMemory()}
+    made = device_rates.measure([(10, 10)], [4, 40, 2000], **given)
+    assert sizes == [device_rates.COPIED, 500], "source and target are as much as is read"
+    assert set(made.products) == {4, 40, 256, 512, 1024, 2000}
+    assert made.most_flops_per_second == 200.0 * 2000 and made.bytes_per_second == 800.0
+    made = device_rates.measure([(100, 100)], [1], **given)
+    assert made.bytes_per_second == 2 * 100 * 100, "of a product that has read all of it"
+
+
+def test_rows_of_a_device_are_those_of_all_slots(monkeypatch):
+    asked = {}
+
+    def rates_of(shapes, rows, **named):
+        asked.update(named, rows=list(rows))
+        raise RuntimeError("no GPU")
+
+    monkeypatch.setattr(device_rates, "measure", rates_of)
+    made = card(SMALL, Task.T2I)
+    info = SimpleNamespace(backend="onnxruntime-cuda")
+    target = SimpleNamespace(local=True, info=info)
+    found, note = describe._rates(target, Settings(), [], made, False, 1, at_once=8.0)
+    assert found is None and "no GPU" in note
+    assert asked["rows"][-1] == 8 * max(made.row_counts)
+    assert asked["working_set"] == made.weights_bytes
+
+
 def test_a_device_whose_products_cannot_be_measured_has_its_bandwidth(monkeypatch):
     monkeypatch.setattr(device_rates, "FRUGAL_COPIED", 1 << 12)
     made = device_rates.measure(
-        [(8, 8)], [1], precision="int8", frugal=True, repeats=1, device="cpu", memory=HostMemory()
+        [(8, 8)],
+        [1],
+        precision="int8",
+        working_set=64,
+        frugal=True,
+        repeats=1,
+        device="cpu",
+        memory=HostMemory(),
     )
-    assert made.products == {} and made.precision == "none"
+    assert made.read is not None and made.products == {} and made.precision == "none"
     assert "no graph of int8" in made.about["gemm_by"]
 
 

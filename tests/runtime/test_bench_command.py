@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -13,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from nuwa.runtime.bench import html, making, measure, schema
+from nuwa.runtime.bench import html, loadgen, making, measure, schema
 from nuwa.runtime.bench.card import evaluation_of
 from nuwa.runtime.bundle import read_manifest
 from nuwa.runtime.cli import main
-from nuwa.runtime.commands import bench_against, bench_launches
+from nuwa.runtime.commands import bench, bench_against, bench_launches, bench_options
 from nuwa.runtime.server import Server
 
 from .fake_engine import FakeEngine
@@ -55,9 +56,23 @@ def last_line(capsys) -> dict:
         ("a b", "name one thing to measure"),
         ("a --preset sprites", "name one thing to measure"),
         ("a --seconds 0", "--seconds 0.0 is not above 0"),
-        ("a --percentile 100", "--percentile 100.0 is not between 0 and 100"),
+        ("a --scenario server --percentile 100", "--percentile 100.0 is not between 0 and 100"),
         ("a --scenario server", "needs a bound"),
-        ("a --rate -1", "--rate -1.0 is not above 0"),
+        ("a --scenario server --rate -1", "--rate -1.0 is not above 0"),
+        ("a --rate 1", "--rate is of --scenario server, not single-stream"),
+        ("a --scenario offline --bound=1", "--bound is of --scenario server, not offline"),
+        ("a --streams 8", "--streams is of --scenario multi-stream, not single-stream"),
+        ("a --slots-of 1,2", "--slots-of is of `sweep`, and not heeded beside a bundle"),
+        ("a --tls", "--tls: of --server"),
+        ("a --model m", "--model is of --server"),
+        ("--server h:1 --slots 1", "--slots is of a bundle or --preset, and not heeded beside"),
+        ("--server h:1 --threads 2", "--threads: of a bundle, and a server has its own"),
+        ("sweep a --rounds 3", "--rounds is of a bundle or --preset, --server, and not heeded"),
+        ("sweep a --slots 3", "--slots is of a bundle or --preset, and not heeded beside `sweep`"),
+        ("--compare a b --out o", "--out is of a bundle or --preset, --server, `sweep`, and not"),
+        ("c --compare a b", "--compare is of two results, and measures no c"),
+        ("a --least 5000 --queries 10", "--least 5000 are more than --queries 10"),
+        ("a --least 5000 --profile edge", "more than --queries 2000 of --profile edge"),
         ("a --threshold -1", "--threshold -1.0 is not at least 0"),
         ("a --threshold nan", "--threshold nan is not at least 0"),
         ("a --task x", "'x'"),
@@ -70,7 +85,7 @@ def last_line(capsys) -> dict:
         ("a --launches 2 --loadgen x", "LoadGen's logs are of one"),
         ("a --launches 2 --scenario server --bound 1", "a search for the highest rate is of one"),
         ("--server h:1 --launches 2", "servers are launched by who has them"),
-        ("sweep a --launches 2", "--launches is not of a sweep"),
+        ("sweep a --launches 2", "and not heeded beside `sweep`"),
         ("a --baseline /nowhere", "/nowhere"),
         ("--preset sprites --scores x", "random weights have none"),
         ("/nowhere", "does not exist"),
@@ -80,6 +95,54 @@ def last_line(capsys) -> dict:
 def test_what_is_wrong_is_told_before_anything_is_measured(words, problem, capsys, unmeasured):
     assert main(["bench", *words.split()]) == 2
     assert problem in capsys.readouterr().err
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    bench.command(parser)
+    args = parser.parse_args(words)
+    args.words = list(words)
+    return args
+
+
+def test_of_every_option_it_is_known_where_it_is_heeded():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--debug")
+    bench.command(parser)
+    (access,) = [each for each in parser._action_groups if each.title == "access to a server"]
+    theirs = {word for each in access._group_actions for word in each.option_strings}
+    known = {word for each in parser._actions for word in each.option_strings}
+    places = {f"--{name}" for name in bench_options.PLACES}
+    assert places == known - theirs - {"-h", "--help"}
+
+
+def test_a_percentile_is_the_share_that_was_said():
+    words = ["a", "--scenario", "server", "--bound", "1", "--seconds", "1", "--rounds", "1"]
+    assert bench._settings(parsed(*words, "--percentile", "99.9")).share == 0.999
+    assert bench._settings(parsed(*words)).share == 0.99
+
+
+def test_help_tells_the_defaults_of_profiles():
+    parser = argparse.ArgumentParser()
+    bench.command(parser)
+    told = " ".join(parser.format_help().split())
+    assert "(default: 60; --profile edge: 30, server: 120)" in told
+    assert "(default: 1; --profile server: 8)" in told and "default: None" not in told
+
+
+@pytest.mark.parametrize(("bound", "status"), [("1e-6", 1), ("60", 0)])
+def test_a_rate_that_misses_its_bound_has_a_status_of_its_own(address, bound, status, capsys):
+    """One of which it is not known does not."""
+    words = ["--scenario", "server", "--rate", "60", "--bound", bound, "--percentile", "50"]
+    assert main(["bench", "--server", address, *SHORT, *words]) == status
+    (point,) = last_line(capsys)["load"]
+    assert point["met"] is (False if status else None)
+
+
+def test_loadgen_that_is_not_there_is_told_first(tmp_path, monkeypatch, capsys, unmeasured):
+    monkeypatch.setattr(loadgen.importlib.util, "find_spec", lambda name: None)
+    assert main(["bench", "/nowhere", "--loadgen", str(tmp_path)]) == 2
+    assert "LoadGen is not installed" in capsys.readouterr().err
 
 
 def test_a_server_is_measured_and_results_are_compared(address, result, tmp_path, capsys):
@@ -169,8 +232,23 @@ def test_ctrl_c_is_passed_on_to_a_launch(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    bench_launches._waited([sys.executable, "-c", program])
+    assert bench_launches._waited([sys.executable, "-c", program])
     assert heard.exists()
+
+
+def test_ctrl_c_before_a_launch_has_anything_ends_all(result, tmp_path, monkeypatch, capsys):
+    """As while it warms up: those before are the result, and nothing is compared."""
+    whole = schema.read(result)
+    launches = iter([(whole, False), (None, True)])
+    monkeypatch.setattr(bench_launches, "_launched", lambda *a: next(launches))
+    words = ["bench", "a", *SHORT, "--launches", "3"]
+    assert main([*words, "--baseline", str(result), "--out", str(tmp_path)]) == 130
+    printed = capsys.readouterr()
+    assert "has no result" not in printed.err
+    last = json.loads(printed.out.splitlines()[-1])
+    assert last["interrupted"] and "comparison" not in last and last["outcomes"]["ok"]
+    launches = iter([(None, True)])
+    assert main(words) == 130
 
 
 def test_a_baseline_of_something_else_is_refused_before_measuring(
@@ -280,6 +358,9 @@ def test_random_weights_are_made_by_another_process(tmp_path):
 
 
 def test_what_makes_bundles_is_not_part_of_this_process(tmp_path, monkeypatch):
+    older = tmp_path / "bundle"
+    older.mkdir()
+    (older / "manifest.json").write_text("{}")
     words = []
 
     def run(command, **named):
@@ -292,3 +373,4 @@ def test_what_makes_bundles_is_not_part_of_this_process(tmp_path, monkeypatch):
         *(sys.executable, "-m", making.__name__),
         *("base", str(tmp_path / "bundle"), "fp16"),
     ]
+    assert not older.exists(), "a bundle of an earlier command is replaced"

@@ -21,6 +21,7 @@ from nuwa.runtime.bench.compare import (
     print_differences,
     to_json,
 )
+from nuwa.runtime.bench.judged import rate_kept, tails
 
 REPETITIONS = 100
 
@@ -197,6 +198,71 @@ def test_values_of_launches_are_means_of_their_rounds():
     assert compare_results(a, b)[1].reason == ALONE, "throughput has no launches"
 
 
+def tailed(slow: float, count: int = 6, values: int = 40) -> list[list[float]]:
+    """Rounds of which a fifth is slow, and the rest takes a second."""
+    return [[slow if at % 5 == 0 else 1.0 for at in range(values)] for _ in range(count)]
+
+
+def test_a_longer_tail_is_slower_although_medians_are_the_same():
+    a, b = result(tailed(1.5)), result(tailed(3.0))
+    latency, _, tail = compare_results(a, b)
+    assert latency.verdict == "no difference" and latency.ratio == 1.0
+    assert (tail.verdict, tail.a, tail.b) == ("slower", pytest.approx(1.5), pytest.approx(3.0))
+    assert tail.reason == ALONE and baseline_exit(compare_results(a, b)) == 1
+    assert compare_results(b, a)[2].verdict == "faster"
+    for each in (a, b):
+        each["scenario"]["name"] = "multi-stream"
+    assert compare_results(a, b)[2].name == "latency p99"
+    assert compare_results(a, b)[2].reason == "0 of at least 2 rounds of 368 requests each"
+    turns = [result(tailed(slow, 8)) | {"turns": {"id": "x"}} for slow in (1.5, 3.0)]
+    assert compare_results(*turns)[2].verdict == "slower"
+    near = [result(tailed(slow, 8)) | {"turns": {"id": "x"}} for slow in (1.5, 1.6)]
+    assert compare_results(*near)[2].verdict == "no difference", "of tails the threshold is twice"
+    launches = [
+        result(tailed(1.5, 1)) | {"each_launch": [{"rounds": {"latency": tailed(slow, 1)}}] * 3}
+        for slow in (1.5, 3.0)
+    ]
+    tail = compare_results(*launches)[2]
+    assert (tail.verdict, tail.reason) == ("slower", "")
+
+
+def test_neighbouring_rounds_together_have_enough_values_for_a_tail():
+    few = [[float(number)] * 12 for number in range(1, 9)]
+    assert tails(0.9, few) == [[[3.0], [8.0]]], "three, and five with those that are left"
+    assert tails(0.9, few, [*few[:3], [None] * 30, *few[4:]]) == [[[3.0], [8.0]]] * 2
+    assert tails(0.9, few[:2]) == [[]]
+
+
+def served(met: bool | None, **scenario) -> dict:
+    made = result([[1.0], [1.0]])
+    rate = {"name": "server", "rate": 4.0, "slo_seconds": 1.0, "slo_quantile": "0.9"}
+    made["scenario"] = made["scenario"] | rate | scenario
+    return made | {"load": [{"rate": 4.0, "met": met}]}
+
+
+def test_a_bound_that_is_missed_is_slower_whatever_medians_say():
+    latency, _, tail, kept = compare_results(served(True), served(False))
+    assert latency.verdict == "no difference" and tail.name == "latency p90"
+    assert (kept.name, kept.verdict, kept.a, kept.b) == ("bound kept", "slower", 1.0, 0.0)
+    assert kept.reason == "kept in a, missed in b" and baseline_exit([latency, kept]) == 1
+    assert compare_results(served(False), served(True))[3].verdict == "faster"
+    same = compare_results(served(False), served(False))[3]
+    assert (same.verdict, same.reason) == ("no difference", "missed in both")
+    unknown = compare_results(served(True), served(None))[3]
+    assert (unknown.verdict, unknown.reason) == ("unknown", "kept in a, undecided in b")
+    launches = served(True) | {"each_launch": [{"load": [{"met": met}]} for met in (True, False)]}
+    assert rate_kept(launches) is False
+    assert rate_kept(served(True)) is True and rate_kept(served(False, rate=None)) is None
+
+
+def test_a_result_that_does_not_say_its_quantile_is_of_p99():
+    old, new = served(True), served(True, slo_quantile="0.99")
+    del old["scenario"]["slo_quantile"]
+    assert compare_results(old, new)[2].name == "latency p99"
+    with pytest.raises(ValueError, match="scenario.slo_quantile: 0.99, 0.9"):
+        compare_results(old, served(True))
+
+
 def test_what_cannot_be_told():
     one = compare([[1.0, 2.0]], [[1.0], [2.0], [3.0]])
     assert (one.verdict, one.reason, one.ratio) == ("unknown", "1 of at least 2 rounds", None)
@@ -219,7 +285,8 @@ def test_two_results():
     random = np.random.default_rng(6)
     a = result(rounds(random))
     b = result(rounds(random, 1.2), [[30.0], [30.1], [29.8]])
-    latency, throughput = compare_results(a, b)
+    latency, throughput, tail = compare_results(a, b)
+    assert (tail.name, tail.unit, tail.verdict) == ("latency p90", "s", "slower")
     assert (latency.name, latency.unit, latency.verdict) == ("latency", "s", "slower")
     assert (throughput.name, throughput.unit, throughput.verdict) == ("throughput", "1/s", "faster")
     assert baseline_exit([latency, throughput]) == 1
@@ -265,7 +332,7 @@ def test_what_may_differ_is_listed():
     b["version"], b["scenario"]["seconds"] = "0.2", 30.0
     b["workload"]["threads"] = 4
     del b["rounds"]["throughput"]
-    assert [each.name for each in compare_results(a, b)] == ["latency"]
+    assert [each.name for each in compare_results(a, b)] == ["latency", "latency p90"]
     assert differs(a, b) == [
         "version: none, 0.2",
         "model.digest: aa, bb",

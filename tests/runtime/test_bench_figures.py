@@ -11,8 +11,10 @@ from nuwa.runtime.bench.figures import Surroundings
 from nuwa.runtime.bench.hardware import Hardware
 from nuwa.runtime.bench.observation import Observation
 from nuwa.runtime.bench.running import Seen, Settings
-from nuwa.runtime.bench.targets import over_grpc
+from nuwa.runtime.bench.scenarios import Extent
+from nuwa.runtime.bench.targets import IN_PROCESS, Target, over_grpc
 from nuwa.runtime.bench.workload import Workload
+from nuwa.runtime.client import LocalClient
 from nuwa.runtime.core import Timings
 from nuwa.runtime.metrics import Metrics
 from nuwa.runtime.server import Server
@@ -263,15 +265,61 @@ def test_what_a_server_counted_in_between():
         server_metrics.read("127.0.0.1:1")
 
 
-def test_a_server_s_own_metrics_stand_in_the_result():
-    from nuwa.runtime.bench.scenarios import Extent
-
-    settings = Settings(extent=Extent(0.1, rounds=1, least=3, most=3), warm_up=1)
+def with_server_metrics(scenario: str = "single-stream") -> dict:
+    settings = Settings(scenario, Extent(0.1, rounds=1, least=3, most=3), streams=2, warm_up=1)
     server = Server(FakeEngine(), queue_size=8, metrics_port=0)
     with server, over_grpc(server.address) as target:
-        result = measure.measure(target, T2I, settings, metrics_at=server.metrics_address)
+        return measure.measure(target, T2I, settings, metrics_at=server.metrics_address)
+
+
+def test_a_server_s_own_metrics_stand_in_the_result():
+    result = with_server_metrics()
     assert result["server"]["requests"] == 3
     assert result["server"]["phases"]["queue"]["count"] == 3
     assert not any("counted" in note for note in result["notes"])
     assert result["server"]["steps"]["count"] >= 3
     assert "media_encoding" not in result["phases"]
+
+
+def test_requests_of_multi_stream_queries_are_all_counted():
+    result = with_server_metrics("multi-stream")
+    assert result["server"]["requests"] == 6 and result["outcomes"] == {"ok": 3}
+    assert not any("counted" in note for note in result["notes"])
+
+
+def test_a_server_that_is_gone_in_the_end_leaves_the_result(monkeypatch):
+    read, pages = measure.server_metrics.read, []
+
+    def gone(address: str) -> str:
+        pages.append(address)
+        if len(pages) == 3:  # after the check, and before measuring
+            raise ValueError(f"no metrics at {address}: refused")
+        return read(address)
+
+    monkeypatch.setattr(measure.server_metrics, "read", gone)
+    result = with_server_metrics()
+    assert result["outcomes"] == {"ok": 3} and "server" not in result
+    (note,) = [each for each in result["notes"] if "server counted" in each]
+    assert note.endswith(": refused.")
+
+
+def test_ctrl_c_while_rates_are_measured_again_leaves_the_result(monkeypatch):
+    class Card:
+        rates = "some"
+
+        def again(self):
+            raise KeyboardInterrupt
+
+        def to_json(self):
+            return {"floor_seconds": None}
+
+        def notes(self):
+            return []
+
+    monkeypatch.setattr(measure, "describe_card", lambda *_: Card())
+    settings = Settings(extent=Extent(0.1, rounds=1, least=3, most=3), warm_up=1)
+    with LocalClient(FakeEngine()) as client:
+        target = Target(client, FakeEngine().info, IN_PROCESS, None, 1, None)
+        result = measure.measure(target, T2I, settings)
+    assert result["outcomes"] == {"ok": 3} and result["interrupted"]
+    assert any("all else is whole" in note for note in result["notes"])

@@ -172,6 +172,29 @@ def test_ctrl_c_ends_loadgen_and_leaves_what_was_observed(scenario, folder):
     assert len(ended.value.rounds[0]) >= 3
 
 
+@pytest.mark.usefixtures("ctrl_c_is_heard")
+def test_ctrl_c_does_not_wait_for_who_is_never_answered(folder):
+    never = threading.Event()
+
+    def ask(number: int, scheduled: float) -> Observation:
+        with lock:
+            asked.append(number)
+            order = len(asked)
+        if order == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+        if order > 5:
+            never.wait()
+        return asker(0.0)(number, scheduled)
+
+    asked, lock = [], threading.Lock()
+    try:
+        with pytest.raises(Interrupted) as ended:
+            loadgen.drive(ask, "server", folder, seconds=60.0, rate=50.0)
+    finally:
+        never.set()
+    assert 1 <= len(ended.value.rounds[0]) <= 5
+
+
 SUMMARY = """\
 Result is : INVALID
   Performance constraints satisfied : NO

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from nuwa.runtime.bench import running, scenarios, search, serving, statistics, verdict
+from nuwa.runtime.bench import figures, running, scenarios, search, serving, statistics, verdict
 from nuwa.runtime.bench.observation import Observation
 from nuwa.runtime.bench.running import Settings
 from nuwa.runtime.bench.scenarios import Extent, Interrupted
 from nuwa.runtime.bench.search import Found, Point
 from nuwa.runtime.bench.targets import IN_PROCESS, Target
+from nuwa.runtime.bench.workload import Workload
+from nuwa.spec.tasks import Task
 
 REPETITIONS = 10
 
@@ -93,12 +95,12 @@ def always(mean: float):
     return lambda: mean
 
 
-def searched(queue: Queue, settings: Settings, monkeypatch) -> running.Seen:
+def searched(queue: Queue, settings: Settings, monkeypatch, say=lambda text: None) -> running.Seen:
     RANDOM.seed(f"work {queue.seed}")
     monkeypatch.setattr(scenarios, "server", queue.server)
     monkeypatch.setattr(scenarios, "offline", queue.offline)
     target = Target(None, None, IN_PROCESS, None, 1, None)
-    return serving.serve(None, target, settings, 2, 0)
+    return serving.serve(None, target, settings, 2, 0, say)
 
 
 def settings_of(bound: float, share: float, seconds: float, **other) -> Settings:
@@ -327,8 +329,50 @@ def test_ctrl_c_leaves_the_points_there_are(monkeypatch):
     def guess(*arguments, **named):
         raise Interrupted([[]])
 
-    queue.offline = guess
     settings = settings_of(0.5, 0.9, 30.0, outstanding=1)
     with pytest.raises(KeyboardInterrupt):
         monkeypatch.setattr(scenarios, "offline", guess)
         running.run(None, Target(None, None, IN_PROCESS, None, 1, None), settings, 0)
+
+
+@pytest.mark.parametrize("ended", [0.1, 0.0])
+def test_ctrl_c_while_it_guesses_where_to_begin_leaves_figures(monkeypatch, ended):
+    """Also where no time has passed at all."""
+    seen = [[Observation(0.0, 0.0, ended), Observation(0.0, 0.0, ended)]]
+
+    def guess(*arguments, **named):
+        raise Interrupted(seen, scenarios.sliced(seen[0], 0.0, 0.0, 1.0, 1) if ended else None)
+
+    monkeypatch.setattr(scenarios, "offline", guess)
+    settings = settings_of(0.5, 0.9, 30.0, outstanding=1)
+    target = Target(None, None, IN_PROCESS, None, 1, None)
+    told = running.run(None, target, settings, 0)
+    assert told.interrupted and told.seconds > 0 and len(told.asked) == 2
+    workload = Workload(Task.T2I)
+    found = figures.metrics(told, workload, settings, figures.Surroundings())
+    assert found["latency"]["count"] == 2 and "highest_rate" not in found
+    assert figures.in_rounds(told, workload, settings) == {}, "nothing is compared"
+    assert any("No rate was asked for yet" in note for note in told.notes)
+    none = running.Seen(seen, 0.0)
+    assert figures.metrics(none, workload, Settings(), figures.Surroundings())["throughput"]
+
+
+def test_a_search_tells_how_long_it_takes_and_how_it_goes_on(monkeypatch):
+    said = []
+    queue = Queue(always(0.05))
+    seen = searched(queue, settings_of(0.5, 0.9, 30.0), monkeypatch, said.append)
+    assert "the first 20 a second, each for up to 4 min (" in said[0]
+    assert "usually some 25 min in all, 64 min if all took" in said[0]
+    assert len(said) == 1 + len(seen.load)
+    assert said[1].startswith("20 a second: ") and "requests in" in said[1]
+    assert {each.split(": ")[1].split(",")[0] for each in said[1:]} <= {*search.VERDICTS.values()}
+
+
+def test_who_lets_a_rate_have_few_queries_is_told_so(monkeypatch):
+    queue, said = Queue(always(0.05)), []
+    settings = Settings("server", Extent(30.0, most=400), bound=0.4, share=0.99)
+    seen = searched(queue, settings, monkeypatch, said.append)
+    assert all(each["queries"] <= 400 for each in seen.load)
+    assert "each for up to 20 s (" in said[0], "no longer than the queries take"
+    (note,) = [each for each in seen.notes if each.startswith("Undecided")]
+    assert "more than 400 requests of each would tell (--queries" in note

@@ -159,6 +159,46 @@ def test_what_was_measured_before_ctrl_c_is_kept(monkeypatch):
     assert sweep.notes(found)[0] == "Interrupted: 2 of 3 settings were not measured."
 
 
+def test_what_was_measured_is_written_after_each(tmp_path, monkeypatch):
+    """As if it were the last one: who is killed leaves what Ctrl-C leaves."""
+    kept = []
+
+    def killed(path, *, slots, **others):
+        if slots == 4:
+            kept.append(json.loads((tmp_path / "sweep.json").read_text()))
+            raise SystemExit  # which nothing catches, as nothing does a kill
+        return opened(path, slots=slots, **others)
+
+    monkeypatch.setattr(sweep, "in_process", killed)
+    words = ["sweep", "b", "--task", "t2i", "--slots-of", "1,2,4", "--seconds", "0.2"]
+    main(["bench", *words, "--out", str(tmp_path)])
+    (left,) = kept
+    assert left == json.loads((tmp_path / "sweep.json").read_text()) and left["interrupted"]
+    assert [one["problem"] for one in left["outcomes"]] == ["", "", sweep.INTERRUPTED]
+    assert left["best"]["choice"]["slots"] in (1, 2)
+    assert left["notes"] == ["Interrupted: 1 of 3 settings were not measured."]
+
+
+def test_a_precision_that_cannot_be_exported_is_an_outcome(tmp_path, capsys, monkeypatch):
+    """Told once for each of its settings, and tried once."""
+    tried = []
+
+    def export(checkpoint, out, precision):
+        tried.append(precision)
+        if precision == "int8":
+            raise ValueError("numbers disagree")
+        return out
+
+    monkeypatch.setattr(making, "export", export)
+    monkeypatch.setattr(sweep, "in_process", opened)
+    words = ["--checkpoint", "c", "--precision", "fp32,int8", "--slots-of", "1,2", "--task", "t2i"]
+    assert main(["bench", "sweep", *words, "--seconds", "0.2", "--out", str(tmp_path)]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    problems = sorted(one["problem"] for one in last["outcomes"])
+    assert problems == ["", "", *["ValueError: numbers disagree"] * 2]
+    assert tried == ["fp32", "int8"]
+
+
 def test_a_faster_bundle_with_worse_scores_shows_both():
     scored = [
         outcome(name, latency, 3.0, model={"bundle_hash": name, "evaluation": {"t2i joint": joint}})
@@ -232,7 +272,8 @@ def test_an_interrupted_sweep_says_so(tmp_path, capsys, monkeypatch):
         ("a --slots-of 1,x", "--slots-of '1,x' is not N,N,..."),
         ("a --threads-of 0", "--threads-of '0': at least 1 each"),
         ("a --backends gpu", "backend 'gpu' is not one of"),
-        ("a --server x:1", "--server is not of a sweep"),
+        ("a --server x:1", "--server is of --server, and not heeded beside `sweep`"),
+        ("a --backend native-cpu", "--backend is of a bundle or --preset, --server, and not"),
         ("a --precision int8", "--precision is of --checkpoint and --preset"),
         ("--checkpoint c --precision int4 --out o", "--precision 'int4' is not one of"),
         ("--checkpoint c", "need --out"),
@@ -255,8 +296,10 @@ def test_each_precision_of_a_checkpoint_is_exported_once(tmp_path, capsys, monke
     ran, swept = [], []
     monkeypatch.setattr(making, "_run", lambda words, what: ran.append(words))
 
-    def kept(wanted, *arguments, **named):
+    def kept(wanted, *arguments, folder, **named):
         swept.extend(wanted)
+        for each in wanted:
+            folder(each)
         return sweep.ranked([measured("a", 0.1, 2.0)])
 
     monkeypatch.setattr(sweep, "sweep", kept)
@@ -276,7 +319,7 @@ def test_engines_are_built_once_for_each_list_of_buckets(tmp_path, monkeypatch):
     bundle = tmp_path / "bundle"
     (bundle / "engines").mkdir(parents=True)
     (bundle / "decoder_step.onnx").write_bytes(b"graph")
-    folder = Folders(tmp_path / "out")
+    folder = Folders(tmp_path / "out", {})
     plain = sweep.Choice(str(bundle), "tensorrt", None, 2)
     assert folder(plain) == bundle and not ran
     first = dataclasses.replace(plain, buckets=(16, 64))

@@ -367,7 +367,7 @@ def side_of(words: str, against: str, server: str | None = None) -> Side:
 
 
 def test_the_other_is_told_the_same_but_for_what_it_measures(tmp_path):
-    """With what are the defaults of this version; how long is said of each launch."""
+    """With what are the defaults of an engine in this version; how long is said of each launch."""
     python = [sys.executable, "-m", "nuwa.runtime"]
     folder, ours = str(tmp_path), ["--queue-size", "4", "--slots", "1"]
     told = f"--prompt b --task t2i b --against {folder} --out o --scores s --seconds=3 --rounds 4"
@@ -376,7 +376,7 @@ def test_the_other_is_told_the_same_but_for_what_it_measures(tmp_path):
     assert side.words == ["--instead", folder, *ours, "--prompt", "b", "--task", "t2i", "b"]
     side = side_of("--server h:1 b --against g:2 --metrics h:3 --model m --tls", "g:2", "h:1")
     words = ["--server", "h:1", "b", "--model", "m", "--tls"]
-    assert side.program == python and side.words == ["--instead", "g:2", *ours, *words]
+    assert side.program == python and side.words == ["--instead", "g:2", *words]
     side = side_of(f"b --against={sys.executable} --launches 2 --task t2v", sys.executable)
     assert (side.program, side.words) == ([sys.executable], [*ours, "b", "--task", "t2v"])
     for nothing in ("nothing", ""):
@@ -470,6 +470,12 @@ def test_processes_that_differ_by_chance_are_told_for_the_same():
     assert as_one.count("no difference") < 30, "one launch would do"
 
 
+def test_no_launch_is_asked_for_more_than_it_may_have():
+    each = bench_against.each_launch(Extent(10.0, rounds=10, least=7, most=8), 5)
+    assert [one.most for one in each] == [1, 2, 1, 2, 2] and sum(one.least for one in each) == 6
+    assert all(one.least <= one.most for one in each)
+
+
 def slow(seconds: float) -> FakeEngine:
     engine = FakeEngine()
     step = engine.step
@@ -487,7 +493,8 @@ def test_two_servers_in_turns(tmp_path, capsys):
     printed = capsys.readouterr()
     last = json.loads(printed.out.splitlines()[-1])
     assert status == last["status"] == 1, "this one is slower"
-    (latency, failed) = last["differences"]
+    (latency, tail, failed) = last["differences"]
+    assert tail["name"] == "latency p90"
     assert latency["verdict"] == "slower" and latency["ratio"] > 1.05 and latency["launches"] == []
     assert failed["verdict"] == "no difference"
     assert (last["a"], last["b"], last["launches"]) == (a.address, "this", 1)
