@@ -9,8 +9,9 @@ launches: device (kernels and the gaps between them; which, `nsys profile` shows
 
 With --reference the same sizes are decoded by PyTorch, one token at a time (torch_reference.py),
 before and after. For TensorRT engines are built first, with the plugins of 3DNA; it is an error if
-there are none, except with --function-bodies. Each batch size runs in a process of its own. The
-last line is JSON.
+there are none, except with --function-bodies. They stay in a BUNDLE and are too narrow for guided
+clips: build others to serve it. Each batch size runs in a process of its own. The last line is
+JSON.
 
     python benchmarks/batches.py BUNDLE
     python benchmarks/batches.py --random base --backend onnxruntime-cuda --reference
@@ -45,7 +46,7 @@ from nuwa.runtime.engine import Engine, load_engine
 from nuwa.spec import engines
 from nuwa.spec.config import PRESETS, ModelConfig
 from nuwa.spec.grid import Grid
-from nuwa.spec.manifest import PRECISIONS
+from nuwa.spec.manifest import MANIFEST, PRECISIONS, Manifest
 from nuwa.spec.plan import decode_plan
 from nuwa.spec.sampling import Sampling
 from nuwa.spec.tasks import Task
@@ -71,6 +72,11 @@ def main() -> int:
     parser.add_argument(
         "--function-bodies", action="store_true", help="TensorRT without the plugins of 3DNA"
     )
+    parser.add_argument(
+        "--timing-cache",
+        type=Path,
+        help="of TensorRT, which times a kernel once then (default: one for all batch sizes)",
+    )
     parser.add_argument("--reference", action="store_true", help="time PyTorch too")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
@@ -84,6 +90,8 @@ def main() -> int:
         parser.error(f"{error}, or use --function-bodies")
     with tempfile.TemporaryDirectory() as folder:
         bundle = options.bundle or made(options, Path(folder))
+        if options.backend == engines.TENSORRT:
+            options.timing_cache = options.timing_cache or Path(folder) / "timings"
         if len(options.batches) > 1:
             report = measure_apart(bundle, options)
         else:
@@ -122,6 +130,8 @@ def measure_apart(bundle: Path, options: argparse.Namespace) -> dict:
         command += ["--frames", *map(str, options.frames)]
         command += ["--reference"] * options.reference
         command += ["--function-bodies"] * options.function_bodies
+        if options.timing_cache is not None:
+            command += ["--timing-cache", str(options.timing_cache)]
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         *lines, last = said.splitlines()
         print("\n".join(lines), flush=True)
@@ -143,8 +153,7 @@ def measure(bundle: Path, options: argparse.Namespace) -> dict:
     print(f"copying: {bandwidth / 1e9:.0f} GB/s")
     (batch,) = options.batches
     if options.backend in engines.RUNTIMES:
-        wanted = EngineOptions(options.backend, slots=batch, plugins=plugins(options))
-        _, record = build_engines(bundle, wanted)
+        _, record = build_engines(bundle, engine_options(bundle, options))
         report["tensorrt"] = record.key.version
         report["plugin_abi"] = record.key.plugin_abi
     engine = load_engine(bundle, slots=batch, threads=options.threads, backend=options.backend)
@@ -174,6 +183,21 @@ def _split(row: dict) -> str:
         return ""
     device, gap = (statistics.mean(row[f"{name}_seconds"]) for name in ("device", "gap"))
     return f"; of a step {1e3 * device:.3f} ms device, {1e3 * gap:.3f} ms gap"
+
+
+def engine_options(bundle: Path, options: argparse.Namespace) -> EngineOptions:
+    """Of engines that do what is measured, and no more: generations without guidance."""
+    decoder = Manifest.from_json((bundle / MANIFEST).read_text()).config.decoder
+    height, width = decoder.grid.height, decoder.grid.width
+    waves = [decode_plan(decoder, Grid(each, height, width)).widest for each in options.frames]
+    (batch,) = options.batches
+    return EngineOptions(
+        options.backend,
+        slots=batch,
+        most_rows=batch * max(waves),
+        plugins=plugins(options),
+        timing_cache=options.timing_cache,
+    )
 
 
 def plugins(options: argparse.Namespace) -> Path | None:

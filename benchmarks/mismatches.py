@@ -5,8 +5,14 @@ differ, both were fed the same, so draws of that wave and of those before are co
 ones are not: what differs there follows from what differed before. Of each compared draw: by how
 much its logits differ, and its margin: how far off logits may be, each in any direction, without
 another token being drawn. A draw that differs though its margin exceeds what its logits differ by
-is unexplained. Drawn at temperature 1, without top-k and top-p. The last line is JSON; exit code 1
-if a draw is unexplained, or more than --most-differing of them differ.
+is unexplained. Drawn at temperature 1, without top-k and top-p.
+
+ONNX Runtime gives no logits of the steps that it records, so that those are others. Then requests
+are generated again, as many side by side as --batches says, one number after the other, by steps
+that are recorded and by steps of the same sizes that are not. Of these all tokens must be equal.
+
+The last line is JSON; exit code 1 if a draw is unexplained, if more than --most-differing of them
+differ, or if a recorded step gave other tokens.
 
     python benchmarks/mismatches.py BUNDLE --backend tensorrt
     python benchmarks/mismatches.py BUNDLE --backend onnxruntime-cpu --reference native-cpu
@@ -27,8 +33,9 @@ import numpy as np
 from hardware import hardware
 from throughput import mixed
 
-from nuwa.runtime.backends.base import BACKENDS, ONNXRUNTIME_CPU
+from nuwa.runtime.backends.base import BACKENDS, ONNXRUNTIME_CPU, ONNXRUNTIME_CUDA
 from nuwa.runtime.backends.choice import make_backend
+from nuwa.runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda
 from nuwa.runtime.bundle import open_bundle
 from nuwa.runtime.core import GenerationRequest
 from nuwa.runtime.engine import Engine, cache_slots, condition_slots, usual_rows
@@ -51,6 +58,14 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
         "--most-differing", type=float, default=0.01, help="share of draws (%(default)s)"
+    )
+    parser.add_argument(
+        "--batches",
+        type=int,
+        nargs="+",
+        default=[1, 32, 1],
+        metavar="N",
+        help=f"recorded and unrecorded steps of {ONNXRUNTIME_CUDA} (%(default)s)",
     )
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
@@ -87,11 +102,25 @@ def main() -> int:
         report[name] = sum(row[name] for row in rows)
     report["rate"] = report["differing"] / max(1, report["draws"])
     report["most_differing"] = options.most_differing
+    report["recorded"] = None
+    if options.backend == ONNXRUNTIME_CUDA:
+        del reference, other  # what they have on the GPU
+        report["recorded"] = row = recorded(
+            *(batch_engine(options, recording=each) for each in (True, False)),
+            requests[next(iter(options.tasks or requests))],
+            options.batches,
+        )
+        print(
+            f"recorded steps: {row['differing']} of {row['generations']} generations differ from "
+            f"those of unrecorded ones; sizes were recorded {row['graphs']} times",
+            flush=True,
+        )
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report))
-    return int(report["unexplained"] > 0 or report["rate"] > options.most_differing)
+    wrong = report["recorded"] is not None and report["recorded"]["differing"] > 0
+    return int(report["unexplained"] > 0 or report["rate"] > options.most_differing or wrong)
 
 
 @dataclass(frozen=True)
@@ -156,6 +185,73 @@ def decoder(folder: Path, backend: str, options: argparse.Namespace) -> Decoder:
         logits=True,
     )
     return Decoder(Engine(bundle, made, slots=1))
+
+
+def batch_engine(options: argparse.Namespace, *, recording: bool) -> Engine:
+    """For as many requests side by side as there are at most; its calls are padded in any case."""
+    bundle, slots = open_bundle(options.bundle), max(options.batches)
+    backend = OnnxRuntimeCuda(
+        bundle,
+        cache_slots=cache_slots(slots),
+        condition_slots=condition_slots(slots),
+        rows=usual_rows(slots, bundle.manifest.config.decoder),
+        threads=options.threads,
+        recording=recording,
+    )
+    return padding(Engine(bundle, backend, slots=slots))
+
+
+def padding(engine: Engine) -> Engine:
+    """Makes the calls of an engine on OnnxRuntimeCuda as wide as those that are recorded."""
+    step = engine._backend._step  # type: ignore[attr-defined]
+    if step is not None:  # else its tokens are on the host, and nothing is recorded
+        step.padding = True
+    return engine
+
+
+def recorded(
+    recording: Engine, unrecorded: Engine, requests: list[GenerationRequest], batches: list[int]
+) -> dict[str, Any]:
+    """What two engines make of the same requests, of which there are as many as batches need.
+
+    graphs: how often a size was recorded, recording: whether sizes still are.
+    """
+    differing = generations = 0
+    for batch in batches:
+        seeded = [replace(requests[index % len(requests)], seed=index) for index in range(batch)]
+        for mine, theirs in zip(
+            together(recording, seeded), together(unrecorded, seeded), strict=True
+        ):
+            differing += not np.array_equal(mine, theirs)
+            generations += 1
+    step = recording._backend._step  # type: ignore[attr-defined]
+    return {
+        "batches": batches,
+        "generations": generations,
+        "differing": differing,
+        "graphs": 0 if step is None else step.made,
+        "recording": step is not None and step.recording,
+    }
+
+
+def together(engine: Engine, requests: list[GenerationRequest]) -> list[np.ndarray]:
+    """The tokens i32 [F, h, w] of requests that are decoded side by side."""
+    prepared = [engine.prepare(each) for each in requests]
+    for slot, each in enumerate(prepared):
+        engine.admit(each, slot)
+    frames: dict[int, list[np.ndarray]] = {slot: [] for slot in range(len(requests))}
+    left = set(frames)
+    while left:
+        for step in engine.step():
+            if step.error is not None:
+                raise step.error
+            frames[step.slot] += [tokens for _, tokens in step.frames]
+            if step.done:
+                engine.release(step.slot)
+                left.discard(step.slot)
+    for each in prepared:
+        each.close()
+    return [np.stack(each) for each in frames.values()]
 
 
 @dataclass(frozen=True)

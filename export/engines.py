@@ -64,15 +64,18 @@ class EngineError(ValueError):
 @dataclass(frozen=True)
 class EngineOptions:
     """targets: architectures, "sm_89", for TensorRT-RTX; () is this machine's GPU. slots: requests
-    that decode side by side; rows: see ROWS; plugins: the plugin library, None for function bodies;
-    timing_cache: a file that is read if it is there, and written; version_compatible: later
-    versions of the same major TensorRT can run them.
+    that decode side by side; rows: see ROWS; most_rows: that a call may have, which is less to
+    build where there are no guided clips, None for as many as such clips of any length have in all
+    slots; plugins: the plugin library, None for function bodies; timing_cache: a file that is read
+    if it is there, and written; version_compatible: later versions of the same major TensorRT can
+    run them.
     """
 
     runtime: str = TENSORRT_RTX
     targets: tuple[str, ...] = ()
     slots: int = 1
     rows: tuple[int, ...] = ROWS
+    most_rows: int | None = None
     plugins: Path | None = None
     timing_cache: Path | None = None
     version_compatible: bool = False
@@ -84,6 +87,8 @@ class EngineOptions:
             raise ValueError(f"slots {self.slots} is not at least 1")
         if not self.rows or list(self.rows) != sorted({*self.rows}) or self.rows[0] < 1:
             raise ValueError(f"rows {list(self.rows)} are not rising numbers from 1 on")
+        if self.most_rows is not None and self.most_rows < 1:
+            raise ValueError(f"most_rows {self.most_rows} is not at least 1")
         for target in self.targets:
             if not re.fullmatch(r"sm_\d{2,3}", target):
                 raise ValueError(f"target {target!r} is not an architecture such as sm_89")
@@ -143,7 +148,7 @@ def build_engines(
         record = EngineRecord(
             key=key,
             slots=options.slots,
-            rows=options.rows,
+            rows=tuple(each["T"][2] for each in _size_ranges(DECODER_STEP, manifest, options)),
             version_compatible=options.version_compatible,
             files={path.name: file_hash(path) for path in sorted(partial.iterdir())},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -156,12 +161,19 @@ def build_engines(
     return folder, record
 
 
-def size_ranges(graph: str, config: ModelConfig, slots: int, rows: Sequence[int]) -> list[dict]:
+def size_ranges(
+    graph: str,
+    config: ModelConfig,
+    slots: int,
+    rows: Sequence[int],
+    most_rows: int | None = None,
+) -> list[dict]:
     """The profiles of a graph: for each, what its dynamic sizes may be, a Range by name.
 
     decoder_step has one for each range of rows, and more, each four times as wide, if a wave of a
-    guided clip in every slot is wider than the last; what its caches hold is fixed by the slots.
-    W ends at what a TopK can sort, which in a large codebook is not all codes.
+    guided clip in every slot is wider than the last; with most_rows they end there. What its caches
+    hold is fixed by the slots. W ends at what a TopK can sort, which in a large codebook is not all
+    codes.
     """
     layout, grid = ConditionLayout.of(config), config.decoder.grid
     cells = grid.height * grid.width
@@ -176,14 +188,18 @@ def size_ranges(graph: str, config: ModelConfig, slots: int, rows: Sequence[int]
     caches, conditions = 2 * slots, slots + CONDITION_SLOTS_AHEAD
     fixed = {"S": (caches,) * 3, "C": (conditions,) * 3}
     columns = {"m": (1, min(32, entries), entries), "W": (1, 1, widest)}
-    usual = caches * widest_wave(config.decoder)
-    rows = list(rows)
+    usual = most_rows or caches * widest_wave(config.decoder)
+    rows = sorted({min(each, most_rows or each) for each in rows})
     while rows[-1] < usual:
         rows.append(min(4 * rows[-1], usual))
     least = [1, *(most + 1 for most in rows[:-1])]
     return [
         fixed | columns | {"T": (low, most, most)} for low, most in zip(least, rows, strict=True)
     ]
+
+
+def _size_ranges(graph: str, manifest: Manifest, options: EngineOptions) -> list[dict]:
+    return size_ranges(graph, manifest.config, options.slots, options.rows, options.most_rows)
 
 
 def _build(
@@ -199,8 +215,7 @@ def _build(
         raise EngineError(f"{options.runtime} cannot read {path}: {errors}")
     logger.warnings = logging.WARNING
     config = builder.create_builder_config()
-    ranges = size_ranges(graph, manifest.config, options.slots, options.rows)
-    for profile in _profiles(builder, network, ranges):
+    for profile in _profiles(builder, network, _size_ranges(graph, manifest, options)):
         config.add_optimization_profile(profile)
     if options.runtime == TENSORRT_RTX:  # memory that contexts bring: without, none can be recorded
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)

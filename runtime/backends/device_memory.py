@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import itertools
 import threading
 import weakref
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from ..errors import DeviceLostError, UnavailableError
 
 ALIGNMENT = 256  # of what is allocated, and of what TensorRT reads and writes
 _LEAST_STAGING = 1 << 20  # bytes of pinned memory: what a stream stages, and what a step sends up
+_LANDING = 1 << 16  # bytes of pinned memory: what a step answers, and the tokens of a clip
 
 # After these a process can do nothing more with the GPU: every later call fails the same way. With
 # the numbers that cudaError_t gives them. An unknown error is of the driver or of the GPU itself,
@@ -56,7 +58,7 @@ class DeviceMemory(Protocol):
     """kind and index: of the device, as ONNX Runtime calls them; stream: a cudaStream_t, or 0;
     target: the architecture, "sm_90"; model: what its maker calls it, "NVIDIA H200".
 
-    For one thread, but for `check` and `enter`. What it allocated it gives back when nobody has it
+    For one thread, but for `ask` and `enter`. What it allocated it gives back when nobody has it
     any more.
     """
 
@@ -97,14 +99,21 @@ class DeviceMemory(Protocol):
     def check(self) -> None:
         """DeviceLostError if the device is lost, for which it waits for the stream."""
 
+    def ask(self) -> None:
+        """DeviceLostError if the device is known to be lost. In any thread: the stream may be being
+        recorded, which would fail if somebody else waited for it.
+        """
+
     def record(self, work: Callable[[], None]) -> Recording:
         """What `work` puts into the stream, without doing it; RuntimeError if that cannot be.
 
         `work` copies and clears on the device and puts; all else would not be in the recording.
         """
 
-    def abandon(self) -> None:
-        """Ends a recording that someone else has begun in the stream and not ended."""
+    def abandon(self) -> bool:
+        """Ends a recording that someone else has begun in the stream and not ended, if there is
+        one; whether there was.
+        """
 
     def enter(self) -> None:
         """Before others use the device in this thread: recordings elsewhere do not concern it."""
@@ -165,6 +174,9 @@ class HostMemory:
     def check(self) -> None:
         """A processor is not lost."""
 
+    def ask(self) -> None:
+        """As `check`."""
+
     def record(self, work: Callable[[], None]) -> Recording:
         self._not_recorded("record")
         recorded: list[Callable[[], None]] = []
@@ -175,8 +187,9 @@ class HostMemory:
             self._recorded = None
         return _HostRecording(tuple(recorded))
 
-    def abandon(self) -> None:
+    def abandon(self) -> bool:
         """Nobody else records."""
+        return False
 
     def enter(self) -> None:
         """A processor is for all threads."""
@@ -202,8 +215,9 @@ class _HostRecording:
 class CudaMemory:
     """DeviceMemory of a GPU, through cuda-python; its stream does not wait for any other.
 
-    Uploads pass through pinned memory, from where the GPU reads while the host goes on.
-    UnavailableError without that package, without a driver and where there is no such GPU.
+    Uploads pass through pinned memory, from where the GPU reads while the host goes on, and small
+    downloads, for which the driver needs none of its own then. UnavailableError without that
+    package, without a driver and where there is no such GPU.
     """
 
     kind = "cuda"
@@ -224,12 +238,13 @@ class CudaMemory:
             raise UnavailableError(f"there is no usable GPU: {self._say(status)}")
         if not 0 <= index < count:
             raise UnavailableError(f"there is no GPU {index}: this machine has {count}")
-        (stream,) = self._call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking)
-        self.stream = int(stream)
+        self.stream = self._new_stream()
+        self._asking = self._new_stream()  # always empty
         self._held: set[int] = set()
         self._staging: list[int] = []  # the address of the pinned memory, if there is some
         self._staging_size = self._staged = 0
-        held = (self.stream, self._held, self._staging)
+        self._landing: list[int] = []  # likewise
+        held = ((self.stream, self._asking), self._held, (self._staging, self._landing))
         weakref.finalize(self, _give_back, runtime, index, *held).atexit = False
 
     def allocate(self, size: int) -> int:
@@ -251,8 +266,12 @@ class CudaMemory:
     def download(self, address: int, array: npt.NDArray) -> None:
         assert array.flags.c_contiguous
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, self.stream)
+        to, size = array.ctypes.data, array.nbytes
+        landing = self._landed() if size <= _LANDING else to
+        self._call("cudaMemcpyAsync", landing, address, size, kind, self.stream)
         self.wait()
+        if landing != to:
+            ctypes.memmove(to, landing, size)
 
     def copy(self, address: int, to: int, size: int) -> None:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
@@ -273,6 +292,11 @@ class CudaMemory:
         with contextlib.suppress(RuntimeError):
             self._call("cudaStreamSynchronize", self.stream)
 
+    def ask(self) -> None:
+        # As `check`, of a stream in which there is nothing to wait for, and that nobody records.
+        with contextlib.suppress(RuntimeError):
+            self._call("cudaStreamSynchronize", self._asking)
+
     def record(self, work: Callable[[], None]) -> Recording:
         """A CUDA graph."""
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
@@ -289,11 +313,13 @@ class CudaMemory:
             self._call("cudaGraphDestroy", graph)
         return _CudaGraph(self, made)
 
-    def abandon(self) -> None:
+    def abandon(self) -> bool:
         none = self._cuda.cudaStreamCaptureStatus.cudaStreamCaptureStatusNone
         (status,) = self._call("cudaStreamIsCapturing", self.stream)
-        if status != none:
-            self._cuda.cudaStreamEndCapture(self.stream)  # which says that it has failed
+        if status == none:
+            return False
+        self._cuda.cudaStreamEndCapture(self.stream)  # which says that it has failed
+        return True
 
     def enter(self) -> None:
         if getattr(self._local, "entered", False):
@@ -319,6 +345,17 @@ class CudaMemory:
         (address,) = self._call("cudaMallocHost", size)
         self._staging.append(int(address))
         self._staging_size = size
+
+    def _landed(self) -> int:
+        """Pinned memory for what a small download brings, until the next one."""
+        if not self._landing:
+            (address,) = self._call("cudaMallocHost", _LANDING)
+            self._landing.append(int(address))
+        return self._landing[0]
+
+    def _new_stream(self) -> int:
+        (stream,) = self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
+        return int(stream)
 
     @cached_property
     def target(self) -> str:
@@ -374,17 +411,25 @@ class _CudaGraph:
         self._destroy()
 
 
-def _give_back(cuda: Any, index: int, stream: int, held: set[int], staging: list[int]) -> None:
+def _give_back(
+    cuda: Any,
+    index: int,
+    streams: tuple[int, ...],
+    held: set[int],
+    pinned: tuple[list[int], ...],
+) -> None:
     """Frees what a CudaMemory had, in any thread; of a lost GPU that fails, which harms nobody."""
     _, before = cuda.cudaGetDevice()
     cuda.cudaSetDevice(index)
     _ignore_recordings(cuda)
-    cuda.cudaStreamSynchronize(stream)
+    for stream in streams:
+        cuda.cudaStreamSynchronize(stream)
     for address in held:
         cuda.cudaFree(address)
-    for address in staging:
+    for address in itertools.chain(*pinned):
         cuda.cudaFreeHost(address)
-    cuda.cudaStreamDestroy(stream)
+    for stream in streams:
+        cuda.cudaStreamDestroy(stream)
     if before is not None:
         cuda.cudaSetDevice(before)
 

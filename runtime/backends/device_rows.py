@@ -90,7 +90,8 @@ class _Held:
 class DeviceRows:
     """The part of Backend that concerns streams. A call: begin, gather, the graph, commit, finish.
 
-    generation: changes when the memory of calls does, and what was recorded is of no use any more.
+    generation: changes when the memory of calls does, and what was recorded is of no use any more;
+    capacity: rows that there is room for.
     library: libnuwa_rows.so, built for the device that `memory` is of. UnavailableError if it is
     of another version. rows, lanes: of usual calls, for which room is made at once; widest: the
     most candidates that the graph can sort, None for all codes.
@@ -123,7 +124,7 @@ class DeviceRows:
         self._call.text_place = self._constant(self._columns.place)
         self._ranks = self._constant(np.arange(self._codebook_size, dtype=np.int32))
         self._bias = None if self._columns.bias is None else self._constant(self._columns.bias)
-        self._capacity = self._lane_capacity = self._parts = self.generation = 0
+        self.capacity = self._lane_capacity = self._parts = self.generation = 0
         self._make_room(max(rows, 16), max(lanes, 4))
 
     def open(self, stream: Stream) -> None:
@@ -171,7 +172,7 @@ class DeviceRows:
         needed = sum(part.count for part, _ in pairs)
         total = needed if rows is None else rows
         assert total >= needed, "a call cannot be padded to less than it has"
-        if total > self._capacity or len(pairs) > self._lane_capacity:
+        if total > self.capacity or len(pairs) > self._lane_capacity:
             self._make_room(total, len(pairs))
         call, columns = self._call, self._columns.count(pairs)
         call.rows, call.m = total, columns
@@ -256,12 +257,12 @@ class DeviceRows:
     def _make_room(self, rows: int, lanes: int) -> None:
         """For calls of so many rows and lanes, at new addresses where there was less."""
         self.memory.wait()  # the last call may still run where this one's room was
-        if rows > self._capacity:
-            rows = max(rows, 2 * self._capacity)
+        if rows > self.capacity:
+            rows = max(rows, 2 * self.capacity)
             arrays = self._arrays(len(self._columns.place))
             sizes = {name: 4 * rows * int(np.prod(wide)) for name, _, wide in arrays}
             self._move(sizes | {"drawn": 4 * rows})
-            self._capacity = rows
+            self.capacity = rows
         if lanes > self._lane_capacity:
             lanes = max(lanes, 2 * self._lane_capacity)
             self._move({"lanes": lanes * _LANE.itemsize, "finite": 4 * lanes})
@@ -311,8 +312,12 @@ class DeviceRows:
 
 
 def padded(rows: int) -> int:
-    """How many rows a call of so many gets: of few sizes, and at most half as many again."""
+    """How many rows a call of so many gets: of few sizes, and at most half as many again; of more
+    than 128, where what a step takes goes by its rows, an eighth.
+    """
     power = 1 << (rows - 1).bit_length()
+    if rows > 128:
+        return -(-rows // (power // 16)) * (power // 16)
     return 3 * power // 4 if rows <= 3 * power // 4 else power
 
 

@@ -133,7 +133,7 @@ class OnnxRuntimeCuda:
         self._text = self._session(TEXT_ENCODER)
         self._tokenizer = self._session(IMAGE_TOKENIZER)
         self._detokenizer = self._session(IMAGE_DETOKENIZER)
-        kept = self._keep_rows(kernels, rows, memory)
+        kept = self._keep_rows(kernels, rows, cache_slots, memory)
         recording = recording and isinstance(kept, DeviceRows) and not logits and _can_record()
         self._decoder, recording = self._open_decoder(kept, recording)
         self.runs_on = ", ".join(
@@ -163,7 +163,7 @@ class OnnxRuntimeCuda:
         self._step: DeviceStep | None = None
         if isinstance(kept, DeviceRows):
             self._step = DeviceStep(
-                self._decoder, new_binding, kept.memory, recording=recording, synchronous=logits
+                self._decoder, new_binding, kept, recording=recording, synchronous=logits
             )
         else:
             self._binding = new_binding()
@@ -201,7 +201,7 @@ class OnnxRuntimeCuda:
                 self.logits = np.empty((count, self._codebook_size), np.float32)
             with self.launching():
                 self._rows.gather()
-                with self._device_checked():
+                with self._device_checked(self._rows.memory.check):
                     self._step.run(tensors, self.logits)
                 self._rows.commit()
             return self._rows.finish()
@@ -252,6 +252,7 @@ class OnnxRuntimeCuda:
         self,
         kernels: Path | None,
         rows: int,
+        lanes: int,
         new_memory: Callable[[], DeviceMemory] | None,
     ) -> DeviceRows | HostTokens:
         """On the device where that can be."""
@@ -262,7 +263,7 @@ class OnnxRuntimeCuda:
                 new_memory = partial(CudaMemory, self.device_id)
         try:
             kernels = kernels or plugins_trt.rows()
-            return DeviceRows(new_memory(), kernels, config, rows)
+            return DeviceRows(new_memory(), kernels, config, rows, lanes)
         except (FileNotFoundError, UnavailableError) as error:
             log.info("tokens stay on the host: %s", error)
             return HostTokens()
@@ -338,11 +339,12 @@ class OnnxRuntimeCuda:
             session.run_with_iobinding(binding)
 
     @contextmanager
-    def _device_checked(self) -> Iterator[None]:
+    def _device_checked(self, check: Callable[[], None] | None = None) -> Iterator[None]:
         """Where ONNX Runtime fails because the GPU is lost, DeviceLostError instead.
 
         Its errors are all of one kind, and those of libraries that CUDA failed in do not say why:
-        cuda-python is asked, too, where it is there.
+        cuda-python is asked, too, where it is there. check: how, in the thread of steps; others
+        must leave their stream alone, in which a step may be being recorded.
         """
         if isinstance(self._rows, DeviceRows):
             self._rows.memory.enter()
@@ -354,7 +356,7 @@ class OnnxRuntimeCuda:
                     f"GPU {self.device_id} is lost to this process ({error})"
                 ) from error
             if isinstance(self._rows, DeviceRows):
-                self._rows.memory.check()
+                (check or self._rows.memory.ask)()
             raise
 
     def _bind_cpu_output(self, name: str, array: npt.NDArray) -> None:

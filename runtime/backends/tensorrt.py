@@ -40,6 +40,7 @@ from nuwa.spec.manifest import (
     condition_outputs,
     file_hash,
 )
+from nuwa.spec.plan import widest_wave
 
 from ..bundle import Bundle
 from ..core import Pixels
@@ -137,6 +138,13 @@ class TensorRt:
         self._preparing = preparing
         self._ranges = self._decoder.ranges("tokens")
         _, self.most_rows = self._ranges[-1]
+        if self.most_rows < (usual := cache_slots * widest_wave(config.decoder)):
+            log.warning(
+                "these engines take no calls of more than %d rows, and guided clips in all slots "
+                "may need %d: calls that do fail",
+                self.most_rows,
+                usual,
+            )
         self.most_candidates = min(most for _, most in self._decoder.ranges("ranks"))
         self._rows = DeviceRows(
             self._memory,

@@ -187,6 +187,7 @@ def test_a_tensorrt_that_is_not_there_is_named(bundle, monkeypatch):
         ({"runtime": "onnx"}, "runtime 'onnx' is not one of tensorrt, tensorrt-rtx"),
         ({"slots": 0}, "slots 0 is not at least 1"),
         ({"rows": (16, 1)}, r"rows \[16, 1\] are not rising numbers"),
+        ({"most_rows": 0}, "most_rows 0 is not at least 1"),
         ({"rows": ()}, r"rows \[\] are not rising numbers"),
         ({"targets": ("sm89",)}, "target 'sm89' is not an architecture such as sm_89"),
         ({"runtime": "tensorrt", "targets": ("sm_90",)}, "leave --target out"),
@@ -248,6 +249,25 @@ def test_profiles_are_for_what_the_runtime_asks(manifest):
     assert many[-1][2] == usual
     for (_, _, before), (least, best, most) in itertools.pairwise(many):
         assert least == before + 1 and best == most <= max(4 * before, 16)
+
+
+@pytest.mark.parametrize(("most", "ends"), [(None, (1, 16)), (8, (1, 8))])
+def test_a_record_says_how_many_rows_calls_may_have(bundle, tmp_path, monkeypatch, most, ends):
+    monkeypatch.setattr(building, "_build", lambda *_: b"an engine")
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy, ignore=shutil.ignore_patterns(ENGINES))
+    options = EngineOptions(targets=("sm_89",), rows=(1, 16), most_rows=most)
+    assert build_engines(copy, options)[1].rows == ends
+
+
+def test_profiles_end_where_no_call_is_wider(manifest):
+    def ends(rows, most):
+        return [each["T"] for each in size_ranges("decoder_step", manifest.config, 3, rows, most)]
+
+    assert ends((1, 16, 64), 20) == [(1, 1, 1), (2, 16, 16), (17, 20, 20)]
+    assert ends((1, 16, 64), 64) == [(1, 1, 1), (2, 16, 16), (17, 64, 64)]
+    assert ends((1, 16), 100) == [(1, 1, 1), (2, 16, 16), (17, 64, 64), (65, 100, 100)]
+    assert ends((16, 64), 11) == [(1, 11, 11)]
 
 
 def test_profiles_reach_the_waves_of_clips_of_any_length():

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from nuwa.export.engines import EngineOptions  # noqa: E402
 from nuwa.runtime.bench import making  # noqa: E402
 from nuwa.spec.config import preset  # noqa: E402
 from nuwa.spec.engines import TENSORRT, TENSORRT_RTX  # noqa: E402
+from nuwa.spec.manifest import MANIFEST  # noqa: E402
+from nuwa.spec.plan import decode_plan  # noqa: E402
 from nuwa.training.sampling import sample  # noqa: E402
 
 from .calls import Sizes  # noqa: E402
@@ -133,6 +136,35 @@ def test_engines_that_are_measured_have_the_plugins(load, monkeypatch, tmp_path)
         assert ("--plugins" in ran[-1]) == (wanted is not None)
     options = argparse.Namespace(backend=TENSORRT, function_bodies=True)
     assert batches.plugins(options) is None
+
+
+def test_engines_that_are_measured_are_as_wide_as_what_is(load, tmp_path, monkeypatch, capsys):
+    """And TensorRT times what they have in common once."""
+    batches = load("batches")
+    config = preset("base")
+    manifest = types.SimpleNamespace(config=config)
+    monkeypatch.setattr(batches, "Manifest", types.SimpleNamespace(from_json=lambda _: manifest))
+    (tmp_path / MANIFEST).write_text("{}")
+    options = argparse.Namespace(
+        backend=TENSORRT, function_bodies=True, batches=[4], frames=[1, 10], timing_cache=None
+    )
+    widest = decode_plan(config.decoder, config.decoder.grid).widest
+    assert batches.engine_options(tmp_path, options).most_rows == 4 * widest
+    options.frames = [1]
+    assert batches.engine_options(tmp_path, options).most_rows < 4 * widest
+    ran: list[list[str]] = []
+
+    def run(words, **_):
+        ran.append(words)
+        return types.SimpleNamespace(stdout='{"batches": [1]}')
+
+    monkeypatch.setattr(batches.subprocess, "run", run)
+    command = ["batches.py", str(tmp_path), "--backend", TENSORRT, "--function-bodies"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert batches.main() == 0
+    caches = {words[words.index("--timing-cache") + 1] for words in ran}
+    assert len(ran) == 2 and len(caches) == 1
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["batches"] == [1, 1]
 
 
 def test_what_a_row_must_read_of_a_text(load):

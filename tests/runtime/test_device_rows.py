@@ -347,6 +347,7 @@ class Cuda:
         self.cudaError_t = type("cudaError_t", (), {n: Status(n) for n in names})
         self.devices, self.fails, self.calls = devices, fails, []
         self.allocated, self.pinned = itertools.count(4096, 4096), {}
+        self.streams = itertools.count(77)
         self.capturing = 0  # a cudaStreamCaptureStatus
 
     def __getattr__(self, name):
@@ -359,6 +360,8 @@ class Cuda:
                 return (status, None) if said else (status,)
             if name == "cudaMalloc":
                 return status, next(self.allocated)
+            if name == "cudaStreamCreateWithFlags":
+                return status, next(self.streams)
             if name == "cudaMallocHost":
                 memory = ctypes.create_string_buffer(*arguments)
                 self.pinned[ctypes.addressof(memory)] = memory
@@ -366,7 +369,7 @@ class Cuda:
             if name == "cudaFreeHost":
                 del self.pinned[arguments[0]]
             values = {"cudaGetDeviceCount": self.devices, "cudaGetDevice": 1}
-            values |= {"cudaStreamCreateWithFlags": 77, "cudaGetErrorString": b"so it says"}
+            values |= {"cudaGetErrorString": b"so it says"}
             values |= {"cudaStreamEndCapture": "graph", "cudaGraphInstantiate": "made"}
             values |= {"cudaStreamIsCapturing": self.capturing}
             values |= {"cudaThreadExchangeStreamCaptureMode": 0}
@@ -412,19 +415,48 @@ def test_memory_of_a_gpu_is_asked_for_in_one_stream(cuda):
     array = np.array([1, 2, 3], np.int32)
     memory.upload(array, 4096)
     memory.download(4096, array)
-    ((pinned, memory_there),) = fake.pinned.items()
-    assert memory_there.raw[:12] == array.tobytes()
+    (pinned, memory_there), (landing, _) = fake.pinned.items()
+    assert memory_there.raw[:12] == np.array([1, 2, 3], np.int32).tobytes()
+    assert (array == 0).all(), "what is in the pinned memory now"
     assert fake.calls[1:] == [
         ("cudaSetDevice", 1),
         ("cudaThreadExchangeStreamCaptureMode", 1),
+        ("cudaStreamCreateWithFlags", 1),
         ("cudaStreamCreateWithFlags", 1),
         ("cudaMalloc", 10),
         ("cudaStreamSynchronize", 77),
         ("cudaMallocHost", 1 << 20),
         ("cudaMemcpyAsync", 4096, pinned, 12, 1, 77),
-        ("cudaMemcpyAsync", array.ctypes.data, 4096, 12, 2, 77),
+        ("cudaMallocHost", 1 << 16),
+        ("cudaMemcpyAsync", landing, 4096, 12, 2, 77),
         ("cudaStreamSynchronize", 77),
     ]
+
+
+def test_what_is_brought_back_lands_in_the_same_pinned_memory_if_it_is_small(cuda):
+    fake = cuda(Cuda())
+    memory = CudaMemory()
+    small, large = np.zeros(1 << 14, np.int32), np.zeros((1 << 14) + 1, np.int32)
+    for array in (small, small[:1], large):
+        memory.download(4096, array)
+    ((landing, _),) = fake.pinned.items()
+    places = [to for to, *_ in fake.named("cudaMemcpyAsync")]
+    assert places == [landing, landing, large.ctypes.data]
+
+
+def test_who_asks_in_another_thread_leaves_the_stream_alone(cuda):
+    """A recording of it would fail."""
+    fake = cuda(Cuda())
+    memory = CudaMemory()
+    fake.calls.clear()
+    with futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(memory.ask).result()
+        assert fake.named("cudaStreamSynchronize") == [[78]] and memory.stream == 77
+        fake.fails = {"cudaStreamSynchronize": "cudaErrorStreamCaptureUnsupported"}
+        pool.submit(memory.ask).result()
+        fake.fails = {"cudaStreamSynchronize": "cudaErrorIllegalAddress"}
+        with pytest.raises(DeviceLostError):
+            pool.submit(memory.ask).result()
 
 
 def test_an_upload_leaves_those_under_way_alone(cuda):
@@ -475,7 +507,8 @@ def test_what_a_memory_had_is_given_back_when_nobody_has_it(cuda):
         "cudaThreadExchangeStreamCaptureMode",
         "cudaStreamSynchronize",
     ]
-    assert names[-3:] == ["cudaFreeHost", "cudaStreamDestroy", "cudaSetDevice"]
+    assert names[-4:] == ["cudaFreeHost", *2 * ["cudaStreamDestroy"], "cudaSetDevice"]
+    assert fake.named("cudaStreamDestroy") == [[77], [78]]
     freed = [address for (address,) in fake.named("cudaFree")]
     assert len(freed) == len({*freed}) and {*freed} == addresses - given_back
     assert fake.named("cudaSetDevice") == [[0], [1]] and not fake.pinned
@@ -510,10 +543,10 @@ def test_work_is_recorded_and_launched_in_its_stream(cuda):
 def test_a_recording_of_others_is_ended_if_there_is_one(cuda):
     fake = cuda(Cuda())
     memory = CudaMemory()
-    memory.abandon()
+    assert not memory.abandon()
     assert not fake.named("cudaStreamEndCapture")
     fake.capturing = 2
-    memory.abandon()
+    assert memory.abandon()
     assert fake.named("cudaStreamEndCapture") == [[77]]
 
 
@@ -615,6 +648,17 @@ def test_without_cuda_python_it_says_what_to_install(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UnavailableError, match=r"pip install 'nuwa-runtime\[gpu\]'"):
         CudaMemory()
+
+
+def test_calls_are_padded_to_few_sizes():
+    sizes = {rows: device_rows.padded(rows) for rows in range(1, 4097)}
+    assert all(rows <= size for rows, size in sizes.items())
+    assert all(2 * size <= 3 * rows for rows, size in sizes.items() if rows > 1)
+    assert all(8 * size <= 9 * rows + 8 for rows, size in sizes.items() if rows > 128)
+    made = sorted({*sizes.values()})
+    assert made[:14] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
+    assert made[14:22] == [*range(144, 257, 16)] and len(made) == 14 + 5 * 8
+    assert all(device_rows.padded(size) == size for size in made)
 
 
 def test_spare_sizes_are_powers_of_two():

@@ -281,10 +281,21 @@ def test_calls_are_rounded_up_within_their_profile(bundle):
     backend = made(bundle)
     assert backend._ranges == [(1, 1), (2, 8), (9, 64), (65, 300)]
     wanted = {1: (1, 0), 2: (2, 1), 7: (8, 1), 9: (12, 2), 13: (16, 2), 60: (64, 2), 65: (96, 3)}
-    wanted |= {130: (192, 3), 200: (256, 3), 257: (300, 3)}
+    wanted |= {130: (144, 3), 200: (208, 3), 257: (288, 3), 289: (300, 3)}
     assert {rows: backend._rounded(rows) for rows in wanted} == wanted
     with pytest.raises(ValueError, match="a call of 301 rows is more than the 300"):
         backend._rounded(301)
+
+
+@pytest.mark.parametrize("most", [None, 8])
+def test_engines_that_are_too_narrow_for_guided_clips_say_so(bundle, monkeypatch, caplog, most):
+    if most:
+        monkeypatch.setattr(fake_tensorrt, "ROWS", (1, most))
+    backend = made(bundle)
+    said = [each for each in caplog.messages if "guided clips in all slots may need" in each]
+    assert bool(said) == bool(most) and all("no calls of more than 8 rows" in s for s in said)
+    assert backend.most_rows == (most or 300)
+    alone(Engine(bundle, backend, slots=SLOTS), GenerationRequest(Task.T2I, PROMPT))
 
 
 def test_what_was_recorded_is_forgotten_when_its_memory_goes(bundle, monkeypatch):
