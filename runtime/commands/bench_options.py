@@ -38,6 +38,7 @@ PLACES: dict[str, tuple[str, ...]] = {
         ("backends", "threads-of", "slots-of", "buckets-of", "checkpoint", "prefer"), (SWEEP,)
     ),
 }
+OF_A_SWEEP = {"backend": "backends", "threads": "threads-of", "slots": "slots-of"}
 SCENARIOS = {  # options of one scenario alone
     "streams": "multi-stream",
     "outstanding": "offline",
@@ -51,7 +52,8 @@ def check(args: argparse.Namespace, *, sweep: bool) -> None:
     for name in filter(lambda name: said(args, name), PLACES):
         if place not in PLACES[name]:
             of = ", ".join(PLACES[name])
-            raise ValueError(f"--{name} is of {of}, and not heeded beside {place}")
+            instead = f"; a sweep has --{OF_A_SWEEP[name]}" if sweep and name in OF_A_SWEEP else ""
+            raise ValueError(f"--{name} is of {of}, and not heeded beside {place}{instead}")
         if SCENARIOS.get(name, args.scenario) != args.scenario:
             raise ValueError(f"--{name} is of --scenario {SCENARIOS[name]}, not {args.scenario}")
     if args.compare and args.bundle:

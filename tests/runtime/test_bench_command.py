@@ -68,7 +68,7 @@ def last_line(capsys) -> dict:
         ("--server h:1 --slots 1", "--slots is of a bundle or --preset, and not heeded beside"),
         ("--server h:1 --threads 2", "--threads: of a bundle, and a server has its own"),
         ("sweep a --rounds 3", "--rounds is of a bundle or --preset, --server, and not heeded"),
-        ("sweep a --slots 3", "--slots is of a bundle or --preset, and not heeded beside `sweep`"),
+        ("sweep a --slots 3", "and not heeded beside `sweep`; a sweep has --slots-of"),
         ("--compare a b --out o", "--out is of a bundle or --preset, --server, `sweep`, and not"),
         ("c --compare a b", "--compare is of two results, and measures no c"),
         ("a --least 5000 --queries 10", "--least 5000 are more than --queries 10"),
