@@ -36,6 +36,7 @@ from throughput import mixed
 from nuwa.runtime.backends.base import BACKENDS, ONNXRUNTIME_CPU, ONNXRUNTIME_CUDA
 from nuwa.runtime.backends.choice import make_backend
 from nuwa.runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda
+from nuwa.runtime.backends.onnxruntime_step import DeviceStep
 from nuwa.runtime.bundle import open_bundle
 from nuwa.runtime.core import GenerationRequest
 from nuwa.runtime.engine import Engine, cache_slots, condition_slots, usual_rows
@@ -203,10 +204,17 @@ def batch_engine(options: argparse.Namespace, *, recording: bool) -> Engine:
 
 def padding(engine: Engine) -> Engine:
     """Makes the calls of an engine on OnnxRuntimeCuda as wide as those that are recorded."""
-    step = engine._backend._step  # type: ignore[attr-defined]
-    if step is not None:  # else its tokens are on the host, and nothing is recorded
+    if (
+        step := _device_step(engine)
+    ) is not None:  # else its tokens are on the host, and nothing is recorded
         step.padding = True
     return engine
+
+
+def _device_step(engine: Engine) -> DeviceStep | None:
+    backend = engine._backend
+    assert isinstance(backend, OnnxRuntimeCuda), "no other backend's steps are recorded so"
+    return backend._step
 
 
 def recorded(
@@ -224,7 +232,7 @@ def recorded(
         ):
             differing += not np.array_equal(mine, theirs)
             generations += 1
-    step = recording._backend._step  # type: ignore[attr-defined]
+    step = _device_step(recording)
     return {
         "batches": batches,
         "generations": generations,
