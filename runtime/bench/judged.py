@@ -20,6 +20,11 @@ def is_search(result: Mapping[str, Any]) -> bool:
     return scenario.get("name") == "server" and scenario.get("rate") is None
 
 
+def found_none(result: Mapping[str, Any]) -> bool:
+    """Whether it is of a search in which no rate was shown to keep the bound."""
+    return is_search(result) and (result.get("search") or {}).get("low") is None
+
+
 def own_quantile(result: Mapping[str, Any]) -> float | None:
     """That the scenario is judged by; None of offline."""
     scenario = result.get("scenario") or {}

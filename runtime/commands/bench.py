@@ -53,9 +53,9 @@ measured rates set to it. Quantiles that the number of requests cannot support a
 last line of the standard output is JSON, of --compare and `sweep` too. Ctrl-C ends measuring; what
 was measured until then is told.
 
-Exit status: 0; 1 if no request was answered, a --rate missed its --bound, a launch has no result,
-or it is slower than --baseline or --against, or that cannot be told; 2 for what was said wrong, and
-if nothing of a `sweep` could be measured; 130 for Ctrl-C.
+Exit status: 0; 1 if no request was answered, a --rate missed its --bound, a search found no rate
+that keeps it, a launch has no result, or it is slower than --baseline or --against, or that cannot
+be told; 2 for what was said wrong, and if nothing of a `sweep` could be measured; 130 for Ctrl-C.
 
 `sweep` measures each combination of bundles, backends, threads, slots and T buckets for --seconds,
 and writes sweep.json, sweep.html, and server.toml with the best settings for `nuwa serve --config`.
@@ -354,7 +354,7 @@ def _finish(args: argparse.Namespace, result: dict[str, Any], before: dict[str, 
     if result.get("interrupted"):
         return INTERRUPTED
     slower = "comparison" in told and told["comparison"]["status"]
-    missed = judged.rate_kept(result) is False
+    missed = judged.rate_kept(result) is False or judged.found_none(result)
     return 1 if slower or missed or not result["outcomes"].get("ok") else 0
 
 

@@ -30,7 +30,10 @@ LAUNCHES = 6  # unless it is said; of servers one, as they are not launched
 PYTHON = [sys.executable, "-m", "nuwa.runtime"]
 FILE = "comparison.json"
 # What is not said to the runs as it was said to this command ...
-OWN = ("--against", "--out", "--launches", "--seconds", "--rounds", "--least", "--queries")
+OWN = (
+    *("--against", "--threshold", "--out"),
+    *("--launches", "--seconds", "--rounds", "--least", "--queries"),
+)
 NEW_ONES = ("--metrics", "--scores")  # ... and to that of WHAT neither
 # What is always said, as another version may have other defaults.
 ALWAYS = ("slots", "queue_size")

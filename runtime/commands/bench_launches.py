@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..bench.scenarios import Extent
 
 # What is not said to the launches as it was said to this command.
-OWN = (*bench_against.OWN, "--baseline", "--threshold")
+OWN = (*bench_against.OWN, "--baseline")
 
 
 def check(args: argparse.Namespace) -> None:

@@ -56,6 +56,8 @@ def check(args: argparse.Namespace, *, sweep: bool) -> None:
             raise ValueError(f"--{name} is of {of}, and not heeded beside {place}{instead}")
         if SCENARIOS.get(name, args.scenario) != args.scenario:
             raise ValueError(f"--{name} is of --scenario {SCENARIOS[name]}, not {args.scenario}")
+    if place in MEASURED and said(args, "threshold") and not (args.baseline or args.against):
+        raise ValueError("--threshold is of a comparison: of --compare, --baseline and --against")
     if args.compare and args.bundle:
         raise ValueError(f"--compare is of two results, and measures no {args.bundle[0]}")
     arguments.check_place(args)

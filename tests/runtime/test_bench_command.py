@@ -73,8 +73,10 @@ def last_line(capsys) -> dict:
         ("c --compare a b", "--compare is of two results, and measures no c"),
         ("a --least 5000 --queries 10", "--least 5000 are more than --queries 10"),
         ("a --least 5000 --profile edge", "more than --queries 2000 of --profile edge"),
-        ("a --threshold -1", "--threshold -1.0 is not at least 0"),
-        ("a --threshold nan", "--threshold nan is not at least 0"),
+        ("a --threshold -1 --baseline b", "--threshold -1.0 is not at least 0"),
+        ("a --threshold nan --baseline b", "--threshold nan is not at least 0"),
+        ("a --threshold 0.1", "--threshold is of a comparison: of --compare, --baseline and"),
+        ("--server h:1 --threshold=0.1", "--threshold is of a comparison"),
         ("a --task x", "'x'"),
         ("a --samples 3", "--samples (above 1) and --rank-by go together"),
         ("a --out /proc/x", "/proc/x cannot be written to"),
@@ -164,7 +166,7 @@ def test_a_server_is_measured_and_results_are_compared(address, result, tmp_path
 
 def test_a_run_in_launches_is_one_result(tiny_bundle, tmp_path, capfd):
     short = ["--task", "t2i", "--seconds", "0.6", "--rounds", "4", "--no-rates", "--launches", "2"]
-    words = [str(tiny_bundle), *short, "--threshold", "9", "--out"]
+    words = [str(tiny_bundle), *short, "--out"]
     assert main(["bench", *words, str(tmp_path / "a")]) == 0
     printed = capfd.readouterr()
     assert "launch 2 of 2" in printed.err and "Launches" in printed.out
@@ -177,7 +179,7 @@ def test_a_run_in_launches_is_one_result(tiny_bundle, tmp_path, capfd):
     assert whole["scenario"]["rounds"] == 2 and whole["scenario"]["seconds"] == 0.3
     assert "--launches 2" in whole["command"]
     words = [*words, str(tmp_path / "b"), "--baseline", str(tmp_path / "a/result.json")]
-    assert main(["bench", *words]) == 0
+    assert main(["bench", *words, "--threshold", "9"]) == 0
     last = json.loads(capfd.readouterr().out.splitlines()[-1])
     latency = last["comparison"]["differences"][0]
     assert (latency["name"], latency["verdict"], latency["reason"]) == (

@@ -21,7 +21,7 @@ from nuwa.runtime.bench.compare import (
     print_differences,
     to_json,
 )
-from nuwa.runtime.bench.judged import rate_kept, tails
+from nuwa.runtime.bench.judged import found_none, rate_kept, tails
 
 REPETITIONS = 100
 
@@ -394,6 +394,14 @@ def test_a_search_that_was_not_decided_says_less():
     endless = searched(8.0, None, decided=False)
     assert searches(a, endless).verdict == "faster"
     assert searches(endless, endless).verdict == "unknown"
+
+
+def test_it_is_known_of_a_search_that_it_found_no_rate():
+    assert found_none(searched(None, 0.5)) and not found_none(searched(5.0, None))
+    stopped = {"scenario": {"name": "server"}, "load": []}  # before there was a search to tell of
+    assert found_none(stopped)
+    assert not found_none({"scenario": {"name": "server", "rate": 2.0}})
+    assert not found_none({"scenario": {"name": "offline"}})
 
 
 def test_a_search_that_found_no_rate_is_slower_than_one_that_did():
