@@ -41,8 +41,9 @@ from nuwa.export.engines import EngineOptions, build_engines
 from nuwa.runtime.backends.base import AUTO, BACKENDS
 from nuwa.runtime.backends.device_memory import CudaMemory
 from nuwa.runtime.bench.card import CACHE_BYTES, WEIGHT_BYTES
-from nuwa.runtime.core import GenerationRequest
+from nuwa.runtime.core import GenerationRequest, Until
 from nuwa.runtime.engine import Engine, load_engine
+from nuwa.runtime.scheduler import STEP_SECONDS
 from nuwa.spec import engines
 from nuwa.spec.config import PRESETS, ModelConfig
 from nuwa.spec.grid import Grid
@@ -253,13 +254,15 @@ def _measure(
     totals, host = [], []
     for repeat in range(options.repeats + 1):
         inside.clear()
-        total = _generate(engine, batch, frames, repeat)
+        total = _generate(engine, batch, frames, repeat, Until(STEP_SECONDS))
         if repeat:
             totals.append(total)
-            host.append(1 - sum(inside.seconds) / total)
+            host.append(1 - inside.total / total)
+    inside.clear()
+    _generate(engine, batch, frames, options.repeats, None)
+    inside.restore()
     if options.reference:
         reference.append(_reference(frames, batch, options))
-    inside.restore()
     seconds = statistics.median(totals)
     text = text_entries(model, engine._text.used(engine._text.encode(PROMPT)))
     floor = floor_seconds(model, grid, batch, engine.info.precision, bandwidth, text)
@@ -272,7 +275,7 @@ def _measure(
         "per_second": batch / seconds,
         "step_seconds": seconds / len(inside.seconds),
         "host_share": statistics.median(host),
-        # Of each step of the last generation; None where there is no GPU to ask.
+        # Of each step of one more generation, which waits for every step; None without a GPU.
         "device_seconds": inside.device,
         "gap_seconds": inside.gap,
         "floor_seconds": floor,
@@ -307,15 +310,16 @@ class CudaEvents:
 
 
 class _Inside:
-    """Seconds of every call of a backend's step, and of them those on the device.
+    """Seconds of every call that a backend is asked for alone, and of them those on the device.
 
     device, gap: what it launches and the rest, None of a backend that keeps no rows on a GPU;
-    events: what times it, on a CudaMemory, and what stands for it in tests.
+    total: of all calls, also of those that it is asked for together; events: what times the others,
+    on a CudaMemory, and what stands for it in tests.
     """
 
     def __init__(self, engine: Engine, events: Any = CudaEvents) -> None:
         self._backend: Any = engine._backend
-        self._step = self._backend.step
+        self._step, self._steps = self._backend.step, self._backend.steps
         memory = getattr(getattr(self._backend, "_rows", None), "memory", None)
         timed = hasattr(self._backend, "launching") and memory is not None
         self._events = events(memory) if timed else None
@@ -325,15 +329,23 @@ class _Inside:
             began = time.perf_counter()
             done = self._step(parts)
             self.seconds.append(time.perf_counter() - began)
+            self.total += self.seconds[-1]
             if self._events is not None:
                 self._device.append(self._events.seconds())
             return done
 
-        self._backend.step = step
+        def steps(calls, until):
+            began = time.perf_counter()
+            done = self._steps(calls, until)
+            self.total += time.perf_counter() - began
+            return done
+
+        self._backend.step, self._backend.steps = step, steps
         if self._events is not None:
             self._backend.launching = self._events.around
 
     def clear(self) -> None:
+        self.total = 0.0
         self.seconds: list[float] = []
         self._device: list[float] = []
 
@@ -348,12 +360,12 @@ class _Inside:
         return [all_ - device for all_, device in zip(self.seconds, self._device, strict=True)]
 
     def restore(self) -> None:
-        self._backend.step = self._step
+        self._backend.step, self._backend.steps = self._step, self._steps
         if self._events is not None:
             self._backend.launching = nullcontext
 
 
-def _generate(engine: Engine, batch: int, frames: int, seed: int) -> float:
+def _generate(engine: Engine, batch: int, frames: int, seed: int, until: Until | None) -> float:
     """Seconds from the first step of `batch` requests to the last token of all."""
     prepared = [
         engine.prepare(
@@ -372,7 +384,7 @@ def _generate(engine: Engine, batch: int, frames: int, seed: int) -> float:
         engine.admit(each, slot)
     left = set(range(batch))
     while left:
-        for done in engine.step():
+        for done in engine.step(until):
             if done.error is not None:
                 raise done.error
             if done.done:

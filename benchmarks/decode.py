@@ -27,8 +27,9 @@ from hardware import hardware
 
 from nuwa.export.bundle import export_bundle
 from nuwa.runtime.backends.base import AUTO, BACKENDS
-from nuwa.runtime.core import GenerationRequest
+from nuwa.runtime.core import GenerationRequest, Until
 from nuwa.runtime.engine import Engine, load_engine
+from nuwa.runtime.scheduler import STEP_SECONDS
 from nuwa.spec.config import ModelConfig
 from nuwa.spec.grid import Grid
 from nuwa.spec.manifest import PRECISIONS
@@ -173,11 +174,11 @@ def run(engine: Engine, workload: Workload, kind: str, seed: int) -> tuple[float
     prepared = engine.prepare(request)
     engine.admit(prepared, 0)
     while not done:
-        (step,) = engine.step()
+        (step,) = engine.step(Until(STEP_SECONDS))
         frames.update(step.frames)
         if step.error is not None:
             raise step.error
-        steps, done = steps + 1, step.done
+        steps, done = steps + step.waves, step.done
     seconds = time.perf_counter() - began
     engine.release(0)
     prepared.close()

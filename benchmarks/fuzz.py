@@ -37,7 +37,14 @@ from hostile import (
 
 from nuwa.inference import grpc_service_pb2 as kserve
 from nuwa.runtime import convert, media
-from nuwa.runtime.core import GenerationRequest, ModelInfo, Pixels, SlotStep, UnsupportedTaskError
+from nuwa.runtime.core import (
+    GenerationRequest,
+    ModelInfo,
+    Pixels,
+    SlotStep,
+    UnsupportedTaskError,
+    Until,
+)
 from nuwa.runtime.errors import FieldError, NotFoundError
 from nuwa.runtime.host import Host
 from nuwa.runtime.kserve.models import find
@@ -102,7 +109,7 @@ class StillEngine:
     def admit(self, prepared: Any, slot: int, sample_index: int) -> None:
         self.requests[slot] = prepared.request
 
-    def step(self) -> list[SlotStep]:
+    def step(self, until: Until | None = None) -> list[SlotStep]:
         tokens = np.zeros((2, 2), np.int32)
         return [
             SlotStep(slot, 1, 1, tuple((f, tokens) for f in range(request.frame_count)), True)

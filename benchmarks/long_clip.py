@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 from hardware import hardware
 
-from nuwa.runtime.core import GenerationRequest
+from nuwa.runtime.core import GenerationRequest, Until
 from nuwa.runtime.engine import Engine, load_engine
+from nuwa.runtime.scheduler import STEP_SECONDS
 from nuwa.spec.tasks import Task
 
 GIVEN = 2  # frames
@@ -105,10 +106,10 @@ def generate(engine: Engine, request: GenerationRequest) -> tuple[int, float]:
     prepared = engine.prepare(request)
     engine.admit(prepared, 0)
     while not done:
-        (step,) = engine.step()
+        (step,) = engine.step(Until(STEP_SECONDS))
         if step.error is not None:
             raise step.error
-        steps, done = steps + 1, step.done
+        steps, done = steps + step.waves, step.done
         if step.frames:
             engine.pixels(np.stack([tokens for _, tokens in step.frames]))
             count += len(step.frames)

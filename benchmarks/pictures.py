@@ -10,6 +10,7 @@ import argparse
 import os
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -21,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from throughput import mixed
 
+from nuwa.runtime.backends.base import steps_in_turn
 from nuwa.runtime.core import GenerationRequest
 from nuwa.runtime.engine import Engine, load_engine
 from nuwa.runtime.scheduler import Scheduler
@@ -100,6 +102,7 @@ def run(engine: Engine, requests: list[GenerationRequest]) -> Trace:
 
     engine.prepare, engine.admit, engine.pixels = timed_prepare, noted_admit, timed_pixels
     engine._backend.step = timed_step
+    engine._backend.steps = partial(steps_in_turn, timed_step)
     try:
         with Scheduler(engine) as scheduler:
             paint = scheduler._painter._paint
@@ -113,7 +116,8 @@ def run(engine: Engine, requests: list[GenerationRequest]) -> Trace:
             for handle in [scheduler.submit(request) for request in requests]:
                 handle.result()
     finally:
-        del engine.prepare, engine.admit, engine.pixels, engine._backend.step
+        del engine.prepare, engine.admit, engine.pixels
+        del engine._backend.step, engine._backend.steps
     trace.bars = [(kind, index, a - start, b - start) for kind, index, a, b in trace.bars]
     trace.rows = [(a - start, b - start, rows) for a, b, rows in trace.rows]
     return trace

@@ -2,7 +2,7 @@
 
 The ceiling comes first: the matrix products of a step alone, on ONNX Runtime, for the same number
 of rows, right before the step (see ceiling.py). The host's share is what the scheduler and the
-engine do around the backend's part of a step, while several clips are generated. The last line is
+engine do around the backend's part of a wave, while several clips are generated. The last line is
 JSON.
 
     python benchmarks/steps.py BUNDLE
@@ -79,7 +79,7 @@ def main() -> int:
             flush=True,
         )
     engine._backend.close(stream)
-    print("clips side by side   rows a step      step      host  share")
+    print("clips side by side   rows a wave      wave      host  share")
     report["host"] = [_host(engine, clips) for clips in options.clips]
     for row in report["host"]:
         print(
@@ -131,21 +131,24 @@ def _measure(engine: Engine, stream: Stream, rows: int, floor: Products, repeats
 
 
 def _host(engine: Engine, clips: int) -> dict:
-    """Of `clips` clips side by side: seconds of a step, and how many of them the backend has."""
-    frames = engine.info.max_frames
-    backend, inside, rows, own, counts = engine._backend, [], [], [], []
-    step = backend.step
+    """Of `clips` clips side by side: seconds of a wave, and how many of them the backend has."""
+    frames, backend = engine.info.max_frames, engine._backend
+    inside: list[float] = []  # of every call of the backend
+    rows: list[int] = []  # of every wave
 
-    def timed_step(parts):
-        rows.append(sum(part.count * len(part.stream.lanes) for part in parts))
-        began = time.perf_counter()
-        result = step(parts)
-        inside.append(time.perf_counter() - began)
-        return result
+    def timed(run):
+        def timed_run(*arguments):
+            began = time.perf_counter()
+            result = run(*arguments)
+            inside.append(time.perf_counter() - began)
+            return result
+
+        return timed_run
 
     scheduler = Scheduler(engine, queue_size=clips)
-    backend.step = timed_step
-    whole = []
+    whole, host, waves = [], [], []
+    backend.step, backend.steps = timed(backend.step), timed(backend.steps)
+    engine.on_step = lambda count, seconds: rows.append(count)
     try:
         for repeat in range(3):
             request = GenerationRequest(Task.T2V, PROMPT, frame_count=frames, seed=repeat)
@@ -154,20 +157,23 @@ def _host(engine: Engine, clips: int) -> dict:
             while scheduler.queued:
                 scheduler.turn()
             while scheduler.active:
+                before, called = len(rows), len(inside)
                 began = time.perf_counter()
-                scheduler._decode()
+                scheduler._round()
                 whole.append(time.perf_counter() - began)
-                own.append(inside[-1])
-                counts.append(rows[-1])
+                host.append(whole[-1] - sum(inside[called:]))
+                waves.append(len(rows) - before)
             scheduler.turn()
     finally:
-        del backend.step
-    host = [all_ - backends for all_, backends in zip(whole, own, strict=True)]
+        del backend.step, backend.steps
+        engine.on_step = None
+    each = list(zip(whole, host, waves, strict=True))
     return {
         "clips": clips,
-        "rows_per_step": statistics.mean(counts),
-        "step_seconds": statistics.median(whole),
-        "host_seconds": statistics.median(host),
+        "rows_per_step": statistics.mean(rows),
+        "waves_per_round": statistics.mean(waves),
+        "step_seconds": statistics.median(whole / count for whole, _, count in each),
+        "host_seconds": statistics.median(host / count for _, host, count in each),
         "host_share": sum(host) / sum(whole),
     }
 

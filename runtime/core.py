@@ -157,8 +157,8 @@ class SlotStep(NamedTuple):
     """What one decode step did for one slot.
 
     frames: (index, tokens int32 [h, w]) of each frame that this step completed, in index order.
-    error: why the slot can go no further; everything else is then as before the step. prefill:
-    whether it only caught up with what is given.
+    error: why the slot can go no further; everything else is then as before the wave that failed.
+    prefill: whether it only caught up with what is given. waves: how many of them it was.
     """
 
     slot: int
@@ -168,6 +168,35 @@ class SlotStep(NamedTuple):
     done: bool
     error: Exception | None = None
     prefill: bool = False
+    waves: int = 1
+
+
+class Until:
+    """How far several waves in one go go: to the one during which they come to take `seconds`, or
+    anyone calls `end`; on a GPU, to those that are launched by then, which are no more than took as
+    long of late. One thread clears it, and takes the steps.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._ended = np.zeros(1, np.int32)
+
+    @property
+    def ended(self) -> bool:
+        return bool(self._ended[0])
+
+    @property
+    def address(self) -> int:
+        """Where `ended` is, as an int32, for those who ask while nothing of Python runs."""
+        return self._ended.ctypes.data
+
+    def end(self) -> None:
+        """The step that is under way, or the next one, is to end soon. For any thread."""
+        self._ended[0] = 1
+
+    def clear(self) -> None:
+        """Before all is looked at that may have been the reason to end."""
+        self._ended[0] = 0
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Requests in, tokens and pixels out: slots that decode side by side, one wave of each at a time.
+"""Requests in, tokens and pixels out: slots that decode side by side, a wave of each in one call.
 
 Drives a backend by the plans of spec/plan.py. No queue, no network, no device: those are the
 scheduler's, the service's and the backend's.
@@ -7,7 +7,9 @@ scheduler's, the service's and the backend's.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,11 +39,11 @@ from nuwa.spec.plan import (
 )
 from nuwa.spec.tasks import UNCONDITIONAL_PROMPT, Task
 
-from .backends.base import AUTO, Backend, Lane, Part
+from .backends.base import AUTO, Backend, CallDone, Lane, Part
 from .backends.choice import make_backend
 from .bundle import Bundle, open_bundle
 from .check import check_candidates, check_request
-from .core import GenerationRequest, ModelInfo, Pixels, SlotStep
+from .core import GenerationRequest, ModelInfo, Pixels, SlotStep, Until
 from .errors import FieldError
 from .given import known_positions
 from .ranking import find_rankers, ranker_names
@@ -59,6 +61,7 @@ AHEAD = 2  # requests that can be prepared while all slots are taken
 MOST_ROWS = (
     256  # of a call that nobody else waits for: its memory, and how soon it can be cancelled
 )
+MOST_WAVES = 8  # of a step, where they are short: what the host does around it is then an eighth
 NOT_FINITE = "the model computed what is no finite number"
 
 
@@ -146,7 +149,7 @@ class Engine:
     """Decodes samples of requests in up to `slots` slots; for its threads see engine_protocol.py.
 
     backend: has cache_slots(slots) and condition_slots(slots). on_step: where set, called with the
-    rows and the seconds of each of the backend's steps.
+    rows and the seconds of each of the backend's calls.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, *, slots: int) -> None:
@@ -159,6 +162,8 @@ class Engine:
         self._text = bundle.text_tokenizer
         self._layout = ConditionLayout.of(self._config)
         self._sequences: dict[int, Sequence] = {}
+        self._served: dict[int, int] = {}  # by slot, in which of the turns below it had rows last
+        self._turn = 0
         _check_cache(bundle.manifest)
         self._free = list(range(condition_slots(slots)))  # condition slots; lists are thread-safe
         for slot in self._free:
@@ -170,6 +175,12 @@ class Engine:
         check_candidates(
             request.sampling, self._config.image.codebook_size, self._backend.most_candidates
         )
+        if len(_texts(request)) > self._most:
+            raise FieldError(
+                "sampling.guidance_scale",
+                f"guidance_scale {request.sampling.guidance_scale} takes two rows at a time, and "
+                f"this server's backend takes {self._most}: give 1",
+            )
         count, most = self._text.count(request.prompt), self._text.room
         if count > most:
             raise FieldError(
@@ -222,19 +233,26 @@ class Engine:
         plan = self._plan(request, known, slot)
         return Prepared(request, slot, plan, tokens, known, window, length, self._free.append)
 
-    def step(self) -> list[SlotStep]:
+    def step(self, until: Until | None = None) -> list[SlotStep]:
         """Decodes the next wave of admitted, unfinished slots, all in one call of the backend.
 
         Of a wide call that only catches up with what is given, a part, or nothing this time (see
-        `_parts`). A slot whose part fails, or whose logits are no finite numbers, fails alone: its
-        result has the error.
+        `_parts`). With `until`, and if nobody catches up, up to MOST_WAVES waves: no more than it
+        lets, and none after one that completes a frame. A slot whose part fails, or whose logits
+        are no finite numbers, fails alone: its result has the error.
         """
         active = {slot: s for slot, s in self._sequences.items() if not s.done}
         parts = self._parts(active)
-        return [
-            self._advance(slot, part, error)
-            for (slot, part), error in zip(parts.items(), self._run([*parts.values()]), strict=True)
-        ]
+        calls = [[*parts.values()]]
+        whole = all(s.ordinary and slot in parts for slot, s in active.items())
+        if until is not None and whole:
+            calls += self._ahead(active)
+        done = self._run(calls, until) if parts else []
+        results = []
+        for index, slot in enumerate(parts):
+            taken = [(call[index], each[index]) for call, each in zip(calls, done, strict=False)]
+            results.append(self._advance(slot, taken))
+        return results
 
     def unfinished(self, slot: int) -> tuple[Int, Known]:
         """Of an image in a slot: its tokens i32 [h, w], and bool [h, w], which are decoded."""
@@ -247,6 +265,7 @@ class Engine:
         """Frees a slot; harmless if it is free."""
         sequence = self._sequences.pop(slot, None)
         if sequence is not None:
+            self._served.pop(slot, None)
             self._backend.close(sequence.stream)
 
     def _parts(self, active: dict[int, Sequence]) -> dict[int, Part]:
@@ -255,12 +274,14 @@ class Engine:
         Slots that decode a wave do all of it. Beside them, those with wider calls share
         PREFILL_SHARE times as many rows, and at least FEW_ROWS, the longest admitted first, so that
         nobody's wave waits long for what others were given; without them, MOST_ROWS. Never more
-        than the backend takes, which has room for a wave in every slot.
+        than the backend takes.
         """
         waves = sum(s.width * len(s.stream.lanes) for s in active.values() if s.ordinary)
-        room = max(FEW_ROWS, int(PREFILL_SHARE * waves)) if waves else MOST_ROWS
-        if self._backend.most_rows is not None:
-            room = min(room, self._backend.most_rows - waves)
+        room, most = max(FEW_ROWS, int(PREFILL_SHARE * waves)) if waves else MOST_ROWS, self._most
+        lanes_behind = (len(s.stream.lanes) for s in active.values() if not s.ordinary)
+        if waves + max(lanes_behind, default=0) > most:
+            return self._parts_in_turn(active)
+        room = min(room, most - waves)
         parts = {}
         for slot, sequence in active.items():
             if sequence.ordinary:
@@ -270,31 +291,68 @@ class Engine:
                 room -= parts[slot].count * lanes
         return parts
 
-    def _run(self, parts: list[Part]) -> list[Exception | None]:
-        """Runs a call; where it fails, each part alone, so that only those at fault do."""
-        if not parts:
-            return []
-        began = time.perf_counter()
+    def _parts_in_turn(self, active: dict[int, Sequence]) -> dict[int, Part]:
+        """For a backend that takes fewer rows than all need: those who had none for longest come
+        first, and a wave may be decoded bit by bit.
+        """
+        parts, room = {}, self._most
+        self._turn += 1
+        for slot in sorted(active, key=lambda slot: self._served.get(slot, 0)):
+            if room >= (lanes := len(active[slot].stream.lanes)):
+                parts[slot] = active[slot].part(room // lanes)
+                room -= parts[slot].count * lanes
+                self._served[slot] = self._turn
+        return parts
+
+    def _ahead(self, active: dict[int, Sequence]) -> list[list[Part]]:
+        """The calls after the next one, where each slot has a whole wave in all of them."""
+        waves = [sequence.ahead(MOST_WAVES) for sequence in active.values()]
+        calls = [list(call) for call in zip(*waves, strict=False)]  # up to the first to end
+        return list(itertools.takewhile(lambda call: _rows(call) <= self._most, calls))[1:]
+
+    @property
+    def _most(self) -> int:
+        """Rows that the backend takes in a call."""
+        most = self._backend.most_rows
+        return sys.maxsize if most is None else most
+
+    def _run(self, calls: list[list[Part]], until: Until | None) -> list[list[Exception | None]]:
+        """Runs calls, at least the first; what is wrong with each of their parts.
+
+        Where the first one fails, each of its parts is run alone, so that only those at fault fail.
+        """
+        parts = calls[0]
         try:
-            finite = self._backend.step(parts)
+            if until is not None and len(calls) > 1:
+                done = self._backend.steps(calls, until)
+            else:
+                began = time.perf_counter()
+                finite = self._backend.step(parts)
+                done = [CallDone(finite, time.perf_counter() - began)]
         except Exception as error:
             if len(parts) == 1:
-                return [error]
-            errors = [self._run([part])[0] for part in parts]
+                return [[error]]
+            errors = [self._run([[part]], None)[0][0] for part in parts]
             if not any(errors):  # or nobody would hear of it, but for its being slow
                 log.warning(
                     "a step of %d requests failed, and none of them alone: %s", len(parts), error
                 )
-            return errors
+            return [errors]
         if self.on_step is not None:
-            rows = sum(part.count * len(part.stream.lanes) for part in parts)
-            self.on_step(rows, time.perf_counter() - began)
-        return [None if fine else FloatingPointError(NOT_FINITE) for fine in finite]
+            for call, each in zip(calls, done, strict=False):
+                self.on_step(_rows(call), each.seconds)
+        return [
+            [None if fine else FloatingPointError(NOT_FINITE) for fine in each.finite]
+            for each in done
+        ]
 
-    def _advance(self, slot: int, part: Part, error: Exception | None) -> SlotStep:
+    def _advance(self, slot: int, taken: list[tuple[Part, Exception | None]]) -> SlotStep:
+        """After calls, with what was a slot's part in each and what was wrong with it."""
         sequence = self._sequences[slot]
-        frames, prefill = [], not sequence.ordinary
-        if error is None:
+        frames, prefill, error = [], not sequence.ordinary, None
+        for part, error in taken:
+            if error is not None:
+                break
             try:
                 for frame in sequence.advance(part.count):
                     tokens = self._backend.tokens(sequence.stream, *sequence.place(frame))
@@ -303,8 +361,11 @@ class Engine:
                     self._backend.stage(sequence.stream)
             except Exception as failure:
                 frames, error = [], failure
-        done, total = sequence.positions_done, sequence.positions_total
-        return SlotStep(slot, done, total, tuple(frames), sequence.done, error, prefill)
+                break
+        positions, total = sequence.positions_done, sequence.positions_total
+        return SlotStep(
+            slot, positions, total, tuple(frames), sequence.done, error, prefill, len(taken)
+        )
 
     def pixels(self, tokens: Int) -> Pixels:
         """Tokens i32 [F, h, w] -> u8 [F, H, W, 3]; given.restore_given puts given pixels back."""
@@ -382,6 +443,10 @@ class Engine:
         self._backend.encode_text(ids[None], [slot], first)
         text = self._config.text
         return self._text.used(ids) if text.mask_padding else text.length
+
+
+def _rows(call: list[Part]) -> int:
+    return sum(part.count * len(part.stream.lanes) for part in call)
 
 
 def _texts(request: GenerationRequest) -> tuple[str, ...]:

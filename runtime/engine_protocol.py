@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .core import GenerationRequest, ModelInfo, Pixels, SlotStep
+from .core import GenerationRequest, ModelInfo, Pixels, SlotStep, Until
 from .ranking import Ranker
 
 
@@ -61,10 +61,10 @@ class Engine(Protocol):
     def admit(self, prepared: Any, slot: int, sample_index: int) -> None:
         """Makes `slot` ready to step a sample of what this engine has prepared; quick."""
 
-    def step(self) -> list[SlotStep]:
+    def step(self, until: Until | None = None) -> list[SlotStep]:
         """Decodes one wave of admitted slots, of all or of some; every unfinished one has its turn.
 
-        An error of one slot is in its result.
+        Or, with `until`, several, as far as that lets it. An error of one slot is in its result.
         """
         ...
 

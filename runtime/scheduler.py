@@ -2,8 +2,8 @@
 
 Holds no tensors of its own and knows no network: tokens and pixels only pass through. One thread
 prepares requests ahead of time, one decodes, one makes pixels (painter.py), so that none of the
-three waits for another's work. Requests are admitted whenever a slot is free at a step boundary,
-first come, first served, but fairly among clients (waiting.py); with more than one slot this is
+three waits for another's work. Requests are admitted whenever a slot is free after a wave, first
+come, first served, but fairly among clients (waiting.py); with more than one slot this is
 continuous batching. A request for several samples gets its slots one at a time and queues anew
 after each, so that it never keeps others waiting for more than one of its samples. Times are those
 of `time.perf_counter`.
@@ -23,6 +23,7 @@ from .core import (
     CancelledError,
     GenerationRequest,
     SlotStep,
+    Until,
 )
 from .engine_protocol import Engine
 from .errors import (
@@ -43,6 +44,7 @@ log = logging.getLogger("nuwa.runtime")
 DEFAULT_QUEUE_SIZE = 64
 CLOSE_SECONDS = 30.0  # how long close() waits for a step that is under way
 SWEEP_SECONDS = 0.05  # how often deadlines are looked at while nothing is decoded
+STEP_SECONDS = 0.005  # of a step of several waves, after which progress is told
 SHUT_DOWN = "the server shut down before the request was finished"
 
 
@@ -52,8 +54,9 @@ class Scheduler:
     Use as a context manager, or start() and close(). A fault of the engine ends the requests that
     it concerns with EngineError and no others; DeviceLostError ends all, with ShuttingDownError.
     on_death: called, by the thread that ends, when nothing can be generated any more; on_step: with
-    the seconds of each step; on_cancelled: with those from the cancellation of a request that held
-    a slot until it holds none; on_thread: by each of its threads when it begins.
+    the seconds of each wave, of those of one step on average; on_cancelled: with those from the
+    cancellation of a request that held a slot until it holds none; on_thread: by each of its
+    threads when it begins.
     """
 
     def __init__(
@@ -78,6 +81,8 @@ class Scheduler:
         self._queue = Waiting()  # those with samples that wait for a slot
         self._running: dict[int, Running] = {}
         self._changed = threading.Condition()
+        self._until = Until(STEP_SECONDS)
+        self._soonest: float | None = None  # of the deadlines, at the last sweep
         self._on_death, self._on_step, self._on_cancelled = on_death, on_step, on_cancelled
         self._on_thread = on_thread
         self._death: Exception | None = None  # why nothing can be generated any more
@@ -151,7 +156,7 @@ class Scheduler:
             self.pulse.has_work()
             self._live[handle] = submission
             self._queue.append(submission)
-            self._changed.notify_all()
+            self._tell()
         return handle
 
     def check_room(self, client: str, *, certain: bool = True) -> None:
@@ -181,7 +186,7 @@ class Scheduler:
         """
         with self._changed:
             self._closing = True
-            self._changed.notify_all()
+            self._tell()
         if not self._threads:
             self._aborting = True
             self._sweep()
@@ -189,7 +194,7 @@ class Scheduler:
         self._threads[0].join(grace)
         self._aborting = True
         with self._changed:
-            self._changed.notify_all()
+            self._tell()
         for thread in self._threads:
             thread.join(CLOSE_SECONDS)
             if thread.is_alive():
@@ -207,6 +212,11 @@ class Scheduler:
         self._painter.paint()
         self._sweep()
 
+    def _round(self) -> None:
+        """What the decode thread does over and over."""
+        self._sweep()
+        self._decode()
+
     def _decode(self) -> None:
         """Admits and makes one step."""
         self._admit()
@@ -223,8 +233,7 @@ class Scheduler:
                         self.pulse.rests()
                     self._changed.wait(SWEEP_SECONDS if self._live else None)
             self.pulse.comes_round()
-            self._sweep()
-            self._decode()
+            self._round()
             if self._aborting and not (self._running or self._queue):
                 return
 
@@ -254,7 +263,7 @@ class Scheduler:
             with self._changed:
                 self._closing = self._aborting = True
                 self._death = self._death or failure
-                self._changed.notify_all()
+                self._tell()
             self._fail_all(failure)
             if self._on_death is not None:
                 self._on_death()
@@ -268,7 +277,12 @@ class Scheduler:
 
     def _notify(self) -> None:
         with self._changed:
-            self._changed.notify_all()
+            self._tell()
+
+    def _tell(self) -> None:
+        """Under the lock: there is something to look at, before the next wave too."""
+        self._until.end()
+        self._changed.notify_all()
 
     def _can_admit(self) -> bool:
         """Under the lock: whether a sample can have a slot."""
@@ -308,7 +322,7 @@ class Scheduler:
                 submission.discard()
             elif failure is not None:
                 self._queue.remove(submission)
-            self._changed.notify_all()
+            self._tell()
         if failure is not None:
             submission.handle.fail(failure)
         return True
@@ -319,10 +333,10 @@ class Scheduler:
             submission = self._live.get(handle)
             if submission is None:
                 return
+            self._tell()
             if submission.started == 0:
                 self._queue.remove(submission)
                 submission.discard()
-                self._changed.notify_all()
             elif not submission.all_finished:
                 return
         reason = self._reason_to_stop(submission, time.perf_counter())
@@ -331,9 +345,12 @@ class Scheduler:
 
     def _sweep(self) -> None:
         """Ends what has a reason to stop, and empties the slots of what others have ended."""
+        self._until.clear()
         now = time.perf_counter()
         with self._changed:
             live = list(self._live.values())
+        deadlines = [each.handle.deadline for each in live if each.handle.deadline is not None]
+        self._soonest = min(deadlines, default=None)
         for submission in live:
             handle, error = submission.handle, self._reason_to_stop(submission, now)
             if error is None and not handle.ended:
@@ -389,12 +406,13 @@ class Scheduler:
         started = time.perf_counter()
         try:
             with self.pulse.at_work():
-                results = self.engine.step()
+                results = self.engine.step(self._far())
             elapsed = time.perf_counter() - started
             taken = [(self._running[result.slot], result) for result in results]
+            waves = max((result.waves for result in results), default=1)
             for submission in {each.submission for each in self._running.values()}:
                 submission.decode += elapsed
-                submission.steps += 1
+                submission.steps += waves
             if prefilled := [result.slot for result in results if result.prefill]:
                 for submission in self._submissions(prefilled):
                     submission.prefill += elapsed
@@ -403,7 +421,8 @@ class Scheduler:
             for submission in self._submissions(self._running):
                 self._end(submission, _engine_error("decoding", error))
             return
-        self._on_step(elapsed)
+        for _ in range(waves):
+            self._on_step(elapsed / waves)
         if taken:
             with self._changed:
                 self._admission.learn(taken, elapsed)
@@ -417,6 +436,14 @@ class Scheduler:
             except Exception as error:
                 log.exception("decoding in slot %d failed", result.slot)
                 self._end(running.submission, _engine_error("decoding", error))
+
+    def _far(self) -> Until | None:
+        """How far the next step goes; None: one wave, after which something may be due."""
+        if any(each.request.previews for each in self._running.values()):
+            return None
+        if self._soonest is not None and self._soonest - time.perf_counter() <= STEP_SECONDS:
+            return None
+        return self._until
 
     def _take(self, running: Running, result: SlotStep) -> None:
         """What a step did for one slot."""
@@ -440,7 +467,7 @@ class Scheduler:
         """For the painter's thread: ends the request; its slots are emptied by the next sweep."""
         submission.handle.fail(_engine_error("making pixels", error))
         with self._changed:
-            self._changed.notify_all()
+            self._tell()
 
     def _submissions(self, slots: Iterable[int]) -> list[Submission]:
         """Whose samples hold `slots`, each once."""
@@ -464,7 +491,7 @@ class Scheduler:
         with self._changed:
             running = self._running.pop(slot)
             running.submission.finished += 1
-            self._changed.notify_all()
+            self._tell()
         try:
             with self.pulse.at_work():
                 self.engine.release(slot)
@@ -475,7 +502,7 @@ class Scheduler:
         """Makes room for another request to be prepared."""
         with self._changed:
             submission.discard()
-            self._changed.notify_all()
+            self._tell()
 
 
 def _engine_error(doing: str, cause: Exception) -> EngineError:

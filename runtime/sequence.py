@@ -9,6 +9,7 @@ visual window.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -69,6 +70,22 @@ class Sequence:
         """
         return Part(self.stream, self._row, self.width if most is None else min(most, self.width))
 
+    def ahead(self, most: int) -> list[Part]:
+        """The rows of up to `most` calls, for a step of several, if the next one is a wave.
+
+        All of them but the last are waves that complete no frame, and all are staged.
+        """
+        parts, first = [], self._row
+        ends, complete = reversed(self._ends), reversed(self._completes)
+        for end, frames in itertools.islice(zip(ends, complete, strict=True), most):
+            if end - first > self._widest:
+                break
+            parts.append(Part(self.stream, first, end - first))
+            first = end
+            if frames > self._complete:
+                break
+        return parts
+
     def advance(self, count: int) -> range:
         """Takes note that so many rows are decoded; the frames that are complete by them.
 
@@ -78,7 +95,7 @@ class Sequence:
         self.positions_done += count
         before = self._complete
         if self._row == self._ends[-1]:
-            self._complete = self.plan.complete_frames(self._step)
+            self._complete = self._completes.pop()
             self._step += 1
             self._ends.pop()
             self.done = self._step == self._steps
@@ -109,8 +126,11 @@ class Sequence:
 
     def _stage(self) -> Rows:
         call, bounds = self.plan.stage(self._step)
-        # Where the rows of each staged call end, that of the one under way last.
+        # Of each staged call, that of the one under way last: where its rows end, and how many
+        # frames are complete when it is done.
         self._row, self._ends = 0, bounds[:0:-1].tolist()
+        staged = range(self._step, self._step + len(self._ends))
+        self._completes = [self.plan.complete_frames(step) for step in reversed(staged)]
         self._look()
         first = call.fed == self.plan.grid.size
         known = np.where(first, self._bos, self._known(call.fed))

@@ -10,9 +10,11 @@ M text length, N positions of a volume, H x W pixels and h x w tokens of a frame
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import logging
+import time
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +23,12 @@ from nuwa.spec.engines import TENSORRT, TENSORRT_RTX
 from nuwa.spec.grid import Int
 from nuwa.spec.sampling import Sampling
 
-from ..core import Pixels
+from ..core import Pixels, Until
 from ..errors import UnavailableError
 
 Float = npt.NDArray[np.float32]
+
+log = logging.getLogger("nuwa.runtime")
 
 AUTO = "auto"
 NATIVE_CPU, ONNXRUNTIME_CPU = "native-cpu", "onnxruntime-cpu"
@@ -110,6 +114,35 @@ class Part:
     count: int
 
 
+class CallDone(NamedTuple):
+    """finite: of each part, as `Backend.step` returns; seconds: how long the call took."""
+
+    finite: list[bool]
+    seconds: float
+
+
+def steps_in_turn(
+    step: Callable[[Sequence[Part]], list[bool]], calls: Sequence[Sequence[Part]], until: Until
+) -> list[CallDone]:
+    """`Backend.steps` of one that does each call by itself."""
+    done: list[CallDone] = []
+    began = before = time.perf_counter()
+    for parts in calls:
+        try:
+            finite = step(parts)
+        except Exception:
+            if not done:
+                raise
+            log.warning("a call that follows %d others failed", len(done), exc_info=True)
+            break  # it is asked for again, and then comes first
+        now = time.perf_counter()
+        done.append(CallDone(finite, now - before))
+        before = now
+        if until.ended or now - began >= until.seconds:
+            break
+    return done
+
+
 class Backend(Protocol):
     """A model on a device. Caches and condition slots are allocated when it is made.
 
@@ -171,6 +204,14 @@ class Backend(Protocol):
         Of each part: logits of all rows were finite numbers; the tokens of a part that had others
         are of any value. A call that raises has put no token anywhere and may be made again, whole
         or in parts.
+        """
+        ...
+
+    def steps(self, calls: Sequence[Sequence[Part]], until: Until) -> list[CallDone]:
+        """Runs the first of these calls and, in turn, as many of the others as `until` lets it.
+
+        All have the same streams. Each reads what those before it wrote. Raises only if the first
+        one fails, which is then as if it had not been made.
         """
         ...
 

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
+
 
 class Cores:
     """`total` cores, of which a call beside steps takes `share`.
@@ -23,20 +25,29 @@ class Cores:
         self.total = total
         self.share = max(1, total // 4)
         self._lent = 0
+        self._free = np.array([total], np.int32)
         self._lock = threading.Lock()
 
     @property
     def free(self) -> int:
         """Those that are left for a step, at least one."""
-        return max(1, self.total - self._lent)
+        return int(self._free[0])
+
+    @property
+    def address(self) -> int:
+        """Where `free` is, as an int32, for those who ask while nothing of Python runs."""
+        return self._free.ctypes.data
 
     @contextmanager
     def lend(self, count: int) -> Iterator[None]:
         """Takes so many for a while."""
-        with self._lock:
-            self._lent += count
+        self._change(count)
         try:
             yield
         finally:
-            with self._lock:
-                self._lent -= count
+            self._change(-count)
+
+    def _change(self, count: int) -> None:
+        with self._lock:
+            self._lent += count
+            self._free[0] = max(1, self.total - self._lent)

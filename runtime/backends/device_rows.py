@@ -1,8 +1,9 @@
 """Rows of a decoder step put together on the device, by the kernels of plugins_trt/rows.h.
 
 A stream's tokens and staged rows lie there; a step sends up which rows are next, some hundred bytes
-a lane, and brings back a number a part. In between nothing waits for the device, and what is done
-there depends on the sizes of a call alone, so that it can be recorded once (a CUDA graph).
+a lane, and brings back a number a part. In between nothing waits for the device, nor do calls that
+follow each other; and what is done there depends on the sizes of a call alone, so that it can be
+recorded once (a CUDA graph).
 
 Legend: T rows of a call, n neighbour columns, v columns of the visual window, m columns of cross
 attention, K staged rows, W candidates to sort.
@@ -11,8 +12,11 @@ attention, K staged rows, W candidates to sort.
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import POINTER, byref, c_char_p, c_int32, c_void_p
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +29,13 @@ from nuwa.spec.config import ModelConfig
 from nuwa.spec.grid import Int
 from nuwa.spec.sampling import Sampling, sort_width
 
-from ..errors import UnavailableError
-from .base import Lane, Part, Rows, Stream
+from ..core import Until
+from ..errors import DeviceLostError, UnavailableError
+from .base import CallDone, Lane, Part, Rows, Stream
 from .device_memory import DeviceMemory
 from .step_batch import CrossColumns
+
+log = logging.getLogger("nuwa.runtime")
 
 ABI = 1  # kRowsAbi of rows.h
 MOST_RECORDINGS = 128  # sizes of calls: those of a few kinds of requests, in batches of any size
@@ -88,7 +95,8 @@ class _Held:
 
 
 class DeviceRows:
-    """The part of Backend that concerns streams. A call: begin, gather, the graph, commit, finish.
+    """The part of Backend that concerns streams. A call: begin, gather, the graph, commit, finish;
+    of several, `steps` finishes all together.
 
     generation: changes when the memory of calls does, and what was recorded is of no use any more;
     capacity: rows that there is room for.
@@ -125,6 +133,8 @@ class DeviceRows:
         self._ranks = self._constant(np.arange(self._codebook_size, dtype=np.int32))
         self._bias = None if self._columns.bias is None else self._constant(self._columns.bias)
         self.capacity = self._lane_capacity = self._parts = self.generation = 0
+        self._answers = self._answers_size = 0  # what calls answer that are not finished, in bytes
+        self._pace: dict[int, float] = {}  # seconds that a call took of late, by its padded rows
         self._make_room(max(rows, 16), max(lanes, 4))
 
     def open(self, stream: Stream) -> None:
@@ -202,6 +212,50 @@ class DeviceRows:
         finite = np.empty(self._parts, np.int32)
         self.memory.download(self._call.finite, finite)
         return finite.astype(bool).tolist()
+
+    def steps(
+        self,
+        launch: Callable[[Sequence[Part]], object],
+        calls: Sequence[Sequence[Part]],
+        until: Until,
+    ) -> list[CallDone]:
+        """`Backend.steps`, where `launch` begins a call and does not finish it.
+
+        How many of them are made goes by how long such calls took of late, one of which nothing is
+        known: the host does not see when one of several is done. seconds: of each as much.
+        """
+        began, parts = time.perf_counter(), len(calls[0])
+        size, launched = 4 * parts, 0
+        if size * len(calls) > self._answers_size:
+            self._make_answers(size * len(calls))
+        rows = padded(max(sum(p.count * len(p.stream.lanes) for p in call) for call in calls))
+        most = max(1, int(until.seconds / self._pace.get(rows, math.inf)))
+        for call in calls[:most]:
+            try:
+                launch(call)
+            except Exception:
+                if not launched:
+                    raise
+                log.warning("a call that follows %d others failed", launched, exc_info=True)
+                break  # it is asked for again, and then comes first
+            launched += 1
+            with _answering(launched):
+                to = self._answers + (launched - 1) * size
+                self.memory.copy(self._call.finite, to, size)
+            if until.ended:
+                break
+        finite = np.empty((launched, parts), np.int32)
+        with _answering(launched):
+            self.memory.download(self._answers, finite)
+        pace = self._pace[rows] = (time.perf_counter() - began) / launched
+        return [CallDone(each, pace) for each in finite.astype(bool).tolist()]
+
+    def _make_answers(self, size: int) -> None:
+        self.memory.wait()
+        made = self.memory.allocate(size)
+        if self._answers:
+            self.memory.free(self._answers)
+        self._answers, self._answers_size = made, size
 
     def _width(self, sampling: Sequence[Sampling]) -> int:
         """W, rounded up to a power of two: every other is a call of a size of its own."""
@@ -309,6 +363,19 @@ class DeviceRows:
     def _give(self, address: int, size: int) -> None:
         """For the next stream, whose work comes after what is in the device's stream."""
         self._spare.setdefault(size, []).append(address)
+
+
+@contextmanager
+def _answering(launched: int) -> Iterator[None]:
+    """DeviceLostError for an error if several calls were launched: they cannot be made again, as
+    the later ones have overwritten what the first ones read.
+    """
+    try:
+        yield
+    except Exception as error:
+        if launched > 1:
+            raise DeviceLostError(f"the answers of {launched} calls are lost: {error}") from error
+        raise
 
 
 def padded(rows: int) -> int:

@@ -13,7 +13,7 @@ import ctypes
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from ctypes import byref, c_void_p, pointer
+from ctypes import byref, c_double, c_void_p, pointer
 from dataclasses import astuple
 
 import numpy as np
@@ -25,9 +25,19 @@ from nuwa.spec.grid import Int
 from nuwa.spec.manifest import DECODER_STEP
 
 from ..bundle import Bundle
+from ..core import Until
 from ..errors import UnavailableError
 from ..onnx_weights import Weights, read_weights
-from .base import CPU_PRECISIONS, NATIVE_CPU, Float, Part, Rows, Stream, check_precision
+from .base import (
+    CPU_PRECISIONS,
+    NATIVE_CPU,
+    CallDone,
+    Float,
+    Part,
+    Rows,
+    Stream,
+    check_precision,
+)
 from .native_library import (
     BLOCK_WEIGHTS,
     HEAD_WEIGHTS,
@@ -54,10 +64,10 @@ _PREFIX = "nuwa."  # of the decoder's weights in decoder_step.onnx
 class NativeCpu(OnnxRuntimeGraphs):
     """A backend; UnavailableError where no library fits.
 
-    Arguments as of OnnxRuntimeCpu. Caches, and weights that are not int8, are fp32 whatever the
-    bundle stores; spinning concerns the encoders and tokenizers only. rows: of usual calls, for
-    which room is made at once; level: of the library, one of LEVELS, None for the best one that
-    machine and model allow.
+    Arguments as of OnnxRuntimeCpu. Matrices are kept as the bundle stores them, caches and all else
+    in fp32, in which all is computed but for int8; spinning concerns the encoders and tokenizers
+    only. rows: of usual calls, for which room is made at once; level: of the library, one of
+    LEVELS, None for the best one that machine and model allow.
     """
 
     name = NATIVE_CPU
@@ -104,11 +114,12 @@ class NativeCpu(OnnxRuntimeGraphs):
             visual_columns=visual_columns(config),
             cache_entries=manifest.cache_entries,
             condition_entries=self._layout.entries,
+            threads=self._cores.address,
         )
         for name, pointers in zip(AbiStep.MEMORY, self._memory, strict=True):
             setattr(self._step, name, ctypes.addressof(pointers))
         self._streams: dict[Stream, _Held] = {}
-        self._make_room(1)
+        self._make_room(1, 1)
         self._process = os.getpid()
         self._decoder = _new_decoder(self._library, config, weights, self.threads, rows)
 
@@ -123,28 +134,48 @@ class NativeCpu(OnnxRuntimeGraphs):
         self._streams[stream].stage(stream.rows)
 
     def step(self, parts: Sequence[Part]) -> list[bool]:
-        if os.getpid() != self._process:
-            raise RuntimeError("a forked process has none of the decoder's threads; load it there")
-        if len(parts) > len(self._told):
-            self._make_room(len(parts))
-        told = self._told[: len(parts)]
-        for each, part in zip(told, parts, strict=True):
-            each.stream = self._streams[part.stream].pointer
-            each.first, each.count = part.first, part.count
-        self._step.part_count = len(parts)
-        self._step.threads = self._cores.free
         if self._keep_logits:
             rows = sum(part.count * len(part.stream.lanes) for part in parts)
             self.logits = np.zeros((rows, self._codebook_size), np.float32)
             self._step.logits = self.logits.ctypes.data
-        if self._library.nuwa_decoder_step(self._decoder, byref(self._step)):
-            raise MemoryError(f"no memory for a step of {len(parts)} streams")
-        return [bool(each.finite) for each in told]
+        (done,) = self._run([parts])
+        return done.finite
 
-    def _make_room(self, parts: int) -> None:
-        """For what a step is told of so many parts, which is written anew for each step."""
-        called = (AbiPart * parts)()
+    def steps(self, calls: Sequence[Sequence[Part]], until: Until) -> list[CallDone]:
+        assert not self._keep_logits, "there is room for those of one call"
+        self._step.stop, self._step.most_seconds = until.address, until.seconds
+        try:
+            return self._run(calls)
+        finally:
+            self._step.stop = None
+
+    def _run(self, calls: Sequence[Sequence[Part]]) -> list[CallDone]:
+        if os.getpid() != self._process:
+            raise RuntimeError("a forked process has none of the decoder's threads; load it there")
+        parts = [part for call in calls for part in call]
+        if len(parts) > len(self._told) or len(calls) > len(self._seconds):
+            self._make_room(max(len(parts), len(self._told)), max(len(calls), len(self._seconds)))
+        told, each_call = self._told[: len(parts)], len(calls[0])
+        for each, part in zip(told, parts, strict=True):
+            each.stream = self._streams[part.stream].pointer
+            each.first, each.count = part.first, part.count
+        step = self._step
+        step.call_count, step.part_count = len(calls), each_call
+        if self._library.nuwa_decoder_step(self._decoder, byref(step)):
+            raise MemoryError(f"no memory for a step of {each_call} streams")
+        finite = [bool(each.finite) for each in told[: step.done * each_call]]
+        return [
+            CallDone(finite[call * each_call : (call + 1) * each_call], self._seconds[call])
+            for call in range(step.done)
+        ]
+
+    def _make_room(self, parts: int, calls: int) -> None:
+        """For what a step is told of so many parts, and tells of so many calls; written anew by
+        each step.
+        """
+        called, self._seconds = (AbiPart * parts)(), (c_double * calls)()
         self._step.parts, self._told = called, list(called)
+        self._step.seconds = ctypes.addressof(self._seconds)
 
     def tokens(self, stream: Stream, first: int, count: int) -> Int:
         return self._streams[stream].tokens[first : first + count].copy()
@@ -270,7 +301,8 @@ def _cross_table(config: ModelConfig) -> int:
 
 
 def _decoder_weights(bundle: Bundle) -> Weights:
-    """By the names of _weight_shapes, f32 or, with scales beside them, int8 and transposed.
+    """By the names of _weight_shapes: matrices f32, f16 or, with scales beside them, int8 and
+    transposed, all else f32.
 
     UnavailableError if the bundle does not say.
     """
@@ -293,7 +325,8 @@ def _decoder_weights(bundle: Bundle) -> Weights:
                 f"{DECODER_STEP}.onnx has no fitting scales for {full}; export the checkpoint again"
             )
         if scale is None:
-            weights[name] = np.ascontiguousarray(array, np.float32)
+            halves = array.dtype == np.float16 and name.endswith(MATRICES)
+            weights[name] = np.ascontiguousarray(array, np.float16 if halves else np.float32)
         else:
             weights[name] = np.ascontiguousarray(array, np.int8)
             weights[_scale(name)] = np.ascontiguousarray(scale, np.float32)
@@ -324,9 +357,7 @@ def _new_decoder(
     def given(prefix: str, names: Iterable[str]) -> list[AbiMatrix | int | None]:
         """Addresses of weights, with those of their scales where they may have some."""
         return [
-            AbiMatrix(address(prefix + name), address(prefix + _scale(name)))
-            if name in MATRICES
-            else address(prefix + name)
+            _matrix(weights, prefix + name) if name in MATRICES else address(prefix + name)
             for name in names
         ]
 
@@ -354,6 +385,12 @@ def _new_decoder(
     if not decoder_address:
         raise UnavailableError(f"there is no memory for a decoder, or no {threads} threads")
     return c_void_p(decoder_address)
+
+
+def _matrix(weights: Weights, name: str) -> AbiMatrix:
+    weight, scale = weights[name], weights.get(_scale(name))
+    halves = weight.dtype == np.float16
+    return AbiMatrix(weight.ctypes.data, None if scale is None else scale.ctypes.data, halves)
 
 
 def _pointers(arrays: list[npt.NDArray]) -> ctypes.Array:

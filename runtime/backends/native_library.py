@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Iterable
-from ctypes import POINTER, Structure, byref, c_float, c_int32, c_void_p
+from ctypes import POINTER, Structure, byref, c_double, c_float, c_int32, c_void_p
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ..errors import UnavailableError
 from .base import Float, Lane, Rows
 
-_ABI_VERSION = 3  # kAbiVersion of native/decoder_abi.h
+_ABI_VERSION = 4  # kAbiVersion of native/decoder_abi.h
 LEVELS = (4, 3, 0)  # x86-64 levels of the libraries, best first; 0 runs anywhere
 BLOCK_WEIGHTS = (
     *("self_norm.weight", "self_norm.bias", "self_qkv.weight"),
@@ -46,7 +46,7 @@ class AbiShape(Structure):
 
 
 class AbiMatrix(Structure):
-    _fields_ = [("weight", c_void_p), ("scale", c_void_p)]
+    _fields_ = [("weight", c_void_p), ("scale", c_void_p), ("halves", c_int32)]
 
 
 def _weight_fields(names: Iterable[str]) -> list[tuple[str, type]]:
@@ -89,9 +89,12 @@ class AbiStep(Structure):
     MEMORY = ("key_caches", "value_caches", "cross_keys", "cross_values")
     _fields_ = [
         ("parts", POINTER(AbiPart)),
-        *((name, c_int32) for name in ("part_count", "neighbour_columns", "visual_columns")),
-        *((name, c_int32) for name in ("cache_entries", "condition_entries", "threads")),
+        *((name, c_void_p) for name in ("seconds", "threads", "stop")),
+        *((name, c_int32) for name in ("call_count", "part_count", "done")),
+        *((name, c_int32) for name in ("neighbour_columns", "visual_columns")),
+        *((name, c_int32) for name in ("cache_entries", "condition_entries")),
         *((name, c_void_p) for name in (*MEMORY, "logits")),
+        ("most_seconds", c_double),
     ]
 
 
@@ -130,13 +133,15 @@ def load(level: int) -> ctypes.CDLL:
 def multiply(level: int, rows: Float, matrix: npt.NDArray, scale: Float | None = None) -> Float:
     """rows f32 [T, I] times a matrix, by the library of a level: f32 [T, O].
 
-    The matrix is f32 [O, I] or, with its scale f32 [O], int8 [I, O]; I is a multiple of 16.
+    The matrix is f32 or f16 [O, I] or, with its scale f32 [O], int8 [I, O]; I is a multiple of 16.
     """
     library, rows = load(level), np.ascontiguousarray(rows, np.float32)
-    matrix = np.ascontiguousarray(matrix, np.float32 if scale is None else np.int8)
+    halves = matrix.dtype == np.float16
+    stored = np.int8 if scale is not None else np.float16 if halves else np.float32
+    matrix = np.ascontiguousarray(matrix, stored)
     outputs = matrix.shape[0 if scale is None else 1]
     made = np.empty((len(rows), outputs), np.float32)
-    told = AbiMatrix(matrix.ctypes.data, None if scale is None else scale.ctypes.data)
+    told = AbiMatrix(matrix.ctypes.data, None if scale is None else scale.ctypes.data, halves)
     addresses = (c_void_p(array.ctypes.data) for array in (rows, made))
     given, to = addresses
     if library.nuwa_multiply(given, len(rows), rows.shape[1], outputs, byref(told), to):

@@ -19,7 +19,16 @@ from nuwa.spec.grid import Int
 from nuwa.spec.manifest import DECODER_STEP, step_call_inputs
 
 from ..bundle import Bundle
-from .base import CPU_PRECISIONS, ONNXRUNTIME_CPU, Float, Part, check_precision
+from ..core import Until
+from .base import (
+    CPU_PRECISIONS,
+    ONNXRUNTIME_CPU,
+    CallDone,
+    Float,
+    Part,
+    check_precision,
+    steps_in_turn,
+)
 from .host_tokens import HostTokens
 from .onnxruntime_graphs import OnnxRuntimeGraphs, allocate, cache_names
 from .step_batch import CrossColumns, StepBatch, assemble
@@ -79,6 +88,9 @@ class OnnxRuntimeCpu(OnnxRuntimeGraphs, HostTokens):
     def step(self, parts: Sequence[Part]) -> list[bool]:
         batch = assemble(parts, self.held, self._codebook_size, self._columns)
         return self.commit(parts, self.run(batch))
+
+    def steps(self, calls: Sequence[Sequence[Part]], until: Until) -> list[CallDone]:
+        return steps_in_turn(self.step, calls, until)
 
     def run(self, batch: StepBatch) -> Int:
         """The graph itself: i32 [T], -1 where a row's logits are no finite numbers."""

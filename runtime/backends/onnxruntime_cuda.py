@@ -41,9 +41,17 @@ from nuwa.spec.manifest import (
 )
 
 from ..bundle import Bundle
-from ..core import Pixels
+from ..core import Pixels, Until
 from ..errors import DeviceLostError, UnavailableError
-from .base import ONNXRUNTIME_CUDA, Float, Part, Stream, check_precision
+from .base import (
+    ONNXRUNTIME_CUDA,
+    CallDone,
+    Float,
+    Part,
+    Stream,
+    check_precision,
+    steps_in_turn,
+)
 from .device_memory import STICKY, CudaMemory, DeviceMemory, HostMemory
 from .device_rows import DeviceRows
 from .host_tokens import HostTokens
@@ -194,21 +202,37 @@ class OnnxRuntimeCuda:
 
     def step(self, parts: Sequence[Part]) -> list[bool]:
         if isinstance(self._rows, DeviceRows):
-            assert self._step is not None
-            count = sum(part.count * len(part.stream.lanes) for part in parts)
-            tensors = self._rows.begin(parts, self._step.rows(count))
-            if self._keep_logits:
-                self.logits = np.empty((count, self._codebook_size), np.float32)
-            with self.launching():
-                self._rows.gather()
-                with self._device_checked(self._rows.memory.check):
-                    self._step.run(tensors, self.logits)
-                self._rows.commit()
+            self._launch(self._rows, parts)
             return self._rows.finish()
         batch = assemble(parts, self._rows.held, self._codebook_size, self._columns)
         with self._device_checked():
             tokens = self._run(batch)
         return self._rows.commit(parts, tokens)
+
+    def steps(self, calls: Sequence[Sequence[Part]], until: Until) -> list[CallDone]:
+        on_device = self._rows
+        if not isinstance(on_device, DeviceRows):
+            return steps_in_turn(self.step, calls, until)
+
+        def launch(parts: Sequence[Part]) -> None:
+            if not self._launch(on_device, parts):
+                on_device.memory.wait()  # the next run may overwrite what this one copies from
+
+        return on_device.steps(launch, calls, until)
+
+    def _launch(self, on_device: DeviceRows, parts: Sequence[Part]) -> bool:
+        """Puts a call into the stream; whether it had been recorded before."""
+        assert self._step is not None
+        count = sum(part.count * len(part.stream.lanes) for part in parts)
+        tensors = on_device.begin(parts, self._step.rows(count))
+        if self._keep_logits:
+            self.logits = np.empty((count, self._codebook_size), np.float32)
+        with self.launching():
+            on_device.gather()
+            with self._device_checked(on_device.memory.check):
+                recorded = self._step.run(tensors, self.logits)
+            on_device.commit()
+        return recorded
 
     def tokens(self, stream: Stream, first: int, count: int) -> Int:
         return self._rows.tokens(stream, first, count)

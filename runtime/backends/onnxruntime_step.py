@@ -69,14 +69,22 @@ class DeviceStep:
             rows = min(max(_LEAST_WIDE, 1 << (count - 1).bit_length()), room)
         return rows
 
-    def run(self, tensors: dict[str, Tensor], logits: npt.NDArray | None = None) -> None:
-        """Puts a call into the stream; logits: filled too, f32 [T, K], if nothing is recorded."""
+    def run(self, tensors: dict[str, Tensor], logits: npt.NDArray | None = None) -> bool:
+        """Puts a call into the stream; logits: filled too, f32 [T, K], if nothing is recorded.
+
+        Whether it was one that had been recorded before.
+        """
         (rows,) = tensors["tokens"].shape
         wider = rows > self._widest
         if wider or self._generation != self._rows.generation:
             self._forget()
-        if self.recording and not wider and self._launched(tensors):
-            return
+        if self.recording and not wider:
+            if recorded := self._recorded.pop(size := tuple(tensors.values()), None):
+                self._recorded[size] = recorded
+                self._session.run_with_iobinding(*recorded[1:])
+                return True
+            if self._record(size, tensors):
+                return False
         for name, tensor in tensors.items():
             if self._bound.get(name) != tensor:
                 self._bind(self._binding, name, tensor)
@@ -86,14 +94,10 @@ class DeviceStep:
             self._binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, address)
         self._session.run_with_iobinding(self._binding, self._options)
         self._widest = max(rows, self._widest)
+        return False
 
-    def _launched(self, tensors: dict[str, Tensor]) -> bool:
-        """Runs a call of a size that is recorded, or can be; False if it is still to be run."""
-        size = tuple(tensors.values())
-        if recorded := self._recorded.pop(size, None):
-            self._recorded[size] = recorded
-            self._session.run_with_iobinding(*recorded[1:])
-            return True
+    def _record(self, size: tuple[Tensor, ...], tensors: dict[str, Tensor]) -> bool:
+        """Runs a call of a size that can be recorded; False if it is still to be run."""
         if not self._has_place():
             return False
         binding = self._new_binding()

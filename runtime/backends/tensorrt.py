@@ -43,9 +43,9 @@ from nuwa.spec.manifest import (
 from nuwa.spec.plan import widest_wave
 
 from ..bundle import Bundle
-from ..core import Pixels
+from ..core import Pixels, Until
 from ..errors import UnavailableError
-from .base import TENSORRT, TENSORRT_RTX, Float, Part, Stream, check_precision
+from .base import TENSORRT, TENSORRT_RTX, CallDone, Float, Part, Stream, check_precision
 from .device_memory import ALIGNMENT, CudaMemory, DeviceMemory, Recording
 from .device_rows import MOST_RECORDINGS, DeviceRows, Tensor, padded
 from .onnxruntime_graphs import cache_names
@@ -141,7 +141,7 @@ class TensorRt:
         if self.most_rows < (usual := cache_slots * widest_wave(config.decoder)):
             log.warning(
                 "these engines take no calls of more than %d rows, and guided clips in all slots "
-                "may need %d: calls that do fail",
+                "may need %d: such waves are decoded in several calls",
                 self.most_rows,
                 usual,
             )
@@ -199,6 +199,19 @@ class TensorRt:
         self._rows.stage(stream)
 
     def step(self, parts: Sequence[Part]) -> list[bool]:
+        logits = self._launch(parts)
+        finite = self._rows.finish()
+        if self._keep_logits:
+            count = sum(part.count * len(part.stream.lanes) for part in parts)
+            self.logits = np.empty((count, self._codebook_size), np.float32)
+            self._memory.download(logits.address, self.logits)
+        return finite
+
+    def steps(self, calls: Sequence[Sequence[Part]], until: Until) -> list[CallDone]:
+        return self._rows.steps(self._launch, calls, until)
+
+    def _launch(self, parts: Sequence[Part]) -> Tensor:
+        """Puts a call into the stream; its logits, until the next one."""
         count = sum(part.count * len(part.stream.lanes) for part in parts)
         rows, profile = self._rounded(count)
         tensors = self._rows.begin(parts, rows)
@@ -217,11 +230,7 @@ class TensorRt:
                     recorded.recording.launch()
                 else:
                     self._run(tensors, self._decoder.context(profile))
-        finite = self._rows.finish()
-        if self._keep_logits:
-            self.logits = np.empty((count, self._codebook_size), np.float32)
-            self._memory.download(tensors["logits"].address, self.logits)
-        return finite
+        return tensors["logits"]
 
     def tokens(self, stream: Stream, first: int, count: int) -> Int:
         return self._rows.tokens(stream, first, count)

@@ -55,8 +55,9 @@ def storage_of(precision: str, backend: str = "", processor: str | None = None) 
     """Of a bundle of this precision; backend: "" for one that stores what the bundle does;
     processor: of platform.machine(), by default of this machine.
 
-    Processors without arithmetic of fp16 compute in fp32: native-cpu keeps weights and caches in
-    it, ONNX Runtime weights alone, which it converts when it loads them. Its caches stay fp16.
+    Processors without arithmetic of fp16 compute in fp32: native-cpu keeps caches in it, and
+    weights where it has no instructions that read fp16 (level 0); ONNX Runtime keeps weights in
+    it, which it converts when it loads them, and caches in fp16.
     """
     own = Storage(
         WEIGHT_BYTES[precision], CACHE_BYTES[precision], PRODUCTS.get(precision, precision)
@@ -64,7 +65,7 @@ def storage_of(precision: str, backend: str = "", processor: str | None = None) 
     if precision != "fp16":
         return own
     if backend == NATIVE_CPU:
-        return storage_of("fp32")
+        return replace(own, cache_bytes=CACHE_BYTES["fp32"], products="fp32")
     if backend == ONNXRUNTIME_CPU and (processor or platform.machine()) not in HALF:
         return replace(own, weight_bytes=WEIGHT_BYTES["fp32"], products="fp32")
     return own

@@ -1,6 +1,7 @@
 #include "decoder.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 
@@ -89,19 +90,38 @@ Decoder::Decoder(const NuwaShape& shape, const NuwaWeights& weights, int threads
   std::memcpy(position_starts_, shape.position_starts, sizeof position_starts_);
   for (int i = 0; i < shape.layers; ++i)
     layers_.push_back(packed(weights.layers[i], shape, i));
+  for (Member& member : members_)
+    member.unpacked.reserve(static_cast<std::size_t>(std::max(width_, hidden_)) * kPanel);
   make_room(shape.rows, shape.rows);
 }
 
-void Decoder::step(const NuwaStep& call) {
-  team_.employ(call.threads);
-  lay_out(call);
-  team_.run([&](int member) { run(call, members_[member]); });
+void Decoder::step(NuwaStep& step) {
+  using Clock = std::chrono::steady_clock;
+  const auto seconds = [](Clock::duration taken) {
+    return std::chrono::duration<double>(taken).count();
+  };
+  make_room(step);
+  const Clock::time_point began = Clock::now();
+  Clock::time_point before = began;
+  for (step.done = 0; step.done < step.call_count;) {
+    run_call(step, step.parts + static_cast<std::size_t>(step.done) * step.part_count);
+    const Clock::time_point now = Clock::now();
+    step.seconds[step.done++] = seconds(now - before);
+    before = now;
+    if (seconds(now - began) >= step.most_seconds) return;
+    if (step.stop && __atomic_load_n(step.stop, __ATOMIC_RELAXED)) return;
+  }
+}
+
+void Decoder::run_call(const NuwaStep& step, NuwaPart* parts) {
+  team_.employ(__atomic_load_n(step.threads, __ATOMIC_RELAXED));
+  lay_out(parts, step.part_count);
+  team_.run([&](int member) { run(step, members_[member]); });
   std::size_t draw = 0;
-  for (int i = 0; i < call.part_count; ++i) {
-    NuwaPart& part = call.parts[i];
-    part.finite = 1;
+  for (int i = 0; i < step.part_count; ++i) {
+    parts[i].finite = 1;
     for (; draw < draws_.size() && draws_[draw].part == i; ++draw)
-      part.finite &= draws_[draw].finite;
+      parts[i].finite &= draws_[draw].finite;
   }
 }
 
@@ -114,12 +134,35 @@ void Decoder::make_room(std::size_t rows, std::size_t draws) {
   logits_.reserve(draws * logits_stride_);
 }
 
-// Which rows the call has, which of them are drawn, whose they are, and room for them.
-void Decoder::lay_out(const NuwaStep& call) {
+// Room for the widest of the calls, before anything is written.
+void Decoder::make_room(const NuwaStep& step) {
+  std::size_t most = 0;
+  int text = 0;
+  for (int call = 0; call < step.call_count; ++call) {
+    std::size_t rows = 0;
+    for (int i = 0; i < step.part_count; ++i) {
+      const NuwaPart& part = step.parts[static_cast<std::size_t>(call) * step.part_count + i];
+      rows += static_cast<std::size_t>(part.count) * part.stream->lane_count;
+      for (int lane = 0; lane < part.stream->lane_count; ++lane)
+        text = std::max(text, part.stream->lanes[lane].text_length);
+    }
+    most = std::max(most, rows);
+  }
+  rows_.reserve(most);
+  draws_.reserve(most);
+  make_room(most, most);
+  for (Member& member : members_) {
+    member.window.reserve(std::max(step.neighbour_columns, text + step.visual_columns));
+    member.sampling.reserve(codebook_, logits_stride_);
+  }
+}
+
+// Which rows the call has, which of them are drawn, and whose they are.
+void Decoder::lay_out(const NuwaPart* parts, int count) {
   rows_.clear();
   draws_.clear();
-  for (int i = 0; i < call.part_count; ++i) {
-    const NuwaPart& part = call.parts[i];
+  for (int i = 0; i < count; ++i) {
+    const NuwaPart& part = parts[i];
     const NuwaStream& stream = *part.stream;
     int drawn = 0;  // a lane
     for (int row = part.first; row < part.first + part.count; ++row) drawn += stream.given[row] < 0;
@@ -136,9 +179,6 @@ void Decoder::lay_out(const NuwaStep& call) {
     }
   }
   const std::size_t rows = rows_.size();
-  make_room(rows, draws_.size());
-  int text = 0;
-  for (const Row& row : rows_) text = std::max(text, row.lane->text_length);
   const auto share = [this](std::size_t count, int member) {
     return static_cast<int>(count * member / team_.working());
   };
@@ -149,8 +189,6 @@ void Decoder::lay_out(const NuwaStep& call) {
     member.last_row = share(rows, i + 1);
     member.first_draw = share(draws_.size(), i);
     member.last_draw = share(draws_.size(), i + 1);
-    member.window.reserve(std::max(call.neighbour_columns, text + call.visual_columns));
-    member.sampling.reserve(codebook_, logits_stride_);
   }
 }
 
@@ -257,7 +295,7 @@ void Decoder::attend_to_conditions(const NuwaStep& call, int index, Member& memb
   team_.meet();
 }
 
-void Decoder::feed_forward(const Layer& layer, const Member& member) {
+void Decoder::feed_forward(const Layer& layer, Member& member) {
   normalize(layer.ff_norm, layer.ff_in, member);
   team_.meet();
   const int rows = static_cast<int>(rows_.size());
@@ -328,14 +366,14 @@ void Decoder::normalize(const Norm& norm, const Linear& next, const Member& memb
 }
 
 template <class Done>
-void Decoder::product(const Rows& rows, int count, const Linear& linear, const Member& member,
+void Decoder::product(const Rows& rows, int count, const Linear& linear, Member& member,
                       Done done) {
   const int first = linear.panels * member.index / team_.working();
   const int last = linear.panels * (member.index + 1) / team_.working();
-  multiply(rows, count, linear, first, last, done);
+  multiply(rows, count, linear, first, last, member.unpacked.get(), done);
 }
 
-void Decoder::add_product(const Rows& rows, const Linear& linear, const Member& member) {
+void Decoder::add_product(const Rows& rows, const Linear& linear, Member& member) {
   const int count = static_cast<int>(rows_.size());
   product(rows, count, linear, member, [&](int row, int p, Floats low, Floats high) {
     float* x = x_.get() + static_cast<std::size_t>(row) * width_ + p * kPanel;
@@ -392,7 +430,7 @@ void* nuwa_decoder_new(const NuwaShape* shape, const NuwaWeights* weights, std::
   return made;
 }
 
-std::int32_t nuwa_decoder_step(void* decoder, const NuwaStep* step) {
+std::int32_t nuwa_decoder_step(void* decoder, NuwaStep* step) {
   return guarded([&] { static_cast<nuwa::Decoder*>(decoder)->step(*step); });
 }
 
@@ -405,7 +443,8 @@ std::int32_t nuwa_multiply(const float* from, std::int32_t rows, std::int32_t in
     std::memcpy(given.row(0), from, static_cast<std::size_t>(rows) * in * sizeof(float));
     if (linear.is_whole())
       for (int row = 0; row < rows; ++row) given.quantize_row(row);
-    nuwa::multiply(given, rows, linear, 0, linear.panels,
+    nuwa::Array<float> unpacked(static_cast<std::size_t>(in) * nuwa::kPanel);
+    nuwa::multiply(given, rows, linear, 0, linear.panels, unpacked.get(),
                    [&](int row, int p, nuwa::Floats low, nuwa::Floats high) {
                      float sums[nuwa::kPanel];
                      nuwa::store(sums, low);

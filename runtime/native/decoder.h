@@ -34,7 +34,7 @@ class Decoder {
   // Sizes must fit: width a multiple of kPanel, hidden and head_dim multiples of kLanes.
   Decoder(const NuwaShape& shape, const NuwaWeights& weights, int threads);
 
-  void step(const NuwaStep& call);
+  void step(NuwaStep& step);
 
  private:
   // A row of a call: a staged row of a stream, in one of its lanes.
@@ -54,21 +54,24 @@ class Decoder {
     int index, first_row, last_row, first_draw, last_draw;
     Window window;
     SamplingScratch sampling;
+    Array<float> unpacked;  // a panel of f16 weights as floats
   };
 
   void make_room(std::size_t rows, std::size_t draws);
-  void lay_out(const NuwaStep& call);
+  void make_room(const NuwaStep& step);
+  void run_call(const NuwaStep& step, NuwaPart* parts);
+  void lay_out(const NuwaPart* parts, int count);
   void run(const NuwaStep& call, Member& member);
   void embed(const Member& member);
   void attend_to_cache(const NuwaStep& call, int layer, Member& member);
   void attend_to_conditions(const NuwaStep& call, int layer, Member& member);
-  void feed_forward(const Layer& layer, const Member& member);
+  void feed_forward(const Layer& layer, Member& member);
   void draw_tokens(const NuwaStep& call, Member& member);
 
   void normalize(const Norm& norm, const Linear& next, const Member& member);
   template <class Done>
-  void product(const Rows& rows, int count, const Linear& linear, const Member& member, Done done);
-  void add_product(const Rows& rows, const Linear& linear, const Member& member);
+  void product(const Rows& rows, int count, const Linear& linear, Member& member, Done done);
+  void add_product(const Rows& rows, const Linear& linear, Member& member);
 
   const int width_, heads_, head_dim_, hidden_, codebook_, bos_, cross_table_;
   int position_starts_[3];

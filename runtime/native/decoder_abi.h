@@ -12,7 +12,7 @@
 
 extern "C" {
 
-constexpr std::int32_t kAbiVersion = 3;
+constexpr std::int32_t kAbiVersion = 4;
 
 // Sizes of a model. column_bounds: [L][2], the half-open range of `neighbours` that a layer reads;
 // positions: rows of the table of positions, position_starts: [3], where those of the three axes
@@ -25,10 +25,12 @@ struct NuwaShape {
   const std::int32_t* column_bounds;
 };
 
-// A matrix: [out][in] of f32 or, where there are scales, [in][out] of int8 in units of scale [out].
+// A matrix: [out][in] of f32, or of f16 if halves is not 0, or, where there are scales, [in][out] of
+// int8 in units of scale [out]. It meets rows of f32, but of int8 if it is.
 struct NuwaMatrix {
   const void* weight;
   const float* scale;
+  std::int32_t halves;
 };
 
 // Weights of a layer. bias [H][columns of the layer] and cross_bias [H][cross_table] may be null.
@@ -80,17 +82,24 @@ struct NuwaPart {
   std::int32_t first, count, finite;
 };
 
-// One call, and the memory of the caches: L pointers each, to f32 [slots][R][d] and [slots][E][d].
-// threads: how many of the decoder's threads work on it; what they compute does not depend on it.
-// logits: f32 [T][K] to fill, T counting each part's rows once a lane, its first lane's before its
-// second's, or null. Rows whose token is given are left out of the logits: theirs are not touched.
+// One or more calls, one after the other: parts [call_count][part_count]; and the memory of the
+// caches: L pointers each, to f32 [slots][R][d] and [slots][E][d]. What follows the first call may
+// be left out: each begins only if *stop is 0 and all before it have taken less than most_seconds.
+// done is set to the number that were run, seconds [call_count] to how long each of them took.
+// threads: how many of the decoder's threads work on a call; what they compute does not depend on
+// it. It and stop may change at any time, and stop may be null. logits: f32 [T][K] to fill, T
+// counting each part's rows once a lane, its first lane's before its second's, or null; those of the
+// last call stay. Rows whose token is given are left out of the logits: theirs are not touched.
 struct NuwaStep {
   NuwaPart* parts;
-  std::int32_t part_count, neighbour_columns, visual_columns, cache_entries, condition_entries;
-  std::int32_t threads;
+  double* seconds;
+  const std::int32_t *threads, *stop;
+  std::int32_t call_count, part_count, done;
+  std::int32_t neighbour_columns, visual_columns, cache_entries, condition_entries;
   float *const *key_caches, *const *value_caches;
   const float *const *cross_keys, *const *cross_values;
   float* logits;
+  double most_seconds;
 };
 
 NUWA_EXPORT std::int32_t nuwa_abi_version();
@@ -110,9 +119,9 @@ NUWA_EXPORT std::int32_t nuwa_best_level();
 NUWA_EXPORT void* nuwa_decoder_new(const NuwaShape* shape, const NuwaWeights* weights,
                                    std::int32_t threads);
 
-// Runs a call; one at a time for a decoder, in the process that made it. 0, or 1 without enough
+// Runs calls; one step at a time for a decoder, in the process that made it. 0, or 1 without enough
 // memory, with nothing written.
-NUWA_EXPORT std::int32_t nuwa_decoder_step(void* decoder, const NuwaStep* step);
+NUWA_EXPORT std::int32_t nuwa_decoder_step(void* decoder, NuwaStep* step);
 
 NUWA_EXPORT void nuwa_decoder_free(void* decoder);
 

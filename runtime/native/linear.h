@@ -1,7 +1,7 @@
 // Linear layers whose weights are packed for a register tile, and their products with T rows.
 //
-// Weights are f32, or int8 with a scale for every output; the rows they meet are then quantized too
-// (whole.h). An output is summed over its inputs in order, one multiply-add after the other, in one
+// Weights are f32, f16 (half.h), or int8 with a scale for every output; the rows they meet are then
+// quantized too (whole.h). An output is summed over its inputs in order, one multiply-add after the other, in one
 // lane of a vector, fused or not fused in every tile alike. So its bits do not depend on how many
 // rows there are, which thread has it, or where in a tile it lies: what a request draws does not
 // depend on its company.
@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "decoder_abi.h"
+#include "half.h"
 #include "memory.h"
 #include "vector.h"
 #include "whole.h"
@@ -42,15 +43,17 @@ struct Rows {
 };
 
 // [out][in] weights as panels of kPanel outputs, zero beyond the last output. A panel is
-// [in][kPanel] of f32, or [in / kGroup][kPanel][kGroup] whole numbers.
+// [in][kPanel] of f32 or f16, or [in / kGroup][kPanel][kGroup] whole numbers.
 struct Linear {
   int in = 0, panels = 0;
   Array<float> weight, bias;
+  Array<Half> half;
   Array<WholeWeight> whole;
   Array<float> scale;
   Array<std::int32_t> start;  // where sums start, by output
 
   bool is_whole() const { return whole.get() != nullptr; }
+  bool is_half() const { return half.get() != nullptr; }
 
   // order: which row of `from` each output is, in turn; all rows as they come if null.
   static Linear pack(const NuwaMatrix& from, const float* from_bias, int out, int in,
@@ -64,16 +67,22 @@ struct Linear {
       made.whole = Array<WholeWeight>(outputs * in);
       made.scale = Array<float>(outputs);
       made.start = Array<std::int32_t>(outputs);
+    } else if (from.halves && kReadsHalves) {
+      made.half = Array<Half>(outputs * in);
     } else {
       made.weight = Array<float>(outputs * in);
     }
     for (int j = 0; j < out; ++j) {
       const int row = order ? order[j] : j;
+      const std::size_t first = static_cast<std::size_t>(row) * in;
       if (from.scale)
         made.pack_whole(from, out, row, j);
+      else if (made.is_half())
+        made.pack_row(static_cast<const Half*>(from.weight) + first, j, made.half.get());
+      else if (from.halves)
+        made.pack_row(static_cast<const Half*>(from.weight) + first, j, made.weight.get());
       else
-        made.pack_row(static_cast<const float*>(from.weight) + static_cast<std::size_t>(row) * in,
-                      j);
+        made.pack_row(static_cast<const float*>(from.weight) + first, j, made.weight.get());
       if (from_bias) made.bias[j] = from_bias[row];
     }
     return made;
@@ -82,15 +91,22 @@ struct Linear {
   const float* panel(int p) const {
     return weight.get() + static_cast<std::size_t>(p) * in * kPanel;
   }
+  const Half* half_panel(int p) const {
+    return half.get() + static_cast<std::size_t>(p) * in * kPanel;
+  }
   const WholeWeight* whole_panel(int p) const {
     return whole.get() + static_cast<std::size_t>(p) * in * kPanel;
   }
 
  private:
-  void pack_row(const float* from, int j) {
-    float* to = weight.get() + static_cast<std::size_t>(j / kPanel) * in * kPanel + j % kPanel;
-    for (int k = 0; k < in; ++k) to[static_cast<std::size_t>(k) * kPanel] = from[k];
+  template <class From, class To>
+  void pack_row(const From* from, int j, To* to) {
+    to += static_cast<std::size_t>(j / kPanel) * in * kPanel + j % kPanel;
+    for (int k = 0; k < in; ++k) copy(from[k], to[static_cast<std::size_t>(k) * kPanel]);
   }
+  static void copy(float from, float& to) { to = from; }
+  static void copy(Half from, Half& to) { to = from; }
+  static void copy(Half from, float& to) { to = to_float(from); }
 
   void pack_whole(const NuwaMatrix& from, int out, int row, int j) {
     const std::int8_t* weights = static_cast<const std::int8_t*>(from.weight) + row;
@@ -111,15 +127,21 @@ typedef Ints WholeSums[2];
 
 // M rows, at most kTileRows, times one panel. A function of its own for every number of rows, so
 // that all sums stay in registers. Afar: the panel is in no near cache, so it is fetched ahead.
-template <int M, bool Afar>
-__attribute__((noinline)) void tile(const float* rows, int in, const float* panel, Sums* sums) {
-  constexpr int kAhead = 8 * kPanel;
+// Keep: it is put into `kept` as floats, for the tiles that come after this one.
+template <int M, bool Afar, bool Keep, class Weight>
+__attribute__((noinline)) void tile(const float* rows, int in, const Weight* panel, float* kept,
+                                    Sums* sums) {
+  constexpr int kAhead = 8 * kPanel * sizeof(float) / sizeof(Weight);
+  constexpr int kLine = 64 / sizeof(Weight);  // of a cache, in weights
   Floats sum[M][2] = {};
   for (int k = 0; k < in; ++k, panel += kPanel) {
     const Floats low = load(panel), high = load(panel + kLanes);
-    if (Afar) {
-      __builtin_prefetch(panel + kAhead);
-      __builtin_prefetch(panel + kAhead + kLanes);
+    if (Afar)
+      for (int i = 0; i < kPanel; i += kLine) __builtin_prefetch(panel + kAhead + i);
+    if (Keep) {
+      store(kept, low);
+      store(kept + kLanes, high);
+      kept += kPanel;
     }
 #pragma GCC unroll 12
     for (int i = 0; i < M; ++i) {
@@ -158,12 +180,13 @@ NUWA_WHOLE __attribute__((noinline)) void whole_tile(const WholeRow* rows, int i
   }
 }
 
-typedef void (*Tile)(const float*, int, const float*, Sums*);
+template <class Weight>
+using Tile = void (*)(const float*, int, const Weight*, float*, Sums*);
 typedef void (*WholeTile)(const WholeRow*, int, const WholeWeight*, Ints, Ints, WholeSums*);
 
-template <bool Afar, int... M>
-constexpr std::array<Tile, sizeof...(M)> tiles(std::integer_sequence<int, M...>) {
-  return {{tile<M + 1, Afar>...}};
+template <bool Afar, bool Keep, class Weight, int... M>
+constexpr std::array<Tile<Weight>, sizeof...(M)> tiles(std::integer_sequence<int, M...>) {
+  return {{tile<M + 1, Afar, Keep, Weight>...}};
 }
 template <int... M>
 constexpr std::array<WholeTile, sizeof...(M)> whole_tiles(std::integer_sequence<int, M...>) {
@@ -171,17 +194,21 @@ constexpr std::array<WholeTile, sizeof...(M)> whole_tiles(std::integer_sequence<
 }
 
 constexpr auto kRowCounts = std::make_integer_sequence<int, kTileRows>();
-constexpr std::array<Tile, kTileRows> kTiles = tiles<false>(kRowCounts);
-constexpr std::array<Tile, kTileRows> kTilesAfar = tiles<true>(kRowCounts);
+constexpr std::array<Tile<float>, kTileRows> kTiles = tiles<false, false, float>(kRowCounts);
+constexpr std::array<Tile<float>, kTileRows> kTilesAfar = tiles<true, false, float>(kRowCounts);
+constexpr std::array<Tile<Half>, kTileRows> kHalfTiles = tiles<true, false, Half>(kRowCounts);
+constexpr std::array<Tile<Half>, kTileRows> kKeptTiles = tiles<true, true, Half>(kRowCounts);
 constexpr std::array<WholeTile, kTileRows> kWholeTiles = whole_tiles(kRowCounts);
 constexpr int kBlocksAtATime = 16;  // row blocks that a panel meets while it is in a near cache
 
 // Panels [first, last) of linear(the first `count` rows), which are quantized if the layer is.
-// done(row, panel, low, high) takes each row's kPanel outputs, as two vectors.
+// done(row, panel, low, high) takes each row's kPanel outputs, as two vectors. unpacked: room for a
+// panel of floats, [in][kPanel].
 template <class Done>
-void multiply(const Rows& rows, int count, const Linear& linear, int first, int last, Done done) {
+void multiply(const Rows& rows, int count, const Linear& linear, int first, int last,
+              float* unpacked, Done done) {
   const int in = linear.in;
-  const bool whole = linear.is_whole();
+  const bool whole = linear.is_whole(), half = linear.is_half();
   Sums sums[kTileRows];
   WholeSums whole_sums[kTileRows];
   const int blocks = (count + kTileRows - 1) / kTileRows;
@@ -208,8 +235,14 @@ void multiply(const Rows& rows, int count, const Linear& linear, int first, int 
                  __builtin_convertvector(sum[1], Floats) * scale * high_scale + high);
           }
         } else {
-          const auto& tiles = block == block0 ? kTilesAfar : kTiles;
-          tiles[end - begin - 1](rows.row(begin), in, linear.panel(p), sums);
+          const float* given = rows.row(begin);
+          if (half && block == block0) {
+            const auto& tiles = block1 - block0 > 1 ? kKeptTiles : kHalfTiles;
+            tiles[end - begin - 1](given, in, linear.half_panel(p), unpacked, sums);
+          } else {
+            const auto& tiles = block == block0 ? kTilesAfar : kTiles;
+            tiles[end - begin - 1](given, in, half ? unpacked : linear.panel(p), nullptr, sums);
+          }
           for (int row = begin; row < end; ++row)
             done(row, p, sums[row - begin][0] + low, sums[row - begin][1] + high);
         }

@@ -42,7 +42,7 @@ def slow():
     """A server of which an image takes 2 s and a clip of the usual length 20 s."""
     engine = FakeEngine()
     step = engine.step
-    engine.step = lambda: time.sleep(0.5) or step()
+    engine.step = lambda until=None: time.sleep(0.5) or step()
     with Server(engine) as server:
         yield server
 

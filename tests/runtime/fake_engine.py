@@ -27,7 +27,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from nuwa.runtime.core import GenerationRequest, ModelInfo, SlotStep, UnsupportedTaskError
+from nuwa.runtime.core import GenerationRequest, ModelInfo, SlotStep, UnsupportedTaskError, Until
 from nuwa.runtime.errors import FieldError
 from nuwa.spec.tasks import Task
 
@@ -146,7 +146,7 @@ class FakeEngine:
             error, self.admit_error = self.admit_error, None
             raise error
 
-    def step(self) -> list[SlotStep]:
+    def step(self, until: Until | None = None) -> list[SlotStep]:
         assert self.gate.wait(120), "a test forgot to open the gate"
         if self.step_error:
             error, self.step_error = self.step_error, None

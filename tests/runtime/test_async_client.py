@@ -99,7 +99,7 @@ def test_a_deadline_and_a_cancelled_task_stop_the_request(server, engine):
 
 def test_leaving_a_stream_cancels(server, engine, monkeypatch):
     step = engine.step
-    monkeypatch.setattr(engine, "step", lambda: time.sleep(0.001) or step())
+    monkeypatch.setattr(engine, "step", lambda until=None: time.sleep(0.001) or step())
 
     async def main():
         async with AsyncClient(server.address) as client:

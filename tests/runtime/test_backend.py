@@ -1,53 +1,50 @@
-"""The CPU backends and the batches it is fed: caches in place, rows by themselves."""
+"""All backends by one contract: caches in place, rows by themselves; and the batches they get."""
 
 from __future__ import annotations
 
-import atexit
-import ctypes
 import dataclasses
-import functools
 import gc
-import shutil
-import tempfile
 import threading
-import types
 import weakref
-from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 
-from nuwa import plugins_trt
-from nuwa.runtime.backends import native_cpu, native_library
 from nuwa.runtime.backends.base import Lane, Part
 from nuwa.runtime.backends.cores import Cores
-from nuwa.runtime.backends.device_rows import DeviceRows
 from nuwa.runtime.backends.frame_graph import FrameGraph
-from nuwa.runtime.backends.host_tokens import HostTokens
 from nuwa.runtime.backends.native_cpu import NativeCpu
 from nuwa.runtime.backends.native_library import LEVELS
-from nuwa.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from nuwa.runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda
-from nuwa.runtime.backends.step_batch import CrossColumns, StepBatch, assemble
-from nuwa.runtime.backends.tensorrt import TensorRt, TensorRtRtx
-from nuwa.runtime.bundle import Bundle, open_bundle
-from nuwa.runtime.errors import UnavailableError
+from nuwa.runtime.backends.step_batch import StepBatch
+from nuwa.runtime.backends.tensorrt import TensorRt
+from nuwa.runtime.bundle import open_bundle
 from nuwa.runtime.sequence import Sequence
 from nuwa.spec.conditions import ConditionLayout, visual_neighbours, visual_window
-from nuwa.spec.grid import MASKED, Extent, Grid
-from nuwa.spec.manifest import PRECISIONS, STEP_ROW_INPUTS, step_call_inputs
-from nuwa.spec.philox import uniforms
+from nuwa.spec.grid import MASKED, Grid
+from nuwa.spec.manifest import STEP_ROW_INPUTS, step_call_inputs
 from nuwa.spec.plan import decode_plan
-from nuwa.spec.sampling import Sampling
 
-from ..plugins_trt.native_rows import rows_library
-from . import fake_tensorrt
-from .fake_tensorrt import PLUGIN_ABI, FakeTensorRt, FakeTensorRtx, plugin_library, with_engines
-
-SLOTS, CONDITIONS = 6, 4
-PROMPTS = ("none", "a red digit 3 moves left to right on black", "word " * 30, "no " * 99)
+from .backend_kinds import (
+    CONDITIONS,
+    KINDS,
+    ON_A_DEVICE,
+    OTHER_MODELS,
+    SLOTS,
+    WITH_PLUGINS,
+    WITHOUT_KERNELS,
+    WITHOUT_PLUGINS,
+    batch_of,
+    drawn,
+    loaded,
+    made_as,
+    opened,
+    other_bundle,
+    random_tokens,
+    sequence,
+    volume,
+)
+from .fake_tensorrt import PLUGIN_ABI, FakeTensorRt
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +57,9 @@ def plain(plain_bundle):
     return open_bundle(plain_bundle)
 
 
-NATIVE = tuple(f"native level {level}" for level in LEVELS)
-# The CUDA backend with the CPU as its device, and tokens there, or on the host without kernels.
-ON_A_DEVICE, WITHOUT_KERNELS = "onnxruntime on a device", "onnxruntime on a device without kernels"
-# TensorRT with ONNX files as its engines: caches in place, or copied back.
-WITH_PLUGINS, WITHOUT_PLUGINS = "tensorrt with plugins", "tensorrt-rtx"
-KINDS = ("onnxruntime", ON_A_DEVICE, WITHOUT_KERNELS, WITH_PLUGINS, WITHOUT_PLUGINS, *NATIVE)
+@pytest.fixture(scope="module", params=OTHER_MODELS)
+def other(request, tmp_path_factory):
+    return other_bundle(request.param, tmp_path_factory.mktemp("other"))
 
 
 @pytest.fixture(params=KINDS)
@@ -76,160 +70,6 @@ def kind(request):
 @pytest.fixture
 def backend(bundle, kind):
     return loaded(bundle, kind)
-
-
-def made_as(kind: str, bundle, **arguments):
-    """A backend of one of KINDS; skips the test where the machine cannot have it."""
-    if kind == "onnxruntime":
-        return OnnxRuntimeCpu(bundle, **arguments)
-    if kind in (ON_A_DEVICE, WITHOUT_KERNELS):
-        if bundle.manifest.precision == "int8":
-            pytest.skip("the CUDA backend takes no int8 bundles")
-        kernels = rows_library() if kind == ON_A_DEVICE else Path("nowhere.so")
-        made = OnnxRuntimeCuda(bundle, **arguments, device="cpu", kernels=kernels)
-        assert isinstance(made._rows, DeviceRows if kind == ON_A_DEVICE else HostTokens)
-        made.caches, made.conditions = seen(made._caches), seen(made._conditions)
-        return made
-    if kind in (WITH_PLUGINS, WITHOUT_PLUGINS):
-        return made_on_tensorrt(kind, bundle, **arguments)
-    level = int(kind.split()[-1])
-    if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
-        pytest.skip("no C++ compiler, so no native decoder")
-    if level > native_library.load(0).nuwa_best_level():
-        pytest.skip(f"this machine cannot run level {level}")
-    return NativeCpu(bundle, **arguments, level=level)
-
-
-def made_on_tensorrt(kind: str, bundle, *, cache_slots: int, **arguments):
-    engined = with_all_engines(bundle.path, cache_slots // 2)
-    registry = mock.patch.object(fake_tensorrt, "REGISTRY", fake_tensorrt.IPluginRegistry())
-    arguments |= {"cache_slots": cache_slots, "kernels": rows_library()}
-    arguments["memory"] = fake_tensorrt.Memory
-    if kind == WITHOUT_PLUGINS:
-        made = TensorRtRtx(engined, module=FakeTensorRtx, **arguments)
-    else:
-        with registry, mock.patch.object(plugins_trt, "library", plugin_library):
-            made = TensorRt(engined, module=FakeTensorRt, **arguments)
-    assert bool(made._copied) == (kind == WITHOUT_PLUGINS)
-    made.caches, made.conditions = (
-        {name: at(each.address, each.shape, each.dtype) for name, each in tensors.items()}
-        for tensors in (made._caches, made._conditions)
-    )
-    return made
-
-
-@functools.cache
-def with_all_engines(path: Path, slots: int) -> Bundle:
-    """A copy of a bundle, with engines of both kinds."""
-    folder = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    shutil.copytree(path, folder, dirs_exist_ok=True)
-    with_engines(folder, "tensorrt", slots=slots, plugin_abi=PLUGIN_ABI)
-    with_engines(folder, "tensorrt-rtx", slots=slots)
-    return open_bundle(folder)
-
-
-def at(address: int, shape: tuple[int, ...], kind) -> np.ndarray:
-    size = int(np.prod(shape)) * np.dtype(kind).itemsize
-    return np.frombuffer((ctypes.c_char * size).from_address(address), kind).reshape(shape)
-
-
-def seen(values: dict) -> dict[str, np.ndarray]:
-    """The memory of OrtValues on the CPU."""
-    arrays = {}
-    for name, value in values.items():
-        kind = np.dtype({"tensor(float)": "f4", "tensor(float16)": "f2"}[value.data_type()])
-        arrays[name] = at(value.data_ptr(), value.shape(), kind)
-    return arrays
-
-
-def loaded(bundle, kind: str, threads: int = 1):
-    """A backend whose condition slots hold PROMPTS, and volumes of random ids if it sees any."""
-    made = made_as(
-        kind,
-        bundle,
-        cache_slots=SLOTS,
-        condition_slots=CONDITIONS,
-        threads=threads,
-        spinning=False,
-        logits=True,
-    )
-    ids = np.stack([bundle.text_tokenizer.encode(prompt) for prompt in PROMPTS])
-    layout = ConditionLayout.of(bundle.manifest.config)
-    made.encode_text(ids, range(CONDITIONS), layout.text)
-    made.encode_text(ids[:1].repeat(CONDITIONS, axis=0), range(CONDITIONS), layout.none)
-    made.text_lengths = [bundle.text_tokenizer.used(row) for row in ids]
-    if bundle.manifest.config.visual is not None:
-        for slot in range(CONDITIONS):
-            made.encode_visual(*volume(bundle.manifest.config, slot), slot)
-    return made
-
-
-def volume(config, seed: int) -> tuple[np.ndarray, ...]:
-    """A clip of random visual ids, as encode_visual takes it."""
-    grid = config.decoder.grid
-    ids = np.random.default_rng(seed).integers(0, config.visual_ids, grid.size, np.int32)
-    return ids, grid.coordinates(), visual_neighbours(config, grid)
-
-
-def sequence(
-    bundle, *lanes: Lane, seed: int = 0, calls: int = 0, visual=None, known=None, **sampling
-) -> Sequence:
-    """A clip that has `calls` of its calls behind it."""
-    config = bundle.manifest.config
-    plan = decode_plan(config.decoder, config.decoder.grid)
-    draw = functools.partial(uniforms, seed, 0)
-    given = random_tokens(seed, plan.grid.size)
-    known = np.zeros(plan.grid.size, bool) if known is None else known
-    made = Sequence(plan, lanes, Sampling(**sampling), draw, given, known, config.bos, visual)
-    for _ in range(calls):
-        made.advance(made.width)
-    return made
-
-
-def random_tokens(seed: int, count: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 64, count, np.int32)
-
-
-def opened(backend, *sequences: Sequence) -> list[Part]:
-    """Their next parts, once the backend has them; what they are fed is random, of one seed."""
-    for each in sequences:
-        backend.open(each.stream)
-        held(backend, each)[:] = random_tokens(7, each.stream.held)
-    return [each.part() for each in sequences]
-
-
-def held(backend, made: Sequence) -> np.ndarray:
-    """The tokens that a backend holds of a sequence."""
-    rows = getattr(backend, "_rows", backend)
-    if isinstance(rows, HostTokens):
-        return rows.held(made.stream)
-    tokens = rows._streams[made.stream].tokens
-    if isinstance(rows, DeviceRows):
-        memory = (ctypes.c_int32 * made.stream.held).from_address(tokens)
-        return np.frombuffer(memory, np.int32)
-    return tokens
-
-
-def drawn(backend, *sequences: Sequence) -> list[list[int]]:
-    """What the last call drew for each."""
-    staged = [(each.part(), each.stream.rows) for each in sequences]
-    return [
-        held(backend, each)[rows.place[part.first : part.first + part.count]].tolist()
-        for each, (part, rows) in zip(sequences, staged, strict=True)
-    ]
-
-
-def batch_of(bundle, *sequences: Sequence) -> StepBatch:
-    config = bundle.manifest.config
-    columns = CrossColumns(config)
-    parts = [each.part() for each in sequences]
-    return assemble(
-        parts,
-        lambda stream: random_tokens(7, stream.held),
-        config.image.codebook_size,
-        columns,
-    )
 
 
 def test_a_batch_has_the_inputs_of_the_graph(bundle, plain):
@@ -518,110 +358,6 @@ def test_threads_are_at_least_one(bundle, kind):
         made_as(kind, bundle, cache_slots=1, condition_slots=1, threads=0)
 
 
-@pytest.mark.parametrize("sees", ["visual", "plain"])
-@pytest.mark.parametrize("kind", NATIVE)
-def test_native_logits_are_those_of_onnxruntime(bundle, plain, kind, sees):
-    """Step by step through a guided clip beside a plain one, both backends fed the same tokens."""
-    bundle = plain if sees == "plain" else bundle
-    config = bundle.manifest.config
-    expected, native = loaded(bundle, "onnxruntime"), loaded(bundle, kind)
-    window = None if sees == "plain" else visual_window(config, config.decoder.grid)
-    length = expected.text_lengths[1]
-    guided = Lane(0, 1, length), Lane(1, 1, 3, 77)
-    clips = [
-        sequence(bundle, *guided, visual=window, guidance_scale=3.0, top_k=5),
-        sequence(bundle, Lane(2, 2, expected.text_lengths[2]), seed=1, top_p=0.7),
-    ]
-    same = []
-    for _ in range(clips[0].plan.steps):
-        tokens = []
-        for backend in (expected, native):
-            assert all(backend.step(opened(backend, *clips)))
-            tokens.append(np.concatenate(drawn(backend, *clips)))
-        same.append(tokens[0] == tokens[1])
-        np.testing.assert_allclose(native.logits, expected.logits, rtol=1e-4, atol=1e-4)
-        for each in clips:
-            each.advance(each.width)
-    for name, array in expected.caches.items():
-        np.testing.assert_allclose(native.caches[name], array, rtol=1e-4, atol=1e-4)
-    assert np.concatenate(same).mean() > 0.99  # all, unless a draw falls between two roundings
-
-
-OTHER_MODELS = {
-    "wide": {"visual": False, "codes": 70, "width": 64, "heads": 2},
-    "heads of 48": {"width": 96, "heads": 2},
-    "heads of 64": {"width": 64, "heads": 1},
-    "heads of 128": {"width": 128, "heads": 1},
-    "two extents": {
-        "visual": True,
-        "extents": (Extent(3, 3, 3), Extent(1, 3, 3)),
-        "relative_bias": False,
-    },
-    "fp16": {},
-    "int8": {},
-}
-
-
-@pytest.fixture(scope="module", params=OTHER_MODELS)
-def other(request, tmp_path_factory):
-    """Bundles of other architectures, and of other types of storage."""
-    from nuwa.export.bundle import export_bundle
-
-    from ..conftest import make_tiny_checkpoint
-
-    folder = tmp_path_factory.mktemp("other")
-    make_tiny_checkpoint(folder / "checkpoint", **OTHER_MODELS[request.param])
-    precision = request.param if request.param in PRECISIONS else "fp32"
-    export_bundle(folder / "checkpoint", folder / "bundle", precision=precision)
-    return open_bundle(folder / "bundle")
-
-
-@pytest.mark.parametrize("kind", NATIVE)
-def test_native_decoder_runs_other_models_too(other, kind):
-    bundle, config = other, other.manifest.config
-    expected, native = loaded(bundle, "onnxruntime"), loaded(bundle, kind, threads=2)
-    # Of int8, a rounding that falls the other way moves what follows by about a hundredth.
-    near = {"fp32": 1e-4, "fp16": 3e-2, "int8": 5e-2}[bundle.manifest.precision]
-    window = None if config.visual is None else visual_window(config, config.decoder.grid)
-    lanes = [Lane(s, s, expected.text_lengths[s]) for s in range(2)]
-    clips = [sequence(bundle, lane, seed=lane.cache_slot, visual=window) for lane in lanes]
-    for _ in range(clips[0].plan.steps):
-        expected.step(opened(expected, *clips))
-        native.step(opened(native, *clips))
-        np.testing.assert_allclose(native.logits, expected.logits, rtol=near, atol=near)
-        for each in clips:
-            each.advance(each.width)
-
-
-@pytest.mark.parametrize("kind", NATIVE)
-def test_native_draws_are_right_for_their_logits(bundle, kind):
-    """By the judge of the export, in fp64, under settings of all sorts."""
-    from nuwa.export.draws import draw_errors
-
-    backend, rng = loaded(bundle, kind), np.random.default_rng(5)
-    for _ in range(40):
-        settings = [
-            {
-                "temperature": rng.choice([0.0, 0.001, 0.5, 1.0, 100.0]),
-                "top_k": int(rng.choice([0, 0, 1, 3, 64, 1000])),
-                "top_p": rng.choice([1.0, 1.0, 0.9, 0.3, 1e-6]),
-            }
-            for _ in range(SLOTS)
-        ]
-        crowd = [
-            sequence(bundle, Lane(s, s % CONDITIONS, 5), seed=s, calls=5, **each)
-            for s, each in enumerate(settings)
-        ]
-        for each in crowd:
-            uniform = rng.random(len(each.stream.rows), np.float32)
-            each.stream.rows = dataclasses.replace(each.stream.rows, uniform=uniform)
-        backend.step(opened(backend, *crowd))
-        batch = batch_of(bundle, *crowd)
-        rows = (batch.temperature, batch.top_k, batch.top_p, batch.uniform)
-        tokens = np.concatenate(drawn(backend, *crowd))
-        assert draw_errors(backend.logits, *rows, tokens).max() < 1e-6
-
-
 def test_logits_that_are_no_numbers_are_told(bundle, backend):
     """Of the part that has them; its tokens stay inside, and the others' are as without it."""
     for name, array in backend.conditions.items():
@@ -648,36 +384,6 @@ def test_one_number_that_is_none_is_enough_to_be_told(other, kind, value):
     assert backend.step(opened(backend, ill, well)) == [False, True]
 
 
-@pytest.mark.parametrize("kind", NATIVE)
-@pytest.mark.parametrize(("inputs", "outputs"), [(16, 5), (64, 32), (256, 70)])
-def test_whole_numbers_add_up_to_the_same_on_every_level(bundle, kind, inputs, outputs):
-    """The sums are exact, so what is left is two roundings of a product; rows of any size."""
-    made_as(kind, bundle, cache_slots=1, condition_slots=1, threads=1)  # or the test is skipped
-    draw = np.random.default_rng(inputs)
-    rows = draw.standard_normal((29, inputs)).astype(np.float32) * 10.0 ** draw.integers(
-        -20, 20, (29, 1)
-    )
-    rows = np.concatenate([rows, np.zeros((1, inputs))]).astype(np.float32)
-    weight = draw.integers(-127, 128, (inputs, outputs)).astype(np.int8)
-    weight[:, 0], rows[0] = 127, -rows[0].max()  # as large as a sum can be
-    scale = draw.random(outputs, np.float32)
-    unit = np.maximum(np.abs(rows).max(1, keepdims=True) * np.float32(1 / 127), np.float32(1e-30))
-    sums = np.rint(rows / unit).astype(np.int64) @ weight.astype(np.int64)
-    made = native_library.multiply(int(kind.split()[-1]), rows, weight, scale)
-    wanted = sums.astype(np.float64) * unit * scale
-    np.testing.assert_allclose(made, wanted, rtol=3e-7, atol=0.0)
-
-
-@pytest.mark.parametrize("kind", NATIVE)
-def test_products_of_real_numbers(bundle, kind):
-    made_as(kind, bundle, cache_slots=1, condition_slots=1, threads=1)
-    draw = np.random.default_rng(1)
-    rows = draw.standard_normal((29, 64)).astype(np.float32)
-    weight = draw.standard_normal((70, 64)).astype(np.float32)
-    made = native_library.multiply(int(kind.split()[-1]), rows, weight)
-    np.testing.assert_allclose(made, rows.astype(np.float64) @ weight.T, rtol=1e-5, atol=1e-5)
-
-
 def test_given_tokens_are_put_in_place_and_fed(bundle, backend):
     """A call whose rows are all given but the last: what is drawn is as if one by one."""
     config = bundle.manifest.config
@@ -697,75 +403,6 @@ def test_given_tokens_are_put_in_place_and_fed(bundle, backend):
     assert [got[p] for p in range(size // 2)] == random_tokens(0, size)[: size // 2].tolist()
     whole = backend.tokens(made.stream, 0, size)
     assert whole.tolist() == [got[p] for p in range(size)]
-
-
-def test_structures_are_as_large_as_the_header_says():
-    """As a C compiler lays out decoder_abi.h on a 64-bit machine."""
-    sizes = {
-        native_library.AbiShape: 56,  # rows: fills what was a gap
-        native_library.AbiLayer: 192,
-        native_library.AbiWeights: 64,
-        native_library.AbiStream: 124 + 4,
-        native_library.AbiPart: 24,
-        native_library.AbiStep: 72,
-    }
-    assert {each: ctypes.sizeof(each) for each in sizes} == sizes
-
-
-def test_a_bundle_that_does_not_name_its_weights_is_refused(plain, monkeypatch):
-    if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
-        pytest.skip("no C++ compiler, so no native decoder")
-    read = native_cpu.read_weights
-
-    def without(name):
-        return lambda path: {k: v for k, v in read(path).items() if not k.endswith(name)}
-
-    def reshaped(path):
-        return {k: v.T if k.endswith("ff_in.weight") else v for k, v in read(path).items()}
-
-    for found, says in ((without("0.bias"), "no weights"), (reshaped, r"shape \(32, 128\) as")):
-        monkeypatch.setattr(native_cpu, "read_weights", found)
-        with pytest.raises(UnavailableError, match=f"{says}.*export the checkpoint again"):
-            NativeCpu(plain, cache_slots=1, condition_slots=1, threads=1)
-
-
-def test_a_forked_process_is_told_to_load_its_own(bundle, monkeypatch):
-    backend = loaded(bundle, NATIVE[-1])
-    parts = opened(backend, sequence(bundle, Lane(0, 0, 3)))
-    other = types.SimpleNamespace(getpid=lambda: backend._process + 1)
-    monkeypatch.setattr(native_cpu, "os", other)
-    with pytest.raises(RuntimeError, match="a forked process has none of the decoder's threads"):
-        backend.step(parts)
-
-
-@pytest.mark.parametrize("kind", NATIVE)
-def test_native_bits_do_not_depend_on_threads(bundle, kind):
-    alone, many = loaded(bundle, kind), loaded(bundle, kind, threads=3)
-    crowd = [
-        sequence(bundle, Lane(s, s % CONDITIONS, 5), seed=s, calls=2 * s) for s in range(SLOTS)
-    ]
-    for count in (1, 2, SLOTS):
-        for backend in (alone, many):
-            backend.step(opened(backend, *crowd[:count]))
-        assert drawn(alone, *crowd[:count]) == drawn(many, *crowd[:count])
-        assert (alone.logits == many.logits).all()
-    for name, array in alone.caches.items():
-        assert (array == many.caches[name]).all()
-
-
-@pytest.mark.parametrize("kind", NATIVE)
-def test_a_step_takes_the_cores_that_others_leave(bundle, kind):
-    alone, many = loaded(bundle, kind), loaded(bundle, kind, threads=3)
-    crowd = [sequence(bundle, Lane(s, s % CONDITIONS, 5), seed=s) for s in range(SLOTS)]
-    expected = None
-    for lent in [0, 1, 5, 0, 2, 1, 0] * 5:  # threads that wait come back, and go again
-        for backend, taken in ((alone, 0), (many, lent)):
-            parts = opened(backend, *crowd)
-            with backend._cores.lend(taken):
-                backend.step(parts)
-                assert backend._step.threads == max(1, backend.threads - taken)
-        expected = alone.logits if expected is None else expected
-        assert (alone.logits == expected).all() and (many.logits == expected).all()
 
 
 @pytest.mark.parametrize("threads", [1, 3, 8])

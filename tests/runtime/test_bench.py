@@ -46,7 +46,7 @@ class Delayed(FakeEngine):
         time.sleep(ENCODE)
         return super().prepare(request)
 
-    def step(self):
+    def step(self, until=None):
         time.sleep(STEP)
         return super().step()
 

@@ -248,7 +248,7 @@ def test_ctrl_c_between_rounds():
 def test_figures_are_of_ones_own_time(scenario):
     engine = FakeEngine()
     step = engine.step
-    engine.step = lambda: time.sleep(0.1) or step()
+    engine.step = lambda until=None: time.sleep(0.1) or step()
     settings = Settings(
         scenario,
         Extent(16.0, rounds=8),
@@ -479,7 +479,7 @@ def test_no_launch_is_asked_for_more_than_it_may_have():
 def slow(seconds: float) -> FakeEngine:
     engine = FakeEngine()
     step = engine.step
-    engine.step = lambda: time.sleep(seconds) or step()
+    engine.step = lambda until=None: time.sleep(seconds) or step()
     return engine
 
 

@@ -60,7 +60,7 @@ def slow(engine):
     """An engine that takes a third of a second for a clip of four frames."""
     step = engine.step
 
-    def slow_step():
+    def slow_step(until=None):
         time.sleep(0.02)
         return step()
 

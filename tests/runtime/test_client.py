@@ -167,7 +167,7 @@ def test_errors_without_a_server_are_the_plain_ones(engine):
             client.generate_image("t2i", "a 3", top_p=2)
         with pytest.raises(UnsupportedTaskError):
             client.generate_image("s2i", sketch=PICTURE[..., 0])
-        engine.step = lambda: time.sleep(0.01) or []
+        engine.step = lambda until=None: time.sleep(0.01) or []
         with pytest.raises(DeadlineExceededError):
             client.generate_image("t2i", "a 3", deadline=0.05)
 

@@ -599,7 +599,7 @@ def test_wrong_answers_of_an_engine_end_the_request_not_the_loop():
     turn(scheduler, 4)
     with pytest.raises(EngineError, match="making pixels"):
         handle.result()
-    step, engine.step = engine.step, lambda: list(itertools.repeat("nonsense", 1))
+    step, engine.step = engine.step, lambda until: list(itertools.repeat("nonsense", 1))
     handle = scheduler.submit(request())
     turn(scheduler)
     with pytest.raises(EngineError, match="decoding"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import random
 import threading
 import time
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 
 from nuwa.runtime import painter as painter_module
+from nuwa.runtime.backends.base import steps_in_turn
 from nuwa.runtime.core import CancelledError, Done, Frame, GenerationRequest, QueueFullError
 from nuwa.runtime.engine import condition_slots
 from nuwa.runtime.errors import DeadlineExceededError, EngineError
@@ -73,13 +75,13 @@ class Faults:
             self.held[slot] = prepared.request.number
             self.meet("admit", prepared.request.number)
 
-        def faulty_step():
+        def faulty_step(until=None):
             for number in {*self.held.values()}:
                 self.before("step", number)
             if any(self.planned.get(number) == "call" for number in self.held.values()):
                 self.hit |= {*self.held.values()}
                 raise RuntimeError("injected: call")
-            results = step()
+            results = step(until)
             for result in results:
                 number = self.held[result.slot]
                 self.steps[number] = self.steps.get(number, 0) + 1
@@ -141,6 +143,7 @@ def fail_real_parts(engine: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch
         return result
 
     monkeypatch.setattr(engine._backend, "step", faulty)
+    monkeypatch.setattr(engine._backend, "steps", functools.partial(steps_in_turn, faulty))
 
 
 def ending(handle: Handle) -> tuple[str, list[Frame]]:

@@ -482,6 +482,16 @@ def test_prefill_takes_no_more_rows_than_there_are(bundle):
     assert 16 < max(calls) <= 20
 
 
+def test_a_backend_of_one_row_takes_no_guidance(bundle):
+    backend = made(bundle)
+    backend.most_rows = 1
+    engine = Engine(bundle, backend, slots=SLOTS)
+    request = GenerationRequest(Task.T2I, "a 3", sampling=Sampling(guidance_scale=2.0))
+    with pytest.raises(FieldError, match="guidance_scale 2.0 takes two rows at a time, and"):
+        engine.check(request)
+    alone(engine, GenerationRequest(Task.T2I, "a 3"))
+
+
 def test_memory_that_cannot_be_had_leaves_what_there_was(bundle, monkeypatch):
     backend = made(bundle)
     codes = np.random.default_rng(0).integers(0, 64, (1, 4, 4), np.int32)
