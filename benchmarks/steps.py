@@ -23,6 +23,7 @@ from ceiling import Products, copy_bandwidth, products, step_bytes, step_flops
 from hardware import hardware
 
 from nuwa.runtime.backends.base import AUTO, BACKENDS, Lane, Part, Rows, Stream
+from nuwa.runtime.bench.card import storage_of
 from nuwa.runtime.core import GenerationRequest
 from nuwa.runtime.engine import Engine, load_engine
 from nuwa.runtime.scheduler import Scheduler
@@ -51,6 +52,7 @@ def main() -> int:
         options.bundle, slots=max(options.clips), threads=threads, backend=options.backend
     )
     model, precision = engine._config, engine.info.precision
+    stored = storage_of(precision, engine.info.backend)
     floor = Products(products(model), threads, precision)
     bandwidth = copy_bandwidth(2**26, threads)
     report: dict = {
@@ -69,7 +71,7 @@ def main() -> int:
     for rows in options.rows:
         row = _measure(engine, stream, rows, floor, options.repeats)
         row["flops"] = step_flops(model, rows)
-        row["bytes"] = step_bytes(model, rows, 1 if precision == "int8" else 4)
+        row["bytes"] = step_bytes(model, rows, stored.weight_bytes)
         row["bytes_seconds"] = row["bytes"] / bandwidth
         report["steps"].append(row)
         print(

@@ -8,13 +8,14 @@ what comes out does not depend on the others, nor on how many cores there are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
 from .cores import Cores
+from .helpers import Helpers
 
 
 class FrameGraph:
@@ -29,7 +30,7 @@ class FrameGraph:
         self,
         session: Callable[[int], ort.InferenceSession],
         cores: Cores,
-        pool: ThreadPoolExecutor | None,
+        pool: Helpers | None,
         *,
         whole: bool = False,
     ) -> None:
@@ -50,6 +51,8 @@ class FrameGraph:
         with self._cores.lend(used):
             own, *others = np.array_split(frames, used)
             pool = self._pool
+            if pool and others:
+                pool.keep_off()
             made = [pool.submit(self._each, part) for part in others] if pool else []
             try:
                 return np.concatenate([self._each(own), *(part.result() for part in made)])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from ..bundle import Bundle
 from ..core import Pixels
 from .cores import Cores
 from .frame_graph import FrameGraph
+from .helpers import Helpers
 
 _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # Linux control groups: microseconds of every so many
 
@@ -64,7 +64,7 @@ class OnnxRuntimeGraphs:
         self._spinning = spinning
         self._cores = Cores(self.threads)
         helpers = self.threads - 1
-        self._pool = ThreadPoolExecutor(helpers, "nuwa-frames") if helpers else None
+        self._pool = Helpers(helpers, "nuwa-frames") if helpers else None
         self._text = self.session(TEXT_ENCODER)
         self._tokenizer = self._frame_graph(IMAGE_TOKENIZER)
         self._detokenizer = self._frame_graph(IMAGE_DETOKENIZER, whole=True)

@@ -1,4 +1,8 @@
 // Threads that run one function together and wait for each other inside it.
+//
+// A thread that is woken may be put onto the processor of the one that woke it, although others are
+// idle. Here that one goes on and waits actively, so they share it until the system moves one of
+// them, which takes milliseconds. So members are kept off the processor that the caller runs on.
 #pragma once
 
 #include <algorithm>
@@ -14,6 +18,10 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
 #endif
 
 namespace nuwa {
@@ -42,6 +50,7 @@ class Team {
   // task(member) for members 0 .. working - 1; the caller is member 0. It must not throw.
   void run(const std::function<void(int)>& task) {
     if (working_ > 1) {
+      keep_off_this_processor();
       {
         std::lock_guard<std::mutex> lock(mutex_);
         task_ = &task;
@@ -110,6 +119,21 @@ class Team {
     }
   }
 
+  // Of processors that members may use; where it cannot be done, the system puts them anywhere.
+  void keep_off_this_processor() {
+#if defined(__linux__)
+    const int here = sched_getcpu();
+    if (here < 0 || here == avoided_) return;
+    if (avoided_ < 0 && sched_getaffinity(0, sizeof usable_, &usable_)) CPU_ZERO(&usable_);
+    avoided_ = here;
+    if (here >= CPU_SETSIZE || !CPU_ISSET(here, &usable_) || CPU_COUNT(&usable_) < 2) return;
+    cpu_set_t others = usable_;
+    CPU_CLR(here, &others);
+    for (std::thread& thread : threads_)
+      pthread_setaffinity_np(thread.native_handle(), sizeof others, &others);
+#endif
+  }
+
   void dismiss() {
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -120,6 +144,11 @@ class Team {
   }
 
   static constexpr std::int64_t kMost = 1 << 16;  // members
+
+#if defined(__linux__)
+  int avoided_ = -1;  // the processor that members are kept off; -1 before the first task
+  cpu_set_t usable_;  // by the thread that called first
+#endif
 
   const int size_;
   int working_ = size_;

@@ -61,7 +61,7 @@ def test_health_tells_of_the_service_and_of_the_drain(server, channel, engine, s
 def test_a_server_whose_device_is_lost_says_so_and_ends(monkeypatch):
     engine = FakeEngine()
 
-    def lose():
+    def lose(until=None):
         raise DeviceLostError("GPU 0 is lost to this process")
 
     monkeypatch.setattr(engine, "step", lose)
