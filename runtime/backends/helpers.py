@@ -7,6 +7,7 @@ all there is to do. native/team.h does the same for the threads of a step.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import threading
@@ -37,9 +38,10 @@ class Helpers(ThreadPoolExecutor):
             return
         with self._placing:
             self._avoided = here
-            others = os.sched_getaffinity(0) - {here}
-            if others:
-                for thread in self._ids:
+            # A sandbox may forbid it, and a thread may have ended.
+            with contextlib.suppress(OSError):
+                others = os.sched_getaffinity(0) - {here}
+                for thread in self._ids if others else ():
                     os.sched_setaffinity(thread, others)
 
     def _begin(self) -> None:

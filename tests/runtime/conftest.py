@@ -1,14 +1,16 @@
-"""A server over the fake engine, on a free loopback port, and a stub that talks to it."""
+"""A server over the fake engine, on a free loopback port, a stub that talks to it, tiny bundles."""
 
 from __future__ import annotations
 
 import grpc
 import pytest
 
+from nuwa.runtime.bundle import open_bundle
 from nuwa.runtime.client import Client, LocalClient
 from nuwa.runtime.server import Server
 from nuwa.v1 import generation_pb2_grpc
 
+from .backend_kinds import OTHER_MODELS, other_bundle
 from .fake_engine import FakeEngine
 
 
@@ -44,3 +46,18 @@ def client(request, engine):
         return
     with Client(request.getfixturevalue("server").address) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle):
+    return open_bundle(tiny_bundle)
+
+
+@pytest.fixture(scope="module")
+def plain(plain_bundle):
+    return open_bundle(plain_bundle)
+
+
+@pytest.fixture(scope="module", params=OTHER_MODELS)
+def other(request, tmp_path_factory):
+    return other_bundle(request.param, tmp_path_factory.mktemp("other"))

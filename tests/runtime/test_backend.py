@@ -18,7 +18,6 @@ from nuwa.runtime.backends.native_cpu import NativeCpu
 from nuwa.runtime.backends.native_library import LEVELS
 from nuwa.runtime.backends.step_batch import StepBatch
 from nuwa.runtime.backends.tensorrt import TensorRt
-from nuwa.runtime.bundle import open_bundle
 from nuwa.runtime.sequence import Sequence
 from nuwa.spec.conditions import ConditionLayout, visual_neighbours, visual_window
 from nuwa.spec.grid import MASKED, Grid
@@ -29,7 +28,6 @@ from .backend_kinds import (
     CONDITIONS,
     KINDS,
     ON_A_DEVICE,
-    OTHER_MODELS,
     SLOTS,
     WITH_PLUGINS,
     WITHOUT_KERNELS,
@@ -39,27 +37,11 @@ from .backend_kinds import (
     loaded,
     made_as,
     opened,
-    other_bundle,
     random_tokens,
     sequence,
     volume,
 )
 from .fake_tensorrt import PLUGIN_ABI, FakeTensorRt
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny_bundle):
-    return open_bundle(tiny_bundle)
-
-
-@pytest.fixture(scope="module")
-def plain(plain_bundle):
-    return open_bundle(plain_bundle)
-
-
-@pytest.fixture(scope="module", params=OTHER_MODELS)
-def other(request, tmp_path_factory):
-    return other_bundle(request.param, tmp_path_factory.mktemp("other"))
 
 
 @pytest.fixture(params=KINDS)

@@ -14,14 +14,12 @@ import pytest
 from nuwa.runtime.backends import native_cpu, native_library
 from nuwa.runtime.backends.base import Lane
 from nuwa.runtime.backends.native_cpu import NativeCpu
-from nuwa.runtime.bundle import open_bundle
 from nuwa.runtime.errors import UnavailableError
 from nuwa.spec.conditions import visual_window
 
 from .backend_kinds import (
     CONDITIONS,
     NATIVE,
-    OTHER_MODELS,
     SLOTS,
     batch_of,
     drawn,
@@ -31,21 +29,6 @@ from .backend_kinds import (
     other_bundle,
     sequence,
 )
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny_bundle):
-    return open_bundle(tiny_bundle)
-
-
-@pytest.fixture(scope="module")
-def plain(plain_bundle):
-    return open_bundle(plain_bundle)
-
-
-@pytest.fixture(scope="module", params=OTHER_MODELS)
-def other(request, tmp_path_factory):
-    return other_bundle(request.param, tmp_path_factory.mktemp("other"))
 
 
 @pytest.mark.parametrize("sees", ["visual", "plain"])

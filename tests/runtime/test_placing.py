@@ -49,6 +49,17 @@ def test_where_nobody_has_a_say_helpers_run_anywhere(monkeypatch):
 
 
 @placed
+def test_where_it_is_forbidden_helpers_run_anywhere(monkeypatch):
+    def forbidden(thread, to):
+        raise PermissionError("not here")
+
+    monkeypatch.setattr(os, "sched_setaffinity", forbidden)
+    with Helpers(2, "helping") as pool:
+        pool.keep_off()
+        assert pool.submit(int).result() == 0
+
+
+@placed
 def test_one_processor_is_shared(monkeypatch):
     here = min(os.sched_getaffinity(0))
     monkeypatch.setattr(os, "sched_getaffinity", lambda thread: {here})

@@ -13,7 +13,6 @@ import pytest
 
 from nuwa.runtime.backends.base import CallDone, Lane, Part, steps_in_turn
 from nuwa.runtime.backends.device_memory import _bytes_at
-from nuwa.runtime.bundle import open_bundle
 from nuwa.runtime.core import GenerationRequest, Until
 from nuwa.runtime.engine import MOST_WAVES, Engine, cache_slots, condition_slots, load_engine
 from nuwa.runtime.errors import DeviceLostError, EngineError
@@ -40,11 +39,6 @@ from .fake_engine import FakeEngine
 
 LONG = 3600.0  # seconds, that no step takes
 CALLS = 4
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny_bundle):
-    return open_bundle(tiny_bundle)
 
 
 @pytest.fixture(params=KINDS)
