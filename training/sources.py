@@ -13,12 +13,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from nuwa.spec.tasks import UNCONDITIONAL_PROMPT
 
 from .openmoji.dataset import PictureFolder
-from .sprites.bank import TILE, load_bank
 from .sprites.world import (
     BACKGROUNDS,
     CLASSES,
@@ -36,7 +34,6 @@ from .sprites.world import (
 U8 = npt.NDArray[np.uint8]
 
 LOOKS_THE_SAME = ("0", "1", "8")  # or like another class, once it is turned onto its side
-LEAST_SQUEEZED = 0.4  # of its width or height, what is left of a glyph that no caption names
 
 
 class Source(Protocol):
@@ -92,8 +89,7 @@ class Sprites:
         self.identity = {"level": level, "split": "train", "seed": self.world.seed}
         self.provenance = {
             "data": f"captioned moving sprites, level {level}, split train: MNIST digits "
-            "(CC BY-SA 3.0) and, at level full or with --strange-clips, animal-mnist silhouettes "
-            "(MIT)",
+            "(CC BY-SA 3.0) and, at level full, animal-mnist silhouettes (MIT)",
             "licence": "Apache-2.0",
         }
 
@@ -107,23 +103,14 @@ class Sprites:
         return self.world.long_clip(index, frames)
 
     def stranger(self, index: int, frames: range) -> U8:
-        """With a digit or an animal turned onto its side, of a class that is not the same then.
-
-        Every other one is squeezed, so that there are narrow ones and flat ones too.
-        """
+        """With a glyph turned onto its side, of a class that is not the same then."""
         plan = self.world.plan(index)
+        known = [c for c, _ in self.world.pairs if CLASSES[c] not in LOOKS_THE_SAME]
         draw = np.random.default_rng((self.world.seed, index))
-        if draw.random() < 0.5:
-            known = [c for c, _ in self.world.pairs if CLASSES[c] not in LOOKS_THE_SAME]
-            glyphs = self.world.glyphs[draw.choice(known)]
-        else:
-            animals = load_bank("animals")["train"]
-            glyphs = animals[draw.integers(len(animals))]
-        glyph_TT = np.rot90(draw.choice(glyphs), draw.choice((1, 3)))
+        glyph_TT = draw.choice(self.world.glyphs[draw.choice(known)])
+        glyph_TT = np.rot90(glyph_TT, draw.choice((1, 3)))
         if draw.random() < 0.5:
             glyph_TT = glyph_TT[::-1]
-        if draw.random() < 0.5:
-            glyph_TT = _squeezed(glyph_TT, draw.uniform(LEAST_SQUEEZED, 1.0), draw.random() < 0.5)
         return render(dataclasses.replace(plan, glyph_TT=glyph_TT), frames)[0]
 
     def may_show(self, index: int, start: int) -> bool:
@@ -149,18 +136,6 @@ class Sprites:
         ]
         texts = [text for row in rows for text in (row.image_caption, row.video_caption)]
         return [*texts, UNCONDITIONAL_PROMPT]
-
-
-def _squeezed(glyph_TT: U8, left: float, flat: bool) -> U8:
-    """With so much of its height, or of its width, in the middle of the tile."""
-    size = max(1, round(left * TILE))
-    wide, high = (TILE, size) if flat else (size, TILE)
-    image = Image.fromarray(np.ascontiguousarray(glyph_TT))
-    small = np.asarray(image.resize((wide, high), Image.Resampling.BOX))
-    made = np.zeros((TILE, TILE), np.uint8)
-    row, column = (TILE - high) // 2, (TILE - wide) // 2
-    made[row : row + high, column : column + wide] = small
-    return made
 
 
 def may_predict(class_index: int, motion: str | None) -> bool:

@@ -13,7 +13,7 @@ from nuwa.training.batches import NEAR, Batches, Rows, cutting_halves, draw_mask
 from nuwa.training.clips import FreshClips, encode_frames, store_clips
 from nuwa.training.readers import locate, read_motion
 from nuwa.training.sources import Sprites
-from nuwa.training.sprites.bank import ANIMALS, TILE, load_bank
+from nuwa.training.sprites.bank import TILE
 from nuwa.training.sprites.world import CLASSES, COLOURS, novel_pairs
 from nuwa.training.vqgan import VQGAN
 
@@ -185,18 +185,14 @@ def test_strange_clips_show_what_no_caption_names(batches, anywhere, monkeypatch
 
 def test_a_stranger_moves_as_the_clip_does_and_is_a_glyph_on_its_side():
     source = Sprites("digits")
-    banks = {
-        **{CLASSES[index]: glyphs for index, glyphs in enumerate(source.world.glyphs)},
-        **dict(zip(ANIMALS, load_bank("animals")["train"], strict=True)),
-    }
-    names, squeezed = set(), []
+    names = set()
     for colour, ink in ((name, max(COLOURS[name])) for name in source.world.colours):
         upright = {
-            ((ink * glyph.astype(int) + 127) // 255).astype(np.uint8).tobytes(): name
-            for name, glyphs in banks.items()
+            ((ink * glyph.astype(int) + 127) // 255).astype(np.uint8).tobytes(): CLASSES[index]
+            for index, glyphs in enumerate(source.world.glyphs)
             for glyph in glyphs
         }
-        for index in [i for i in range(120) if source.world.factors(i).colour == colour]:
+        for index in [i for i in range(60) if source.world.factors(i).colour == colour]:
             plan = source.world.plan(index)
             made = source.stranger(index, range(12))
             shown = made.max(axis=-1)
@@ -206,16 +202,12 @@ def test_a_stranger_moves_as_the_clip_does_and_is_a_glyph_on_its_side():
                 tiles.append(shown[frame, row : row + TILE, column : column + TILE].copy())
                 shown[frame, row : row + TILE, column : column + TILE] = 0
             assert not shown.any() and all((tile == tiles[0]).all() for tile in tiles)
-            assert tiles[0].any() and (made == source.stranger(index, range(12))).all()
+            assert (made == source.stranger(index, range(12))).all()
             assert tiles[0].tobytes() not in upright
             sides = [np.rot90(tiles[0], turns)[::flip] for turns in (1, 3) for flip in (1, -1)]
-            whole = {upright[each.tobytes()] for each in sides if each.tobytes() in upright}
-            names |= whole
-            if not whole:
-                height, width = (np.ptp(np.flatnonzero(tiles[0].any(axis))) + 1 for axis in (1, 0))
-                squeezed.append(min(height, width) / TILE)
-    assert names - set(ANIMALS) == set("2345679") and len(names & set(ANIMALS)) > 5
-    assert 30 < len(squeezed) < 90 and min(squeezed) < 0.5
+            (name,) = {upright[each.tobytes()] for each in sides if each.tobytes() in upright}
+            names.add(name)
+    assert names == set("2345679")
 
 
 def test_no_window_of_a_long_clip_shows_what_is_kept_for_the_novel_split():
