@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
@@ -40,10 +41,12 @@ from nuwa.spec.manifest import (
     VISUAL_ENCODER,
     VISUAL_ENCODER_INPUTS,
     WEIGHT_ALIASES,
+    WEIGHT_TRANSPOSES,
     condition_outputs,
     decoder_step_inputs,
     decoder_step_outputs,
 )
+from nuwa.spec.onnx_file import INLINE_LIMIT
 from nuwa.spec.plan import cache_entries
 from nuwa.training import nearby  # noqa: F401  defines torch.ops.nuwa
 from nuwa.training.checkpoint import Checkpoint
@@ -58,7 +61,6 @@ from .quantize import QUANTIZED
 from .translate import translations
 
 OPSET = 20
-INLINE_LIMIT = 1 << 30  # bytes; a file of more than 2 GiB is no valid protobuf
 DTYPES = {  # of activations
     "fp32": torch.float32,
     "fp16": torch.float16,
@@ -335,24 +337,33 @@ def _forget_sources(model: ir.Model) -> None:
 
 
 def _note_aliases(model: ir.Model, module: nn.Module) -> None:
-    """Of parameters that are equal the exporter keeps one: metadata names it for the others.
+    """Of parameters that are equal the exporter keeps one, and some it keeps under other names, as
+    [C, 1, 1] or transposed: metadata names them.
 
-    For readers that look weights up by name; `nuwa.aliases` is JSON, {parameter: initializer}.
+    For readers that look weights up by name; JSON, {parameter: initializer}.
     """
-    kept = {name: value.const_value for name, value in model.graph.initializers.items()}
-    aliases = {}
+    by_size: dict[int, dict[str, npt.NDArray]] = {}
+    for name, value in model.graph.initializers.items():
+        if value.const_value is not None:
+            by_size.setdefault(value.const_value.size, {})[name] = value.const_value.numpy()
+    aliases: dict[str, str] = {}
+    transposes: dict[str, str] = {}
     for name, parameter in module.named_parameters():
-        if name in kept:
+        if name in model.graph.initializers:
             continue
         wanted = TorchTensor(parameter.detach()).numpy()  # which has a type for bf16
-        for other, constant in kept.items():
-            if constant is None or tuple(constant.shape) != wanted.shape:
+        for other, array in by_size.get(wanted.size, {}).items():
+            if array.dtype != wanted.dtype:
                 continue
-            if constant.numpy().dtype == wanted.dtype and np.array_equal(constant.numpy(), wanted):
+            if np.array_equal(array.squeeze() if array.ndim > wanted.ndim else array, wanted):
                 aliases[name] = other
                 break
-    if aliases:
-        model.metadata_props[WEIGHT_ALIASES] = json.dumps(aliases)
+            if wanted.ndim == 2 and np.array_equal(array.T, wanted):
+                transposes[name] = other
+                break
+    for key, found in ((WEIGHT_ALIASES, aliases), (WEIGHT_TRANSPOSES, transposes)):
+        if found:
+            model.metadata_props[key] = json.dumps(found)
 
 
 @contextmanager

@@ -43,7 +43,8 @@ LIMITS: dict[str, dict[str, float]] = {
         "score_error": 1e-4,
     },
 }
-# Of bf16 the weights alone are rounded here, see widen.py; they have 8 bits, where fp16 has 11.
+# Of bf16 the weights alone are rounded here (widen of spec/onnx_file.py); they have 8 bits, where
+# fp16 has 11.
 LIMITS["bf16"] = LIMITS["fp16"] | {"relative": 5e-2}
 # int8 and fp8 are what the decoder's matrices are stored as; all else of such bundles is fp32 or
 # bf16.

@@ -5,7 +5,7 @@ export.
 
 The decoder is run as serving runs it, each cache bound as input and output at once. Its tokens are
 judged by its own logits (draws.py); how many differ from PyTorch's is recorded. What is bf16 runs
-in fp32 (widen.py).
+in fp32 (spec/onnx_file.py).
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from nuwa.spec.manifest import (
     graph_names,
     layer_names,
 )
+from nuwa.spec.onnx_file import widen
 from nuwa.spec.plan import cache_entries
 from nuwa.training.checkpoint import Checkpoint
 from nuwa.training.decode import DecoderStep, TextConditions, VisualConditions
@@ -64,7 +65,6 @@ from .draws import draw_errors
 from .fold import FoldedNUWA, fold
 from .parity import Figures
 from .quantize import QUANTIZED
-from .widen import widen
 
 _SMALL_PICTURE = 128  # pixels; of larger ones, half as many are tried
 _BF16 = (DECODER_STEP, TEXT_ENCODER, VISUAL_ENCODER)  # of a bundle of that precision

@@ -40,7 +40,8 @@ STEP_ROW_INPUTS = (
     *("condition_slot", "cross_neighbours"),
     *("temperature", "top_k", "top_p", "uniform", "guidance", "unconditional_row"),
 )
-WEIGHT_ALIASES = "nuwa.aliases"  # metadata of a graph: weights that go by another one's name
+# Metadata of a graph: weights that go by another one's name, and such that lie there transposed.
+WEIGHT_ALIASES, WEIGHT_TRANSPOSES = "nuwa.aliases", "nuwa.transposes"
 VISUAL_ENCODER_INPUTS = ("tokens", "coordinates", "neighbours")
 RANKER_INPUTS = ("tokens", "frames")
 

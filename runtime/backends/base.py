@@ -33,7 +33,7 @@ log = logging.getLogger("nuwa.runtime")
 AUTO = "auto"
 NATIVE_CPU, ONNXRUNTIME_CPU = "native-cpu", "onnxruntime-cpu"
 ONNXRUNTIME_CUDA = "onnxruntime-cuda"
-CPU_PRECISIONS = ("fp32", "fp16", "int8")  # of bundles
+CPU_PRECISIONS = ("fp32", "fp16", "bf16", "int8")  # of bundles
 # What choice.make_backend takes.
 BACKENDS = (AUTO, NATIVE_CPU, ONNXRUNTIME_CPU, ONNXRUNTIME_CUDA, TENSORRT, TENSORRT_RTX)
 

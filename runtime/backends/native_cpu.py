@@ -1,8 +1,10 @@
-"""decoder_step as native code (runtime/native), on the processor's widest vectors.
+"""A bundle's graphs as native code (runtime/native), on the processor's widest vectors.
 
-The weights are those of the bundle's decoder_step.onnx, packed anew; the caches are plain arrays.
-Everything else of a bundle runs on ONNX Runtime. What a row computes does not depend on the other
-rows of a call, so a request draws the same tokens in any company.
+Here decoder_step; the encoders are in native_encoders.py, tokenizers and detokenizer in
+native_frames.py. The weights are those of the bundle's graphs, packed anew; the caches are plain
+arrays. An encoder or tokenizer of other sizes than this code can run is left to ONNX Runtime. What
+a row computes does not depend on the other rows of a call, so a request draws the same tokens in
+any company.
 
 Legend: S cache slots, R entries a slot, d width, L layers, K codebook size.
 """
@@ -15,6 +17,7 @@ import os
 from collections.abc import Iterable, Sequence
 from ctypes import byref, c_double, c_void_p, pointer
 from dataclasses import astuple
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +25,19 @@ import numpy.typing as npt
 from nuwa.spec.conditions import visual_columns
 from nuwa.spec.config import ModelConfig
 from nuwa.spec.grid import Int
-from nuwa.spec.manifest import DECODER_STEP
+from nuwa.spec.manifest import (
+    DECODER_STEP,
+    IMAGE_DETOKENIZER,
+    TEXT_ENCODER,
+    VISUAL_ENCODER,
+    layer_names,
+)
+from nuwa.spec.onnx_file import widened
 
 from ..bundle import Bundle
 from ..core import Until
 from ..errors import UnavailableError
-from ..onnx_weights import Weights, read_weights
+from ..onnx_weights import BF16, Weights, fitting, read_weights
 from .base import (
     CPU_PRECISIONS,
     NATIVE_CPU,
@@ -38,6 +48,8 @@ from .base import (
     Stream,
     check_precision,
 )
+from .native_encoders import NativeEncoder
+from .native_frames import NativeFrames
 from .native_library import (
     BLOCK_WEIGHTS,
     HEAD_WEIGHTS,
@@ -54,7 +66,8 @@ from .native_library import (
     AbiWeights,
     load,
 )
-from .onnxruntime_graphs import OnnxRuntimeGraphs, allocate, cache_names
+from .native_team import NativeTeam
+from .onnxruntime_graphs import Frames, OnnxRuntimeGraphs, allocate, cache_names
 
 log = logging.getLogger("nuwa.runtime")
 
@@ -65,9 +78,10 @@ class NativeCpu(OnnxRuntimeGraphs):
     """A backend; UnavailableError where no library fits.
 
     Arguments as of OnnxRuntimeCpu. Matrices are kept as the bundle stores them, caches and all else
-    in fp32, in which all is computed but for int8; spinning concerns the encoders and tokenizers
-    only. rows: of usual calls, for which room is made at once; level: of the library, one of
-    LEVELS, None for the best one that machine and model allow.
+    in fp32, in which all is computed but for products with matrices of bf16 and int8, to which rows
+    are rounded; spinning concerns what is left to ONNX Runtime. rows: of usual calls, for which
+    room is made at once; level: of the library, one of LEVELS, None for the best one that machine
+    and model allow.
     """
 
     name = NATIVE_CPU
@@ -87,6 +101,7 @@ class NativeCpu(OnnxRuntimeGraphs):
         config, manifest = bundle.manifest.config, bundle.manifest
         check_precision(self.name, manifest.precision, CPU_PRECISIONS)
         weights = _decoder_weights(bundle)  # before all else, should they not be there
+        self._layers = config.decoder.layers
         self._library, level = _library_for(config, weights, level)
         super().__init__(
             bundle,
@@ -95,7 +110,8 @@ class NativeCpu(OnnxRuntimeGraphs):
             spinning=spinning,
             storage=np.float32,
         )
-        self.runs_on = f"decoder level {level}, {self.runs_on}"
+        tiles = manifest.precision == "bf16" and self._library.nuwa_has_tiles()
+        self.runs_on = f"decoder level {level}{' with AMX' if tiles else ''}, {self.runs_on}"
         layers, width = config.decoder.layers, config.decoder.width
         shape = (cache_slots, manifest.cache_entries, width)
         self.caches = allocate(cache_names(layers), shape, np.float32)
@@ -122,6 +138,76 @@ class NativeCpu(OnnxRuntimeGraphs):
         self._make_room(1, 1)
         self._process = os.getpid()
         self._decoder = _new_decoder(self._library, config, weights, self.threads, rows)
+
+    def _frame_graph(self, graph: str, *, whole: bool = False) -> Frames:
+        narrow = self.bundle.manifest.precision == "bf16"
+        try:
+            team = self._painting if graph == IMAGE_DETOKENIZER else self._preparing
+            return NativeFrames(team, self.bundle, graph, narrow=narrow)
+        except UnavailableError as error:
+            log.info("%s runs on ONNX Runtime: %s", graph, error)
+            return super()._frame_graph(graph, whole=whole)
+
+    def _load_encoders(self) -> None:
+        try:
+            self._texts: NativeEncoder | None = self._encoder(TEXT_ENCODER)
+        except UnavailableError as error:
+            log.info("%s runs on ONNX Runtime: %s", TEXT_ENCODER, error)
+            self._texts = None
+            super()._load_encoders()
+
+    @cached_property
+    def _volumes(self) -> NativeEncoder | None:
+        """The visual encoder; None for ONNX Runtime's."""
+        try:
+            return self._encoder(VISUAL_ENCODER)
+        except UnavailableError as error:
+            log.info("%s runs on ONNX Runtime: %s", VISUAL_ENCODER, error)
+            return None
+
+    def _encoder(self, graph: str) -> NativeEncoder:
+        keys, values = (
+            [self.conditions[name] for name in layer_names(kind, self._layers)]
+            for kind in ("cross_key", "cross_value")
+        )
+        return NativeEncoder(self._preparing, self.bundle, graph, keys, values)
+
+    @cached_property
+    def _preparing(self) -> NativeTeam:
+        return NativeTeam(self._library, self._cores)
+
+    @cached_property
+    def _painting(self) -> NativeTeam:
+        return NativeTeam(self._library, self._cores)
+
+    def encode_text(self, ids: Int, condition_slots: Sequence[int], first: int) -> None:
+        if self._texts is None:
+            return super().encode_text(ids, condition_slots, first)
+        text = self.bundle.manifest.config.text
+        for row, slot in zip(ids, condition_slots, strict=True):
+            # Nothing attends to padding, which comes last and is the last of the vocabulary.
+            padding = text.mask_padding and row == text.vocabulary_size - 1
+            used = len(row) - int(np.count_nonzero(padding))
+            self._texts.run(row[:used], self._entries(slot, first, used))
+
+    def encode_visual(
+        self,
+        tokens: Int,
+        coordinates: Int,
+        neighbours: Int,
+        condition_slot: int,
+        *,
+        busy: bool = False,
+    ) -> None:
+        if self._volumes is None:
+            return super().encode_visual(tokens, coordinates, neighbours, condition_slot, busy=busy)
+        entries = self._entries(condition_slot, self._layout.visual, len(tokens))
+        self._volumes.run(tokens, entries, coordinates, neighbours, busy=busy)
+
+    def _entries(self, slot: int, first: int, count: int) -> Int:
+        """Entries of a condition slot from `first` on, counted over all slots."""
+        start = slot * self._layout.entries + first
+        return np.arange(start, start + count, dtype=np.int32)
 
     def __del__(self) -> None:
         if getattr(self, "_decoder", None) and os.getpid() == self._process:
@@ -301,8 +387,8 @@ def _cross_table(config: ModelConfig) -> int:
 
 
 def _decoder_weights(bundle: Bundle) -> Weights:
-    """By the names of _weight_shapes: matrices f32, f16 or, with scales beside them, int8 and
-    transposed, all else f32.
+    """By the names of _weight_shapes: matrices f32, f16, bf16 (BF16) or, with scales beside them,
+    int8 and transposed, all else f32.
 
     UnavailableError if the bundle does not say.
     """
@@ -313,22 +399,16 @@ def _decoder_weights(bundle: Bundle) -> Weights:
         array = _find(found, full)
         scale = _find(found, _scale(full)) if name.endswith(MATRICES) else None
         shape = shape if scale is None else shape[::-1]
-        if array is None or array.shape != shape:
-            has = "no weights" if array is None else f"weights of shape {array.shape} as"
-            raise UnavailableError(
-                f"{DECODER_STEP}.onnx has {has} {full}, where {shape} are needed; export the "
-                f"checkpoint again"
-            )
+        array = fitting(array, DECODER_STEP, full, shape)
         whole = array.dtype == np.int8
         if whole != (scale is not None) or (scale is not None and scale.shape != shape[-1:]):
             raise UnavailableError(
                 f"{DECODER_STEP}.onnx has no fitting scales for {full}; export the checkpoint again"
             )
-        if scale is None:
-            halves = array.dtype == np.float16 and name.endswith(MATRICES)
-            weights[name] = np.ascontiguousarray(array, np.float16 if halves else np.float32)
-        else:
-            weights[name] = np.ascontiguousarray(array, np.int8)
+        if not name.endswith(MATRICES):
+            array = np.asarray(widened(array) if array.dtype == BF16 else array, np.float32)
+        weights[name] = np.ascontiguousarray(array)
+        if scale is not None:
             weights[_scale(name)] = np.ascontiguousarray(scale, np.float32)
     return weights
 
@@ -357,7 +437,9 @@ def _new_decoder(
     def given(prefix: str, names: Iterable[str]) -> list[AbiMatrix | int | None]:
         """Addresses of weights, with those of their scales where they may have some."""
         return [
-            _matrix(weights, prefix + name) if name in MATRICES else address(prefix + name)
+            AbiMatrix.of(weights[prefix + name], weights.get(_scale(prefix + name)))
+            if name in MATRICES
+            else address(prefix + name)
             for name in names
         ]
 
@@ -385,12 +467,6 @@ def _new_decoder(
     if not decoder_address:
         raise UnavailableError(f"there is no memory for a decoder, or no {threads} threads")
     return c_void_p(decoder_address)
-
-
-def _matrix(weights: Weights, name: str) -> AbiMatrix:
-    weight, scale = weights[name], weights.get(_scale(name))
-    halves = weight.dtype == np.float16
-    return AbiMatrix(weight.ctypes.data, None if scale is None else scale.ctypes.data, halves)
 
 
 def _pointers(arrays: list[npt.NDArray]) -> ctypes.Array:

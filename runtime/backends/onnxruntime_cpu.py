@@ -33,7 +33,7 @@ from .host_tokens import HostTokens
 from .onnxruntime_graphs import OnnxRuntimeGraphs, allocate, cache_names
 from .step_batch import CrossColumns, StepBatch, assemble
 
-_STORAGE = dict(zip(CPU_PRECISIONS, (np.float32, np.float16, np.float32), strict=True))
+_STORAGE = dict.fromkeys(CPU_PRECISIONS, np.float32) | {"fp16": np.float16}
 
 
 class OnnxRuntimeCpu(OnnxRuntimeGraphs, HostTokens):

@@ -9,9 +9,11 @@ Legend: C condition slots, E their entries, d width, L layers.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +30,7 @@ from nuwa.spec.manifest import (
     condition_outputs,
     layer_names,
 )
+from nuwa.spec.onnx_file import widen
 
 from ..bundle import Bundle
 from ..core import Pixels
@@ -36,6 +39,13 @@ from .frame_graph import FrameGraph
 from .helpers import Helpers
 
 _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # Linux control groups: microseconds of every so many
+
+
+class Frames(Protocol):
+    """FrameGraph, or what else makes something of every frame."""
+
+    def run(self, frames: npt.NDArray, *, busy: bool) -> npt.NDArray: ...
+
 
 Layers = dict[str, npt.NDArray[np.floating]]
 
@@ -65,7 +75,6 @@ class OnnxRuntimeGraphs:
         self._cores = Cores(self.threads)
         helpers = self.threads - 1
         self._pool = Helpers(helpers, "nuwa-frames") if helpers else None
-        self._text = self.session(TEXT_ENCODER)
         self._tokenizer = self._frame_graph(IMAGE_TOKENIZER)
         self._detokenizer = self._frame_graph(IMAGE_DETOKENIZER, whole=True)
         self._visuals: dict[int, ort.InferenceSession] = {}  # by how many threads they take
@@ -74,9 +83,14 @@ class OnnxRuntimeGraphs:
         shape = (condition_slots, self._layout.entries, config.decoder.width)
         self._condition_names = condition_outputs(layers)
         self.conditions = allocate(self._condition_names, shape, storage)
+        self._load_encoders()
 
     most_rows: int | None = None  # ONNX Runtime and the native decoder make room as calls come
     most_candidates: int | None = None
+
+    def _load_encoders(self) -> None:
+        """The text encoder; the visual one when a request needs it."""
+        self._text = self.session(TEXT_ENCODER)
 
     def encode_text(self, ids: Int, condition_slots: Sequence[int], first: int) -> None:
         with self._cores.lend(self.threads):
@@ -111,15 +125,23 @@ class OnnxRuntimeGraphs:
         return self._detokenizer.run(codes, busy=busy)
 
     def session(self, graph: str, threads: int | None = None) -> ort.InferenceSession:
-        """A graph of the bundle, ready to run on so many threads, by default on all."""
-        return _session(self.bundle.graph(graph), self._spinning, threads or self.threads)
+        """A graph of the bundle, ready to run on so many threads, by default on all.
 
-    def _frame_graph(self, graph: str, *, whole: bool = False) -> FrameGraph:
+        One of bf16 with the same weights in fp32: ONNX Runtime has no CPU kernels of that.
+        """
+        path, threads = self.bundle.graph(graph), threads or self.threads
+        if self.bundle.manifest.precision != "bf16":
+            return _session(path, self._spinning, threads)
+        with tempfile.TemporaryDirectory(prefix="nuwa-") as folder:
+            widen(path, wide := Path(folder) / path.name)
+            return _session(wide, self._spinning, threads)
+
+    def _frame_graph(self, graph: str, *, whole: bool = False) -> Frames:
         session = partial(_session, self.bundle.graph(graph), self._spinning)
         return FrameGraph(session, self._cores, self._pool, whole=whole)
 
     @cached_property
-    def _sketches(self) -> FrameGraph:
+    def _sketches(self) -> Frames:
         return self._frame_graph(SKETCH_TOKENIZER)
 
     def _visual(self, threads: int) -> ort.InferenceSession:

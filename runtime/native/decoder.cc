@@ -8,42 +8,18 @@
 namespace nuwa {
 namespace {
 
-constexpr float kNormEpsilon = 1e-5f;  // NORM_EPS of training/nuwa.py
-
-Array<float> copied(const float* from, std::size_t size) {
-  Array<float> made(size);
-  std::memcpy(made.get(), from, size * sizeof(float));
-  return made;
-}
-
-Array<float> copied_if_any(const float* from, std::size_t size) {
-  return from ? copied(from, size) : Array<float>();
-}
-
-// Rows of ff_in so that a panel holds kLanes hidden values and their kLanes gates.
-std::vector<int> gated_order(int hidden) {
-  std::vector<int> order;
-  for (int first = 0; first < hidden; first += kLanes)
-    for (int half = 0; half < 2; ++half)
-      for (int i = 0; i < kLanes; ++i) order.push_back(half * hidden + first + i);
-  return order;
-}
-
 Layer packed(const NuwaLayer& from, const NuwaShape& shape, int index) {
   const int d = shape.width, f = shape.hidden;
-  const auto norm = [d](const float* weight, const float* bias) {
-    return Norm{copied(weight, d), copied(bias, d)};
-  };
   Layer layer;
   layer.first_column = shape.column_bounds[2 * index];
   layer.last_column = shape.column_bounds[2 * index + 1];
-  layer.self_norm = norm(from.self_norm_weight, from.self_norm_bias);
+  layer.self_norm = copied_norm(from.self_norm_weight, from.self_norm_bias, d);
   layer.self_qkv = Linear::pack(from.self_qkv, nullptr, 3 * d, d);
   layer.self_out = Linear::pack(from.self_out, from.self_out_bias, d, d);
-  layer.cross_norm = norm(from.cross_norm_weight, from.cross_norm_bias);
+  layer.cross_norm = copied_norm(from.cross_norm_weight, from.cross_norm_bias, d);
   layer.cross_q = Linear::pack(from.cross_q, nullptr, d, d);
   layer.cross_out = Linear::pack(from.cross_out, from.cross_out_bias, d, d);
-  layer.ff_norm = norm(from.ff_norm_weight, from.ff_norm_bias);
+  layer.ff_norm = copied_norm(from.ff_norm_weight, from.ff_norm_bias, d);
   layer.ff_in = Linear::pack(from.ff_in, from.ff_in_bias, 2 * f, d, gated_order(f).data());
   layer.ff_out = Linear::pack(from.ff_out, from.ff_out_bias, d, f);
   const std::size_t columns = layer.last_column - layer.first_column;
@@ -51,22 +27,6 @@ Layer packed(const NuwaLayer& from, const NuwaShape& shape, int index) {
   const std::size_t table = shape.cross_table;
   layer.cross_bias = copied_if_any(from.cross_bias, shape.heads * table);
   return layer;
-}
-
-void layer_norm(const float* x, const Norm& norm, int width, float* out) {
-  Floats total{};
-  for (int i = 0; i < width; i += kLanes) total += load(x + i);
-  const float mean = sum(total) / width;
-  Floats squares{};
-  for (int i = 0; i < width; i += kLanes) {
-    const Floats centred = load(x + i) - mean;
-    squares += centred * centred;
-  }
-  const float scale = 1.f / std::sqrt(sum(squares) / width + kNormEpsilon);
-  for (int i = 0; i < width; i += kLanes) {
-    const Floats normed = (load(x + i) - mean) * scale;
-    store(out + i, normed * load(norm.weight.get() + i) + load(norm.bias.get() + i));
-  }
 }
 
 }  // namespace
@@ -82,7 +42,7 @@ Decoder::Decoder(const NuwaShape& shape, const NuwaWeights& weights, int threads
       tokens_(copied(weights.tokens, static_cast<std::size_t>(shape.codebook + 1) * shape.width)),
       positions_(
           copied(weights.positions, static_cast<std::size_t>(shape.positions) * shape.width)),
-      head_norm_{copied(weights.head_norm_weight, width_), copied(weights.head_norm_bias, width_)},
+      head_norm_(copied_norm(weights.head_norm_weight, weights.head_norm_bias, width_)),
       head_(Linear::pack(weights.head, weights.head_bias, codebook_, width_)),
       logits_stride_(head_.panels * kPanel),
       team_(threads),
@@ -91,7 +51,7 @@ Decoder::Decoder(const NuwaShape& shape, const NuwaWeights& weights, int threads
   for (int i = 0; i < shape.layers; ++i)
     layers_.push_back(packed(weights.layers[i], shape, i));
   for (Member& member : members_)
-    member.unpacked.reserve(static_cast<std::size_t>(std::max(width_, hidden_)) * kPanel);
+    member.portion.unpacked.reserve(static_cast<std::size_t>(std::max(width_, hidden_)) * kPanel);
   make_room(shape.rows, shape.rows);
 }
 
@@ -178,17 +138,15 @@ void Decoder::lay_out(const NuwaPart* parts, int count) {
       }
     }
   }
-  const std::size_t rows = rows_.size();
-  const auto share = [this](std::size_t count, int member) {
-    return static_cast<int>(count * member / team_.working());
-  };
+  const int rows = static_cast<int>(rows_.size()), draws = static_cast<int>(draws_.size());
   for (int i = 0; i < team_.working(); ++i) {
     Member& member = members_[i];
-    member.index = i;
-    member.first_row = share(rows, i);
-    member.last_row = share(rows, i + 1);
-    member.first_draw = share(draws_.size(), i);
-    member.last_draw = share(draws_.size(), i + 1);
+    member.portion.index = i;
+    member.portion.working = team_.working();
+    member.first_row = member.portion.first(rows);
+    member.last_row = member.portion.last(rows);
+    member.first_draw = member.portion.first(draws);
+    member.last_draw = member.portion.last(draws);
   }
 }
 
@@ -229,7 +187,7 @@ void Decoder::attend_to_cache(const NuwaStep& call, int index, Member& member) {
   normalize(layer.self_norm, layer.self_qkv, member);
   team_.meet();
   const int rows = static_cast<int>(rows_.size());
-  product(normed_, rows, layer.self_qkv, member, [&](int row, int p, Floats low, Floats high) {
+  const auto keep = [&](int row, int p, Floats low, Floats high) {
     const int column = p * kPanel;
     float* to = query_.get() + static_cast<std::size_t>(row) * width_ + column;
     if (column >= width_) {
@@ -242,7 +200,8 @@ void Decoder::attend_to_cache(const NuwaStep& call, int index, Member& member) {
     }
     store(to, low);
     store(to + kLanes, high);
-  });
+  };
+  product(normed_, rows, layer.self_qkv, member.portion, keep);
   team_.meet();
   const int columns = layer.last_column - layer.first_column;
   for (int row = member.first_row; row < member.last_row; ++row) {
@@ -254,10 +213,10 @@ void Decoder::attend_to_cache(const NuwaStep& call, int index, Member& member) {
     member.window.attend(query_.get() + static_cast<std::size_t>(row) * width_, keys + slot,
                          values + slot, layer.bias.get(), columns, heads_, head_dim_,
                          attended_.row(row));
-    if (layer.self_out.is_whole()) attended_.quantize_row(row);
+    attended_.finish(row, layer.self_out);
   }
   team_.meet();
-  add_product(attended_, layer.self_out, member);
+  add_product(attended_, rows, layer.self_out, member.portion, x_.get(), width_);
   team_.meet();
 }
 
@@ -267,11 +226,12 @@ void Decoder::attend_to_conditions(const NuwaStep& call, int index, Member& memb
   normalize(layer.cross_norm, layer.cross_q, member);
   team_.meet();
   const int rows = static_cast<int>(rows_.size());
-  product(normed_, rows, layer.cross_q, member, [&](int row, int p, Floats low, Floats high) {
+  const auto ask = [&](int row, int p, Floats low, Floats high) {
     float* to = query_.get() + static_cast<std::size_t>(row) * width_ + p * kPanel;
     store(to, low);
     store(to + kLanes, high);
-  });
+  };
+  product(normed_, rows, layer.cross_q, member.portion, ask);
   team_.meet();
   const int text_column = cross_table_ - 1;
   for (int row = member.first_row; row < member.last_row; ++row) {
@@ -288,10 +248,10 @@ void Decoder::attend_to_conditions(const NuwaStep& call, int index, Member& memb
                          call.cross_keys[index] + slot, call.cross_values[index] + slot,
                          layer.cross_bias.get(), cross_table_, heads_, head_dim_,
                          attended_.row(row));
-    if (layer.cross_out.is_whole()) attended_.quantize_row(row);
+    attended_.finish(row, layer.cross_out);
   }
   team_.meet();
-  add_product(attended_, layer.cross_out, member);
+  add_product(attended_, rows, layer.cross_out, member.portion, x_.get(), width_);
   team_.meet();
 }
 
@@ -299,15 +259,17 @@ void Decoder::feed_forward(const Layer& layer, Member& member) {
   normalize(layer.ff_norm, layer.ff_in, member);
   team_.meet();
   const int rows = static_cast<int>(rows_.size());
-  product(normed_, rows, layer.ff_in, member, [&](int row, int p, Floats value, Floats gate) {
+  const auto gated = [&](int row, int p, Floats value, Floats gate) {
     store(active_.row(row) + p * kLanes, value * gelu(gate));
-  });
+  };
+  product(normed_, rows, layer.ff_in, member.portion, gated);
   team_.meet();
-  if (layer.ff_out.is_whole()) {
-    for (int row = member.first_row; row < member.last_row; ++row) active_.quantize_row(row);
+  if (layer.ff_out.needs_finished()) {
+    for (int row = member.first_row; row < member.last_row; ++row)
+      active_.finish(row, layer.ff_out);
     team_.meet();
   }
-  add_product(active_, layer.ff_out, member);
+  add_product(active_, rows, layer.ff_out, member.portion, x_.get(), width_);
   team_.meet();
 }
 
@@ -315,11 +277,11 @@ void Decoder::draw_tokens(const NuwaStep& call, Member& member) {
   for (int draw = member.first_draw; draw < member.last_draw; ++draw) {
     const float* x = x_.get() + static_cast<std::size_t>(draws_[draw].row) * width_;
     layer_norm(x, head_norm_, width_, normed_.row(draw));
-    if (head_.is_whole()) normed_.quantize_row(draw);
+    normed_.finish(draw, head_);
   }
   team_.meet();
   const int draws = static_cast<int>(draws_.size());
-  product(normed_, draws, head_, member, [&](int draw, int p, Floats low, Floats high) {
+  product(normed_, draws, head_, member.portion, [&](int draw, int p, Floats low, Floats high) {
     float* to = logits_.get() + static_cast<std::size_t>(draw) * logits_stride_ + p * kPanel;
     store(to, low);
     store(to + kLanes, high);
@@ -361,25 +323,8 @@ void Decoder::draw_tokens(const NuwaStep& call, Member& member) {
 void Decoder::normalize(const Norm& norm, const Linear& next, const Member& member) {
   for (int row = member.first_row; row < member.last_row; ++row) {
     layer_norm(x_.get() + static_cast<std::size_t>(row) * width_, norm, width_, normed_.row(row));
-    if (next.is_whole()) normed_.quantize_row(row);
+    normed_.finish(row, next);
   }
-}
-
-template <class Done>
-void Decoder::product(const Rows& rows, int count, const Linear& linear, Member& member,
-                      Done done) {
-  const int first = linear.panels * member.index / team_.working();
-  const int last = linear.panels * (member.index + 1) / team_.working();
-  multiply(rows, count, linear, first, last, member.unpacked.get(), done);
-}
-
-void Decoder::add_product(const Rows& rows, const Linear& linear, Member& member) {
-  const int count = static_cast<int>(rows_.size());
-  product(rows, count, linear, member, [&](int row, int p, Floats low, Floats high) {
-    float* x = x_.get() + static_cast<std::size_t>(row) * width_ + p * kPanel;
-    store(x, load(x) + low);
-    store(x + kLanes, load(x + kLanes) + high);
-  });
 }
 
 }  // namespace nuwa
@@ -404,6 +349,8 @@ std::int32_t nuwa_abi_version() { return kAbiVersion; }
 std::int32_t nuwa_lanes() { return nuwa::kLanes; }
 
 std::int32_t nuwa_has_int8() { return nuwa::has_whole(); }
+
+std::int32_t nuwa_has_tiles() { return nuwa::has_tiles(); }
 
 std::int32_t nuwa_best_level() {
 #if defined(__x86_64__)
@@ -441,8 +388,7 @@ std::int32_t nuwa_multiply(const float* from, std::int32_t rows, std::int32_t in
     nuwa::Rows given;
     given.reserve(rows, in);
     std::memcpy(given.row(0), from, static_cast<std::size_t>(rows) * in * sizeof(float));
-    if (linear.is_whole())
-      for (int row = 0; row < rows; ++row) given.quantize_row(row);
+    for (int row = 0; row < rows; ++row) given.finish(row, linear);
     nuwa::Array<float> unpacked(static_cast<std::size_t>(in) * nuwa::kPanel);
     nuwa::multiply(given, rows, linear, 0, linear.panels, unpacked.get(),
                    [&](int row, int p, nuwa::Floats low, nuwa::Floats high) {

@@ -10,6 +10,7 @@
 
 #include "attention.h"
 #include "decoder_abi.h"
+#include "layers.h"
 #include "linear.h"
 #include "memory.h"
 #include "sampling.h"
@@ -17,10 +18,6 @@
 #include "vector.h"
 
 namespace nuwa {
-
-struct Norm {
-  Array<float> weight, bias;
-};
 
 struct Layer {
   Norm self_norm, cross_norm, ff_norm;
@@ -51,10 +48,10 @@ class Decoder {
   };
   // One thread's part of a step: its rows and draws, and what it needs to itself.
   struct Member {
-    int index, first_row, last_row, first_draw, last_draw;
+    Portion portion;
+    int first_row, last_row, first_draw, last_draw;
     Window window;
     SamplingScratch sampling;
-    Array<float> unpacked;  // a panel of f16 weights as floats
   };
 
   void make_room(std::size_t rows, std::size_t draws);
@@ -69,9 +66,6 @@ class Decoder {
   void draw_tokens(const NuwaStep& call, Member& member);
 
   void normalize(const Norm& norm, const Linear& next, const Member& member);
-  template <class Done>
-  void product(const Rows& rows, int count, const Linear& linear, Member& member, Done done);
-  void add_product(const Rows& rows, const Linear& linear, Member& member);
 
   const int width_, heads_, head_dim_, hidden_, codebook_, bos_, cross_table_;
   int position_starts_[3];

@@ -12,25 +12,27 @@
 
 extern "C" {
 
-constexpr std::int32_t kAbiVersion = 4;
+constexpr std::int32_t kAbiVersion = 5;
 
 // Sizes of a model. column_bounds: [L][2], the half-open range of `neighbours` that a layer reads;
 // positions: rows of the table of positions, position_starts: [3], where those of the three axes
 // begin; bos: the token that has no position; cross_table: columns of a layer's cross bias, those
-// of the visual window and, last, text's, or 0; rows: of usual calls, for which room is made at once
-// (more makes room when it comes).
+// of the visual window and, last, text's, or 0; rows: of usual calls, for which room is made at
+// once (more makes room when it comes).
 struct NuwaShape {
   std::int32_t width, layers, heads, codebook, hidden, bos, cross_table, positions, rows;
   std::int32_t position_starts[3];
   const std::int32_t* column_bounds;
 };
 
-// A matrix: [out][in] of f32, or of f16 if halves is not 0, or, where there are scales, [in][out] of
-// int8 in units of scale [out]. It meets rows of f32, but of int8 if it is.
+enum NuwaType : std::int32_t { kFloat32, kFloat16, kBFloat16, kInt8 };
+
+// A matrix: [out][in], but of int8 [in][out] in units of scale [out], else null. The rows that it
+// meets are f32, but bf16 or int8 if it is, and are rounded to that.
 struct NuwaMatrix {
   const void* weight;
   const float* scale;
-  std::int32_t halves;
+  std::int32_t type;
 };
 
 // Weights of a layer. bias [H][columns of the layer] and cross_bias [H][cross_table] may be null.
@@ -88,8 +90,8 @@ struct NuwaPart {
 // done is set to the number that were run, seconds [call_count] to how long each of them took.
 // threads: how many of the decoder's threads work on a call; what they compute does not depend on
 // it. It and stop may change at any time, and stop may be null. logits: f32 [T][K] to fill, T
-// counting each part's rows once a lane, its first lane's before its second's, or null; those of the
-// last call stay. Rows whose token is given are left out of the logits: theirs are not touched.
+// counting each part's rows once a lane, its first lane's before its second's, or null; those of
+// the last call stay. Rows whose token is given are left out of the logits: theirs are not touched.
 struct NuwaStep {
   NuwaPart* parts;
   double* seconds;
@@ -109,6 +111,9 @@ NUWA_EXPORT std::int32_t nuwa_lanes();
 
 // Whether this processor has what the library's int8 products need.
 NUWA_EXPORT std::int32_t nuwa_has_int8();
+
+// Whether this processor and system have what multiplies bf16 fast (AMX). Bits do not depend on it.
+NUWA_EXPORT std::int32_t nuwa_has_tiles();
 
 // The x86-64 level that this machine's processor and system can run: 4 (AVX-512), 3 (AVX2 and FMA)
 // or 0 (anything else). The library of that level is the one to load.

@@ -15,7 +15,9 @@ from nuwa.runtime.backends import native_cpu, native_library
 from nuwa.runtime.backends.base import Lane
 from nuwa.runtime.backends.native_cpu import NativeCpu
 from nuwa.runtime.errors import UnavailableError
+from nuwa.runtime.onnx_weights import BF16
 from nuwa.spec.conditions import visual_window
+from nuwa.spec.onnx_file import widened
 
 from .backend_kinds import (
     CONDITIONS,
@@ -65,7 +67,7 @@ def test_native_decoder_runs_other_models_too(other, kind):
     bundle, config = other, other.manifest.config
     expected, native = loaded(bundle, "onnxruntime"), loaded(bundle, kind, threads=2)
     # Of int8, a rounding that falls the other way moves what follows by about a hundredth.
-    near = {"fp32": 1e-4, "fp16": 3e-2, "int8": 5e-2}[bundle.manifest.precision]
+    near = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 1e-1, "int8": 5e-2}[bundle.manifest.precision]
     window = None if config.visual is None else visual_window(config, config.decoder.grid)
     lanes = [Lane(s, s, expected.text_lengths[s]) for s in range(2)]
     clips = [sequence(bundle, lane, seed=lane.cache_slot, visual=window) for lane in lanes]
@@ -142,6 +144,41 @@ def test_halves_give_the_bits_of_floats_of_the_same_values(bundle, kind, count):
     wanted = native_library.multiply(level, rows, weight.astype(np.float32))
     np.testing.assert_array_equal(made, wanted)
     assert np.isinf(made[:, 1]).all() and np.isnan(made[:, 2]).all() and made[:, 0].any()
+
+
+@pytest.mark.parametrize("kind", NATIVE)
+@pytest.mark.parametrize(("count", "inputs"), [(1, 64), (5, 48), (16, 16), (33, 272), (70, 64)])
+def test_products_in_bf16_have_the_same_bits_on_every_level(bundle, kind, count, inputs):
+    """On tiles, in vectors and in numpy: of 32 inputs first the even ones, then the odd ones."""
+    made_as(kind, bundle, cache_slots=1, condition_slots=1, threads=1)  # or the test is skipped
+    draw = np.random.default_rng(count)
+    rows = draw.standard_normal((count, inputs)).astype(np.float32)
+    rows[0, :3] = (1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8 + 2**-20))  # ties go to even
+    weight = rounded(draw.standard_normal((70, inputs)).astype(np.float32))
+    weight[0, :2] = rounded(np.float32([np.inf, 0]))
+    if count > 1:
+        rows[-1, 5] = np.nan
+    made = native_library.multiply(int(kind.split()[-1]), rows, weight)
+    given, matrix = (
+        np.pad(widened(bits), ((0, 0), (0, -inputs % 32))) for bits in (rounded(rows), weight)
+    )
+    wanted = np.zeros((count, 70), np.float32)
+    with np.errstate(invalid="ignore"):
+        for first in range(0, given.shape[1], 32):
+            halves = [np.zeros_like(wanted), np.zeros_like(wanted)]
+            for place in range(first, first + 32):
+                halves[place % 2] += np.outer(given[:, place], matrix[:, place])
+            wanted += halves[0] + halves[1]
+    np.testing.assert_array_equal(made, wanted)
+    assert np.isinf(made[0, 0]) and np.isfinite(made[0, 1:]).all()
+    assert np.isnan(made[-1]).all() == (count > 1)
+
+
+def rounded(values: np.ndarray) -> np.ndarray:
+    """f32 to the bits of bf16, to the nearest, of two to the even one."""
+    bits = values.view(np.uint32)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, nearest).astype(BF16)
 
 
 @pytest.mark.parametrize("kind", NATIVE)
