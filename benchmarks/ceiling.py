@@ -1,7 +1,8 @@
 """What a step must do at least: its matrix products alone, and its bytes, at this machine's rates.
 
-The products run as one ONNX graph on ONNX Runtime, each with weights of its own, so that they come
-from where a step finds them; in fp32, or int8 with sums in int32.
+The products run as one ONNX graph on ONNX Runtime, in fp32, or int8 with sums in int32; or in bf16,
+which it does not multiply, by oneDNN as PyTorch brings it, with packed weights. Each has weights of
+its own, so that they come from where a step finds them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from nuwa.runtime.bench.card import Shapes, products, step_flops, weights_bytes
 from nuwa.spec.config import ModelConfig
 
 SHORT_TEXT = 16  # tokens
+
+Calls = Callable[[int], Callable[[], object]]  # rows -> the products of so many
 
 __all__ = [
     "Products",
@@ -47,14 +50,13 @@ class Products:
     """All matrix products of a step, for any number of rows."""
 
     def __init__(self, shapes: Shapes, threads: int, precision: str = "fp32") -> None:
-        self._widths = sorted({inputs for inputs, _ in shapes})
-        self._type = np.int8 if precision == "int8" else np.float32
-        self._session = _session(shapes, threads, self._type)
+        self.library = "onednn" if precision == "bf16" else "onnxruntime"
+        of = _of_onednn if precision == "bf16" else _of_onnxruntime
+        self._calls = of(shapes, threads, precision)
 
     def seconds(self, rows: int) -> float:
         """Median time of the products for so many rows."""
-        feeds = {f"x{width}": np.ones((rows, width), self._type) for width in self._widths}
-        return timed(lambda: self._session.run(None, feeds))
+        return timed(self._calls(rows))
 
 
 def copy_bandwidth(size: int, threads: int) -> float:
@@ -76,6 +78,38 @@ def timed(call: Callable[[], object], repeats: int = 15) -> float:
         call()
         spent.append(time.perf_counter() - began)
     return statistics.median(spent[2:])
+
+
+def _of_onnxruntime(shapes: Shapes, threads: int, precision: str) -> Calls:
+    dtype = np.int8 if precision == "int8" else np.float32
+    session = _session(shapes, threads, dtype)
+    widths = {inputs for inputs, _ in shapes}
+
+    def of(rows: int) -> Callable[[], object]:
+        feeds = {f"x{width}": np.ones((rows, width), dtype) for width in widths}
+        return lambda: session.run(None, feeds)
+
+    return of
+
+
+def _of_onednn(shapes: Shapes, threads: int, precision: str) -> Calls:
+    import torch
+
+    torch.set_num_threads(threads)
+    dtype = getattr(torch, {"bf16": "bfloat16"}[precision])
+    weights = [torch.randn(outputs, inputs, dtype=dtype) for inputs, outputs in shapes]
+
+    def of(rows: int) -> Callable[[], object]:
+        # What torch.compile makes of linear layers with frozen weights.
+        pack, multiply = (
+            torch.ops.mkldnn._reorder_linear_weight,
+            torch.ops.mkldnn._linear_pointwise,
+        )
+        given = {inputs: torch.ones(rows, inputs, dtype=dtype) for inputs, _ in shapes}
+        packed = [(given[weight.shape[1]], pack(weight, rows)) for weight in weights]
+        return lambda: [multiply(x, weight, None, "none", [], "") for x, weight in packed]
+
+    return of
 
 
 def _session(shapes: Shapes, threads: int, dtype: type) -> ort.InferenceSession:

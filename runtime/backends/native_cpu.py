@@ -110,7 +110,10 @@ class NativeCpu(OnnxRuntimeGraphs):
             spinning=spinning,
             storage=np.float32,
         )
-        tiles = manifest.precision == "bf16" and self._library.nuwa_has_tiles()
+        tiles = bool(self._library.nuwa_has_tiles())
+        if tiles and manifest.precision in ("fp32", "fp16"):
+            log.info("this processor multiplies bf16 faster than %s (AMX)", manifest.precision)
+        tiles = tiles and manifest.precision == "bf16"
         self.runs_on = f"decoder level {level}{' with AMX' if tiles else ''}, {self.runs_on}"
         layers, width = config.decoder.layers, config.decoder.width
         shape = (cache_slots, manifest.cache_entries, width)

@@ -57,11 +57,16 @@ def storage_of(precision: str, backend: str = "", processor: str | None = None) 
 
     Processors without arithmetic of fp16 compute in fp32: native-cpu keeps caches in it, and
     weights where it has no instructions that read fp16 (level 0); ONNX Runtime keeps weights in
-    it, which it converts when it loads them, and caches in fp16.
+    it, which it converts when it loads them, and caches in fp16. Of bf16 native-cpu multiplies
+    weights, and ONNX Runtime has everything in fp32.
     """
     own = Storage(
         WEIGHT_BYTES[precision], CACHE_BYTES[precision], PRODUCTS.get(precision, precision)
     )
+    if precision == "bf16" and backend == NATIVE_CPU:
+        return replace(own, cache_bytes=CACHE_BYTES["fp32"])
+    if precision == "bf16" and backend == ONNXRUNTIME_CPU:
+        return storage_of("fp32")
     if precision != "fp16":
         return own
     if backend == NATIVE_CPU:

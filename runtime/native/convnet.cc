@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "attention.h"
@@ -116,9 +117,16 @@ struct Op {
 
 class ConvNet {
  public:
-  ConvNet(const NuwaOp* ops, int count, Team& team, bool narrow)
-      : narrow_(narrow && has_tiles()), team_(team), members_(team.size()) {
-    for (int i = 0; i < count; ++i) ops_.emplace_back(ops[i], narrow_);
+  virtual ~ConvNet() = default;
+  virtual void run(const void* given, int threads, void* made) = 0;
+};
+
+// Input: of what convolutions read, and multiply it as: float, or BFloat on tiles.
+template <class Input>
+class ConvNetOf : public ConvNet {
+ public:
+  ConvNetOf(const NuwaOp* ops, int count, Team& team) : team_(team), members_(team.size()) {
+    for (int i = 0; i < count; ++i) ops_.emplace_back(ops[i], kNarrow);
     std::size_t map = 0, bordered = 0;
     int buffers = 0, row = 0, channels = 0, keys = 0;
     for (const Op& op : ops_) {
@@ -133,10 +141,7 @@ class ConvNet {
       if (told.kind == kAttend) keys = std::max(keys, told.side * told.side);
     }
     for (int i = 0; i <= buffers; ++i) maps_.emplace_back(map);
-    if (narrow_)
-      narrow_input_ = Array<BFloat>(bordered);
-    else
-      input_ = Array<float>(bordered);
+    input_ = Array<Input>(bordered);
     sums_ = Array<float>(row);
     squares_ = Array<float>(row);
     for (Member& member : members_) {
@@ -147,24 +152,26 @@ class ConvNet {
     }
   }
 
-  void run(const void* given, int threads, void* made) {
+  void run(const void* given, int threads, void* made) override {
     team_.employ(threads);
     team_.run([&](int index) {
       for (const Op& op : ops_) {
-        run(op, index, given, made);
+        run_op(op, index, given, made);
         team_.meet();
       }
     });
   }
 
  private:
+  static constexpr bool kNarrow = !std::is_same<Input, float>::value;
+
   // A thread's scratch. cell: channels of one; mean, scale: of a norm, by channel.
   struct Member {
     Window window;
     Array<float> cell, mean, scale;
   };
 
-  void run(const Op& op, int index, const void* given, void* made) {
+  void run_op(const Op& op, int index, const void* given, void* made) {
     Member& member = members_[index];
     const NuwaOp& told = op.told;
     const int first = share(told.side, index), last = share(told.side, index + 1);
@@ -187,7 +194,11 @@ class ConvNet {
       });
       case kNormalize: return normalize(op, first, last, member);
       case kAttend: return attend(op, first, last, member);
-      case kConvolve: return narrow_ ? convolve_narrow(op, index) : convolve(op, index);
+      case kConvolve:
+        if constexpr (kNarrow)
+          return convolve_strips(op, index);
+        else
+          return convolve(op, index);
       case kGivePixels: return give_pixels(op, first, last, static_cast<std::uint8_t*>(made));
       case kGiveNearest: return give_nearest(op, index, static_cast<std::int32_t*>(made));
     }
@@ -198,26 +209,18 @@ class ConvNet {
   }
 
   // Channels of a cell of what convolutions read.
-  int stored(int channels) const { return narrow_ ? whole_chunks(channels) : channels; }
+  static int stored(int channels) { return kNarrow ? whole_chunks(channels) : channels; }
 
   static std::size_t place(int y, int x, int side, int channels) {
     return (static_cast<std::size_t>(y + 1) * (side + 2) + x + 1) * channels;
   }
 
-  void put(std::size_t at, Floats value) {
-    if (narrow_)
-      store(narrow_input_.get() + at, value);
-    else
-      store(input_.get() + at, value);
-  }
+  void put(std::size_t at, Floats value) { store(input_.get() + at, value); }
 
   // Zeros around rows [first, last) of what convolutions read.
   void clear_border(int side, int channels, int first, int last) {
     const auto clear = [&](std::size_t from, std::size_t size) {
-      if (narrow_)
-        std::memset(narrow_input_.get() + from, 0, size * sizeof(BFloat));
-      else
-        std::memset(input_.get() + from, 0, size * sizeof(float));
+      std::memset(static_cast<void*>(input_.get() + from), 0, size * sizeof(Input));
     };
     const std::size_t row = static_cast<std::size_t>(side + 2) * channels;
     if (!first) clear(0, row);
@@ -245,9 +248,8 @@ class ConvNet {
       for (int x = 0; x < side; ++x) {
         if (x % times == 0) read_cell(y / times * op.told.side + x / times, cell);
         const std::size_t at = place(y, x, side, channels);
-        if (narrow_)
-          for (int c = 0; c < channels; c += kLanes)
-            store(narrow_input_.get() + at + c, load(cell + c));
+        if constexpr (kNarrow)
+          for (int c = 0; c < channels; c += kLanes) put(at + c, load(cell + c));
         else
           std::memcpy(input_.get() + at, cell, channels * sizeof(float));
       }
@@ -367,8 +369,8 @@ class ConvNet {
     }
   }
 
-  // The same in bf16. Strips of a row, each for one tile, are taken two by two.
-  void convolve_narrow(const Op& op, int index) {
+  // The same on tiles. Strips of a row, each for one tile, are taken two by two.
+  void convolve_strips(const Op& op, int index) {
     const NuwaOp& told = op.told;
     const int side = op.to_side(), blocks = (side + kTileCells - 1) / kTileCells;
     const int strips = blocks * side, pairs = (strips + 1) / 2;
@@ -381,7 +383,7 @@ class ConvNet {
       return side * (strip % blocks + 1) / blocks - begin(strip);
     };
     const auto input = [&](int strip) {
-      return narrow_input_.get() + corner(op, strip / blocks, begin(strip));
+      return input_.get() + corner(op, strip / blocks, begin(strip));
     };
     const int last = share(op.panels * pairs, index + 1);
     for (int item = share(op.panels * pairs, index); item < last; ++item) {
@@ -452,11 +454,9 @@ class ConvNet {
     }
   }
 
-  const bool narrow_;
   std::vector<Op> ops_;
   std::vector<Array<float>> maps_;
-  Array<float> input_;           // what convolutions read, with its border;
-  Array<BFloat> narrow_input_;   // or the same in bf16
+  Array<Input> input_;           // what convolutions read, with its border
   Array<float> sums_, squares_;  // of a norm, by row and channel
   Team& team_;
   std::vector<Member> members_;
@@ -477,7 +477,13 @@ void nuwa_team_free(void* team) { delete static_cast<nuwa::Team*>(team); }
 
 void* nuwa_convnet_new(const NuwaOp* ops, std::int32_t count, void* team, std::int32_t narrow) {
   try {
-    return new nuwa::ConvNet(ops, count, *static_cast<nuwa::Team*>(team), narrow != 0);
+    nuwa::Team& threads = *static_cast<nuwa::Team*>(team);
+    nuwa::ConvNet* made = nullptr;
+    if (narrow && nuwa::has_tiles())
+      made = new nuwa::ConvNetOf<nuwa::BFloat>(ops, count, threads);
+    else
+      made = new nuwa::ConvNetOf<float>(ops, count, threads);
+    return made;
   } catch (...) {
     return nullptr;
   }
