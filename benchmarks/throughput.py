@@ -4,9 +4,9 @@ Thirty-two requests, four of each task, with the model's own sampling defaults; 
 and clips are those of the sprites' split `val`. Both ways alternate, on engines of the same backend
 and as many threads; every request must give the same tokens both ways. Beside them the floor: what
 products and convolutions of all requests would take at the rate that this machine's matrix products
-have in each round (in bf16 for a bundle of that, else in fp32), and so how many times faster than one at a time anything could be. Also how long
-the steps of the crowd take, and how busy the processors are, waiting actively included. The last
-line is JSON.
+have in each round (in bf16 for a bundle of that, else in fp32), and so how many times faster than
+one at a time anything could be. Also how long the steps of the crowd take, and how busy the
+processors are, waiting actively included. The last line is JSON.
 
     python benchmarks/throughput.py BUNDLE
     python benchmarks/throughput.py BUNDLE --slots 16 --rounds 5
