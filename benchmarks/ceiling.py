@@ -96,7 +96,7 @@ def _of_onednn(shapes: Shapes, threads: int, precision: str) -> Calls:
     import torch
 
     torch.set_num_threads(threads)
-    dtype = getattr(torch, {"bf16": "bfloat16"}[precision])
+    dtype = {"bf16": torch.bfloat16}[precision]
     weights = [torch.randn(outputs, inputs, dtype=dtype) for inputs, outputs in shapes]
 
     def of(rows: int) -> Callable[[], object]:

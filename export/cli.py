@@ -36,9 +36,9 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
         "--precision",
         choices=PRECISIONS,
         default="fp32",
-        help="storage type of weights and caches (%(default)s); bf16 is for GPUs only, and leaves "
-        "the tokenizers fp16; int8, for processors, and fp8, for TensorRT and else as bf16, are "
-        "of the decoder's weights only",
+        help="storage type of weights and caches (%(default)s); bf16, for GPUs and processors with "
+        "AMX, leaves the tokenizers fp16; int8, for processors, and fp8, for TensorRT and else as "
+        "bf16, are of the decoder's weights only",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace OUT if it is a bundle already"

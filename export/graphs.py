@@ -352,10 +352,14 @@ def _note_aliases(model: ir.Model, module: nn.Module) -> None:
         if name in model.graph.initializers:
             continue
         wanted = TorchTensor(parameter.detach()).numpy()  # which has a type for bf16
-        for other, array in by_size.get(wanted.size, {}).items():
-            if array.dtype != wanted.dtype:
-                continue
-            if np.array_equal(array.squeeze() if array.ndim > wanted.ndim else array, wanted):
+        same = {
+            other: array
+            for other, array in by_size.get(wanted.size, {}).items()
+            if array.dtype == wanted.dtype and array.shape[: wanted.ndim] in _turns(wanted)
+        }
+        # Of another shape only if there is none of its own.
+        for other, array in sorted(same.items(), key=lambda each: each[1].ndim):
+            if np.array_equal(array.reshape(array.shape[: wanted.ndim]), wanted):
                 aliases[name] = other
                 break
             if wanted.ndim == 2 and np.array_equal(array.T, wanted):
@@ -364,6 +368,11 @@ def _note_aliases(model: ir.Model, module: nn.Module) -> None:
     for key, found in ((WEIGHT_ALIASES, aliases), (WEIGHT_TRANSPOSES, transposes)):
         if found:
             model.metadata_props[key] = json.dumps(found)
+
+
+def _turns(array: npt.NDArray) -> tuple[tuple[int, ...], ...]:
+    """The shapes of an array and of its transpose."""
+    return array.shape, array.shape[::-1]
 
 
 @contextmanager

@@ -440,7 +440,7 @@ class Engine:
     def _encode(self, prompt: str, slot: int, first: int) -> int:
         """Puts a text into a condition slot from entry `first`; how many positions of it count."""
         ids = self._text.encode(prompt)
-        self._backend.encode_text(ids[None], [slot], first)
+        self._backend.encode_text(ids[None], [slot], first, busy=self._held > 1)
         text = self._config.text
         return self._text.used(ids) if text.mask_padding else text.length
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from nuwa.spec.manifest import WEIGHT_ALIASES, WEIGHT_TRANSPOSES, BundleError
-from nuwa.spec.onnx_file import BFLOAT16, EXTERNAL, FLOAT, external, read_model
+from nuwa.spec.onnx_file import BFLOAT16, EXTERNAL, FLOAT, external, read_model, widened
 
 from .errors import UnavailableError
 
@@ -32,7 +32,8 @@ _TYPES: dict[int, npt.DTypeLike] = {
 def read_weights(path: Path) -> Weights:
     """The initializers of a graph by name, those of types that this reader knows (`_TYPES`).
 
-    Also by the names of the parameters that export/graphs.py found equal to one of them.
+    Also by the names of the parameters that export/graphs.py found equal to one of them; a norm's
+    are [C, 1, 1] then.
 
     Arrays may be views of mapped files. BundleError if the file is no ONNX file, or is cut short.
     """
@@ -43,7 +44,6 @@ def read_weights(path: Path) -> Weights:
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         aliases = json.loads(metadata.get(WEIGHT_ALIASES, "{}"))
         transposes = json.loads(metadata.get(WEIGHT_TRANSPOSES, "{}"))
-        # A norm's weights are kept as [C, 1, 1].
         others = {alias: weights[name] for alias, name in aliases.items()}
         turned = {alias: weights[name].T for alias, name in transposes.items()}
         return weights | others | turned
@@ -63,6 +63,12 @@ def _array(tensor: Any, folder: Path) -> npt.NDArray | None:
         return np.frombuffer(tensor.raw_data, dtype).reshape(shape)
     file, offset, _ = external(tensor, folder)
     return np.memmap(file, dtype, "r", offset, shape)
+
+
+def floats(array: npt.NDArray) -> npt.NDArray[np.float32]:
+    """Weights of any type in f32, dense."""
+    wide = widened(np.ascontiguousarray(array)) if array.dtype == BF16 else array
+    return np.ascontiguousarray(wide, np.float32)
 
 
 def fitting(

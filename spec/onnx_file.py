@@ -17,6 +17,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 INLINE_LIMIT = 1 << 30  # bytes of weights; a file of more than 2 GiB is no valid protobuf
 FLOAT, BFLOAT16 = 1, 16  # TensorProto.DataType
 EXTERNAL = 1  # TensorProto.DataLocation
+_LARGE = 256  # bytes; smaller ones stay: runtimes read shapes and axes when they load a graph
 
 _Field = descriptor_pb2.FieldDescriptorProto
 _INT, _LONG, _TEXT = _Field.TYPE_INT32, _Field.TYPE_INT64, _Field.TYPE_STRING
@@ -95,34 +96,33 @@ def widen(path: Path, out: Path, inline_limit: int = INLINE_LIMIT) -> None:
     """
     model = read_model(path)
     for graph in (model.graph, *model.functions):
-        _retype(graph)
-    size = 0
-    for tensor in model.graph.initializer:
-        _widen_tensor(tensor, path.parent)
-        size += len(tensor.raw_data)
-    if size > inline_limit:
+        _widen_graph(graph, path.parent)
+    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > inline_limit:
         _move_weights(model.graph.initializer, out.with_name(f"{out.name}.data"))
     out.write_bytes(model.SerializeToString())
 
 
-def _retype(graph: Any) -> None:
-    """What nodes and values of a graph or a function say of their types."""
+def _widen_graph(graph: Any, folder: Path) -> None:
+    """Weights of a graph or a function, and what its nodes and values say of their types."""
+    whole = graph.DESCRIPTOR.name == "Graph"
+    for tensor in graph.initializer if whole else ():
+        _widen_tensor(tensor, folder)
     for node in graph.node:
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i == BFLOAT16:
                 attribute.i = FLOAT
             if attribute.HasField("t"):
-                _widen_tensor(attribute.t)
+                _widen_tensor(attribute.t, folder)
             if attribute.HasField("g"):
-                _retype(attribute.g)
-    borders = (*graph.input, *graph.output) if graph.DESCRIPTOR.name == "Graph" else ()
+                _widen_graph(attribute.g, folder)
+    borders = (*graph.input, *graph.output) if whole else ()
     for value in (*graph.value_info, *borders):
         if value.type.tensor_type.elem_type == BFLOAT16:
             value.type.tensor_type.elem_type = FLOAT
 
 
-def _widen_tensor(tensor: Any, folder: Path | None = None) -> None:
-    if tensor.data_location == EXTERNAL and folder is not None:
+def _widen_tensor(tensor: Any, folder: Path) -> None:
+    if tensor.data_location == EXTERNAL:
         file, offset, length = external(tensor, folder)
         with file.open("rb") as data:
             data.seek(offset)
@@ -142,7 +142,7 @@ def _widen_tensor(tensor: Any, folder: Path | None = None) -> None:
 def _move_weights(tensors: Any, file: Path) -> None:
     with file.open("wb") as data:
         for tensor in tensors:
-            if not tensor.raw_data:
+            if len(tensor.raw_data) < _LARGE:
                 continue
             place = {"location": file.name, "offset": data.tell(), "length": len(tensor.raw_data)}
             for key, value in place.items():

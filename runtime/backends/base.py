@@ -170,7 +170,9 @@ class Backend(Protocol):
         """Codes that top-k and top-p may choose among (spec.sampling.sort_width); None for all."""
         ...
 
-    def encode_text(self, ids: Int, condition_slots: Sequence[int], first: int) -> None:
+    def encode_text(
+        self, ids: Int, condition_slots: Sequence[int], first: int, *, busy: bool = False
+    ) -> None:
         """Puts the cross-attention keys and values of ids i32 [B, M] into B condition slots.
 
         Into entries [first, first + M) of each.

@@ -32,12 +32,11 @@ from nuwa.spec.manifest import (
     VISUAL_ENCODER,
     layer_names,
 )
-from nuwa.spec.onnx_file import widened
 
 from ..bundle import Bundle
 from ..core import Until
 from ..errors import UnavailableError
-from ..onnx_weights import BF16, Weights, fitting, read_weights
+from ..onnx_weights import Weights, fitting, floats, read_weights
 from .base import (
     CPU_PRECISIONS,
     NATIVE_CPU,
@@ -114,7 +113,7 @@ class NativeCpu(OnnxRuntimeGraphs):
         if tiles and manifest.precision in ("fp32", "fp16"):
             log.info("this processor multiplies bf16 faster than %s (AMX)", manifest.precision)
         tiles = tiles and manifest.precision == "bf16"
-        self.runs_on = f"decoder level {level}{' with AMX' if tiles else ''}, {self.runs_on}"
+        self.runs_on = f"native level {level}{' with AMX' if tiles else ''}, {self.runs_on}"
         layers, width = config.decoder.layers, config.decoder.width
         shape = (cache_slots, manifest.cache_entries, width)
         self.caches = allocate(cache_names(layers), shape, np.float32)
@@ -183,15 +182,17 @@ class NativeCpu(OnnxRuntimeGraphs):
     def _painting(self) -> NativeTeam:
         return NativeTeam(self._library, self._cores)
 
-    def encode_text(self, ids: Int, condition_slots: Sequence[int], first: int) -> None:
+    def encode_text(
+        self, ids: Int, condition_slots: Sequence[int], first: int, *, busy: bool = False
+    ) -> None:
         if self._texts is None:
-            return super().encode_text(ids, condition_slots, first)
+            return super().encode_text(ids, condition_slots, first, busy=busy)
         text = self.bundle.manifest.config.text
         for row, slot in zip(ids, condition_slots, strict=True):
             # Nothing attends to padding, which comes last and is the last of the vocabulary.
             padding = text.mask_padding and row == text.vocabulary_size - 1
             used = len(row) - int(np.count_nonzero(padding))
-            self._texts.run(row[:used], self._entries(slot, first, used))
+            self._texts.run(row[:used], self._entries(slot, first, used), busy=busy)
 
     def encode_visual(
         self,
@@ -408,9 +409,8 @@ def _decoder_weights(bundle: Bundle) -> Weights:
             raise UnavailableError(
                 f"{DECODER_STEP}.onnx has no fitting scales for {full}; export the checkpoint again"
             )
-        if not name.endswith(MATRICES):
-            array = np.asarray(widened(array) if array.dtype == BF16 else array, np.float32)
-        weights[name] = np.ascontiguousarray(array)
+        matrix = name.endswith(MATRICES)
+        weights[name] = np.ascontiguousarray(array) if matrix else floats(array)
         if scale is not None:
             weights[_scale(name)] = np.ascontiguousarray(scale, np.float32)
     return weights

@@ -18,11 +18,9 @@ import numpy.typing as npt
 from nuwa.spec.config import ModelConfig
 from nuwa.spec.grid import Int, window_offsets
 from nuwa.spec.manifest import TEXT_ENCODER
-from nuwa.spec.onnx_file import widened
 
 from ..bundle import Bundle
 from ..errors import UnavailableError
-from ..onnx_weights import BF16, Weights, fitting, read_weights
 from .native_library import (
     AbiEncoderBlock,
     AbiEncoderShape,
@@ -31,6 +29,7 @@ from .native_library import (
     AbiMatrix,
 )
 from .native_team import NativeTeam
+from .native_weights import NativeWeights
 
 _FEED_FORWARD_TEXT = 4  # TextBlock's hidden size over its width
 
@@ -53,7 +52,7 @@ class NativeEncoder:
     ) -> None:
         config, library = bundle.manifest.config, team.library
         self._team, self._kept = team, [*keys, *values]
-        weights = _Weights(read_weights(bundle.graph(graph)), graph)
+        weights = NativeWeights(bundle.graph(graph))
         of = _text if graph == TEXT_ENCODER else _visual
         shape, told = of(config, weights)
         _check(shape, library.nuwa_lanes(), graph)
@@ -96,45 +95,7 @@ class NativeEncoder:
                 raise MemoryError(f"no memory to encode {len(ids)} rows")
 
 
-class _Weights:
-    """Addresses of a graph's weights, which are kept for as long as this is."""
-
-    def __init__(self, found: Weights, graph: str) -> None:
-        self._found, self._graph = found, graph
-        self._kept: list[npt.NDArray] = []
-
-    def _of(self, name: str, shape: tuple[int, ...]) -> npt.NDArray:
-        full = f"nuwa.{name}"
-        return fitting(self._found.get(full), self._graph, full, shape)
-
-    def floats(self, name: str, *shape: int) -> int:
-        array = self._of(name, shape)
-        array = widened(np.ascontiguousarray(array)) if array.dtype == BF16 else array
-        self._kept.append(np.ascontiguousarray(array, np.float32))
-        return self._kept[-1].ctypes.data
-
-    def matrix(self, name: str, *shape: int) -> AbiMatrix:
-        self._kept.append(np.ascontiguousarray(self._of(name, shape)))
-        return AbiMatrix.of(self._kept[-1])
-
-    def norm(self, name: str, width: int) -> tuple[int, int]:
-        return self.floats(f"{name}.weight", width), self.floats(f"{name}.bias", width)
-
-    def ends(
-        self, config: ModelConfig, name: str, width: int
-    ) -> tuple[int, int, AbiMatrix, int, object]:
-        """What comes after the blocks: a norm, a projection, and keys and values of all layers."""
-        d = config.decoder.width
-        memory = [
-            self.matrix(f"blocks.{layer}.cross_kv.weight", 2 * d, d)
-            for layer in range(config.decoder.layers)
-        ]
-        project = self.matrix(f"{name}.project.weight", d, width)
-        bias = self.floats(f"{name}.project.bias", d)
-        return *self.norm(f"{name}.norm", width), project, bias, (AbiMatrix * len(memory))(*memory)
-
-
-def _text(config: ModelConfig, weights: _Weights) -> tuple[AbiEncoderShape, AbiEncoderWeights]:
+def _text(config: ModelConfig, weights: NativeWeights) -> tuple[AbiEncoderShape, AbiEncoderWeights]:
     text = config.text
     w, hidden = text.width, _FEED_FORWARD_TEXT * text.width
     shape = AbiEncoderShape(
@@ -150,21 +111,23 @@ def _text(config: ModelConfig, weights: _Weights) -> tuple[AbiEncoderShape, AbiE
     )
     blocks = (AbiEncoderBlock * text.layers)()
     for layer, block in enumerate(blocks):
-        name = f"text.blocks.{layer}"
-        block.norm_weight, block.norm_bias = weights.norm(f"{name}.attention_norm", w)
+        name = f"nuwa.text.blocks.{layer}"
+        block.norm_weight, block.norm_bias = weights.pair(f"{name}.attention_norm", w)
         block.qkv = weights.matrix(f"{name}.qkv.weight", 3 * w, w)
         block.qkv_bias = weights.floats(f"{name}.qkv.bias", 3 * w)
         block.attended = weights.matrix(f"{name}.out.weight", w, w)
         block.attended_bias = weights.floats(f"{name}.out.bias", w)
         _feed_forward(block, weights, name, w, hidden, gated=False)
     tables = (
-        weights.floats("text.embedding.weight", text.vocabulary_size, w),
-        weights.floats("text.position", text.length, w),
+        weights.floats("nuwa.text.embedding.weight", text.vocabulary_size, w),
+        weights.floats("nuwa.text.position", text.length, w),
     )
-    return shape, AbiEncoderWeights(*tables, blocks, *weights.ends(config, "text", w))
+    return shape, AbiEncoderWeights(*tables, blocks, *_ends(weights, config, "nuwa.text", w))
 
 
-def _visual(config: ModelConfig, weights: _Weights) -> tuple[AbiEncoderShape, AbiEncoderWeights]:
+def _visual(
+    config: ModelConfig, weights: NativeWeights
+) -> tuple[AbiEncoderShape, AbiEncoderWeights]:
     visual, grid, d = config.visual, config.decoder.grid, config.decoder.width
     assert visual is not None, "a bundle with this graph says what it is of"
     hidden = visual.ff_multiplier * d
@@ -186,8 +149,8 @@ def _visual(config: ModelConfig, weights: _Weights) -> tuple[AbiEncoderShape, Ab
     )
     blocks = (AbiEncoderBlock * visual.layers)()
     for layer, block in enumerate(blocks):
-        name = f"visual.blocks.{layer}"
-        block.norm_weight, block.norm_bias = weights.norm(f"{name}.self_norm", d)
+        name = f"nuwa.visual.blocks.{layer}"
+        block.norm_weight, block.norm_bias = weights.pair(f"{name}.self_norm", d)
         block.qkv = weights.matrix(f"{name}.self_qkv.weight", 3 * d, d)
         block.attended = weights.matrix(f"{name}.self_out.weight", d, d)
         block.attended_bias = weights.floats(f"{name}.self_out.bias", d)
@@ -195,21 +158,35 @@ def _visual(config: ModelConfig, weights: _Weights) -> tuple[AbiEncoderShape, Ab
         if visual.relative_bias:
             block.bias = weights.floats(f"{name}.bias", visual.heads, columns)
     tables = (
-        weights.floats("visual.embedding.ids", ids, d),
-        weights.floats("visual.embedding.positions.table", positions, d),
+        weights.floats("nuwa.visual.embedding.ids", ids, d),
+        weights.floats("nuwa.visual.embedding.positions.table", positions, d),
     )
-    return shape, AbiEncoderWeights(*tables, blocks, *weights.ends(config, "visual", d))
+    return shape, AbiEncoderWeights(*tables, blocks, *_ends(weights, config, "nuwa.visual", d))
 
 
 def _feed_forward(
-    block: AbiEncoderBlock, weights: _Weights, name: str, w: int, hidden: int, *, gated: bool
+    block: AbiEncoderBlock, weights: NativeWeights, name: str, w: int, hidden: int, *, gated: bool
 ) -> None:
     outputs = 2 * hidden if gated else hidden
-    block.ff_norm_weight, block.ff_norm_bias = weights.norm(f"{name}.ff_norm", w)
+    block.ff_norm_weight, block.ff_norm_bias = weights.pair(f"{name}.ff_norm", w)
     block.ff_in = weights.matrix(f"{name}.ff_in.weight", outputs, w)
     block.ff_in_bias = weights.floats(f"{name}.ff_in.bias", outputs)
     block.ff_out = weights.matrix(f"{name}.ff_out.weight", w, hidden)
     block.ff_out_bias = weights.floats(f"{name}.ff_out.bias", w)
+
+
+def _ends(
+    weights: NativeWeights, config: ModelConfig, name: str, width: int
+) -> tuple[int, int, AbiMatrix, int, object]:
+    """What comes after the blocks: a norm, a projection, and keys and values of all layers."""
+    d = config.decoder.width
+    memory = [
+        weights.matrix(f"nuwa.blocks.{layer}.cross_kv.weight", 2 * d, d)
+        for layer in range(config.decoder.layers)
+    ]
+    project = weights.matrix(f"{name}.project.weight", d, width)
+    bias = weights.floats(f"{name}.project.bias", d)
+    return *weights.pair(f"{name}.norm", width), project, bias, (AbiMatrix * len(memory))(*memory)
 
 
 def _check(shape: AbiEncoderShape, lanes: int, graph: str) -> None:

@@ -9,6 +9,7 @@ Legend: h x w tokens, E code width, C channels, S side.
 from __future__ import annotations
 
 from ctypes import c_void_p
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +19,9 @@ from nuwa.spec.manifest import IMAGE_DETOKENIZER, SKETCH_TOKENIZER
 
 from ..bundle import Bundle
 from ..errors import UnavailableError
-from ..onnx_weights import Weights, read_weights
 from .native_library import AbiOp
 from .native_team import NativeTeam
+from .native_weights import NativeWeights
 
 _KINDS = (
     *("take_features", "take_pixels", "take_classes", "copy", "double", "normalize", "attend"),
@@ -30,14 +31,13 @@ _X, _HIDDEN, _OTHER, _KEYS, _VALUES = range(5)  # buffers
 
 
 class _Program:
-    """The operations of an encoder or a decoder, in order; KeyError for weights that are not there.
+    """The operations of an encoder or a decoder, in order.
 
     `_x` is the buffer that has the feature map, `_side` its side.
     """
 
-    def __init__(self, config: VQGANConfig, weights: Weights, part: str) -> None:
+    def __init__(self, config: VQGANConfig, weights: NativeWeights, part: str) -> None:
         self._config, self._weights, self._part = config, weights, f"vqgan.{part}."
-        self._kept: list[npt.NDArray] = []  # as long as the library may copy them
         self._x, self._other = _X, _OTHER
         self._side = 0
         self.ops: list[AbiOp] = []
@@ -45,12 +45,6 @@ class _Program:
     def add(self, kind: str, source: int, inputs: int, outputs: int = 0, **more: int) -> None:
         own = {"kind": _KINDS.index(kind), "side": self._side, "source": source}
         self.ops.append(AbiOp(**own, inputs=inputs, outputs=outputs, **more))
-
-    def array(self, name: str, *shape: int) -> int:
-        """The address of weights in f32."""
-        array = np.ascontiguousarray(self._weights[name], np.float32).reshape(shape)
-        self._kept.append(array)
-        return array.ctypes.data
 
     def convolve(
         self,
@@ -63,14 +57,13 @@ class _Program:
         stride: int = 1,
         adds: bool = False,
     ) -> None:
-        weight = self.array(f"{self._part}{name}.weight", outputs, inputs, kernel, kernel)
-        bias = self.array(f"{self._part}{name}.bias", outputs)
+        full = f"{self._part}{name}"
+        weight, bias = self._weights.pair(full, outputs, inputs, kernel, kernel)
         how = {"kernel": kernel, "stride": stride, "adds": adds, "weight": weight, "bias": bias}
         self.add("convolve", 0, inputs, outputs, to=to, **how)
 
     def normalize(self, name: str, source: int, width: int, *, silu: bool = True) -> None:
-        weight = self.array(f"{self._part}{name}.weight", width)
-        bias = self.array(f"{self._part}{name}.bias", width)
+        weight, bias = self._weights.pair(f"{self._part}{name}", width)
         self.add("normalize", source, width, silu=silu, weight=weight, bias=bias)
 
     def block(self, name: str, inputs: int, outputs: int) -> None:
@@ -106,7 +99,7 @@ class _Program:
 class _Decoder(_Program):
     """Takes the features of codes (`features`), gives pixels."""
 
-    def __init__(self, config: VQGANConfig, weights: Weights) -> None:
+    def __init__(self, config: VQGANConfig, weights: NativeWeights) -> None:
         super().__init__(config, weights, "decoder")
         widths = [config.base_channels * each for each in config.channel_multipliers]
         self._side, width = config.grid_size, widths[-1]
@@ -128,7 +121,7 @@ class _Decoder(_Program):
 class _Encoder(_Program):
     """Takes pixels or a class map, gives codes."""
 
-    def __init__(self, config: VQGANConfig, weights: Weights, *, classes: bool) -> None:
+    def __init__(self, config: VQGANConfig, weights: NativeWeights, *, classes: bool) -> None:
         super().__init__(config, weights, "encoder")
         widths = [config.base_channels * each for each in config.channel_multipliers]
         self._side, width = config.resolution, config.base_channels
@@ -149,16 +142,25 @@ class _Encoder(_Program):
         self._part = "vqgan."
         self.convolve("quant_conv", self._x, z, code, kernel=1)
         size = config.codebook_size
-        codes = self.array("vqgan.quantize.embedding.weight", size, code)
+        codes = weights.floats("vqgan.quantize.embedding.weight", size, code)
         self.add("give_nearest", self._x, code, size, weight=codes)
 
 
-def _features(config: VQGANConfig, weights: Weights) -> npt.NDArray[np.float32]:
-    """f32 [K, C]: what the first convolution of a decoder is given for each code."""
-    codes = np.asarray(weights["vqgan.quantize.embedding.weight"], np.float32)
-    matrix = np.asarray(weights["vqgan.post_quant_conv.weight"], np.float32)
-    bias = np.asarray(weights["vqgan.post_quant_conv.bias"], np.float32)
-    return np.ascontiguousarray(codes @ matrix.reshape(config.z_channels, -1).T + bias)
+def _features(config: VQGANConfig, weights: NativeWeights) -> npt.NDArray[np.float32]:
+    """f32 [K, C]: what the first convolution of a decoder is given for each code.
+
+    Rounded once, so that hardly a bit depends on how numpy multiplies.
+    """
+    z, code = config.z_channels, config.embedding_dim
+    codes = weights.array("vqgan.quantize.embedding.weight", config.codebook_size, code)
+    matrix = weights.array("vqgan.post_quant_conv.weight", z, code)
+    bias = weights.array("vqgan.post_quant_conv.bias", z)
+    return (codes.astype(np.float64) @ matrix.astype(np.float64).T + bias).astype(np.float32)
+
+
+class _Frame(NamedTuple):
+    dtype: np.dtype
+    shape: tuple[int, ...]
 
 
 class NativeFrames:
@@ -170,26 +172,23 @@ class NativeFrames:
     """
 
     def __init__(self, team: NativeTeam, bundle: Bundle, graph: str, *, narrow: bool) -> None:
-        config, weights = bundle.manifest.config, read_weights(bundle.graph(graph))
+        config, weights = bundle.manifest.config, NativeWeights(bundle.graph(graph))
         vqgan = config.sketch if graph == SKETCH_TOKENIZER else config.image
         assert vqgan is not None, "a bundle with this graph says what it is of"
         self._team = team
         self._table: npt.NDArray[np.float32] | None = None
-        self._made_shape: tuple[int, ...] = (vqgan.grid_size, vqgan.grid_size)
-        self._made_type: npt.DTypeLike = np.int32
+        whole, byte = np.dtype(np.int32), np.dtype(np.uint8)
+        tokens, sides = (vqgan.grid_size,) * 2, (vqgan.resolution,) * 2
+        codes, pixels = _Frame(whole, tokens), _Frame(byte, (*sides, vqgan.channels))
         program: _Program
-        try:
-            if graph == IMAGE_DETOKENIZER:
-                self._table = _features(vqgan, weights)
-                self._made_shape = (vqgan.resolution, vqgan.resolution, vqgan.channels)
-                self._made_type = np.uint8
-                program = _Decoder(vqgan, weights)
-            else:
-                program = _Encoder(vqgan, weights, classes=graph == SKETCH_TOKENIZER)
-        except KeyError as error:
-            raise UnavailableError(
-                f"{graph}.onnx does not name {error.args[0]}; export the checkpoint again"
-            ) from None
+        if graph == IMAGE_DETOKENIZER:
+            self._given, self._made = codes, pixels
+            self._table = _features(vqgan, weights)
+            program = _Decoder(vqgan, weights)
+        else:
+            classes = graph == SKETCH_TOKENIZER
+            self._given, self._made = _Frame(byte, sides) if classes else pixels, codes
+            program = _Encoder(vqgan, weights, classes=classes)
         ops = (AbiOp * len(program.ops))(*program.ops)
         address = team.library.nuwa_convnet_new(ops, len(ops), team.address, narrow)
         if not address:
@@ -205,10 +204,12 @@ class NativeFrames:
 
         busy: others need cores too.
         """
-        made = np.empty((len(frames), *self._made_shape), self._made_type)
+        assert _Frame(frames.dtype, frames.shape[1:]) == self._given, frames.shape
+        made = np.empty((len(frames), *self._made.shape), self._made.dtype)
         convolve = self._team.library.nuwa_convnet_run
         with self._team.turn(busy) as threads:
             for frame, to in zip(frames, made, strict=True):
                 given = np.ascontiguousarray(frame if self._table is None else self._table[frame])
-                convolve(self._convnet, given.ctypes.data, threads, to.ctypes.data)
+                if convolve(self._convnet, given.ctypes.data, threads, to.ctypes.data):
+                    raise MemoryError("no memory for a frame")
         return made

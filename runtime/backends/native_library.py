@@ -203,7 +203,6 @@ def load(level: int) -> ctypes.CDLL:
     library.nuwa_convnet_new.restype = c_void_p
     library.nuwa_convnet_new.argtypes = [POINTER(AbiOp), c_int32, c_void_p, c_int32]
     library.nuwa_convnet_run.argtypes = [c_void_p, c_void_p, c_int32, c_void_p]
-    library.nuwa_convnet_run.restype = None
     library.nuwa_convnet_free.argtypes = [c_void_p]
     library.nuwa_convnet_free.restype = None
     return library

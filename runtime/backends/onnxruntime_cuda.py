@@ -177,7 +177,9 @@ class OnnxRuntimeCuda:
             self._binding = new_binding()
         self._rows = kept  # the last attribute, so that the session is gone before its stream is
 
-    def encode_text(self, ids: Int, condition_slots: Sequence[int], first: int) -> None:
+    def encode_text(
+        self, ids: Int, condition_slots: Sequence[int], first: int, *, busy: bool = False
+    ) -> None:
         for row, slot in zip(ids, condition_slots, strict=True):
             self._encode(self._text, {"tokens": row[None]}, slot, first, (1, len(row)))
 

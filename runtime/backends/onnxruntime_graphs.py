@@ -73,8 +73,6 @@ class OnnxRuntimeGraphs:
         self.bundle, self.threads = bundle, threads or cores()
         self._spinning = spinning
         self._cores = Cores(self.threads)
-        helpers = self.threads - 1
-        self._pool = Helpers(helpers, "nuwa-frames") if helpers else None
         self._tokenizer = self._frame_graph(IMAGE_TOKENIZER)
         self._detokenizer = self._frame_graph(IMAGE_DETOKENIZER, whole=True)
         self._visuals: dict[int, ort.InferenceSession] = {}  # by how many threads they take
@@ -92,7 +90,9 @@ class OnnxRuntimeGraphs:
         """The text encoder; the visual one when a request needs it."""
         self._text = self.session(TEXT_ENCODER)
 
-    def encode_text(self, ids: Int, condition_slots: Sequence[int], first: int) -> None:
+    def encode_text(
+        self, ids: Int, condition_slots: Sequence[int], first: int, *, busy: bool = False
+    ) -> None:
         with self._cores.lend(self.threads):
             encoded = self._text.run(self._condition_names, {"tokens": ids})
         for name, rows in zip(self._condition_names, encoded, strict=True):
@@ -139,6 +139,11 @@ class OnnxRuntimeGraphs:
     def _frame_graph(self, graph: str, *, whole: bool = False) -> Frames:
         session = partial(_session, self.bundle.graph(graph), self._spinning)
         return FrameGraph(session, self._cores, self._pool, whole=whole)
+
+    @cached_property
+    def _pool(self) -> Helpers | None:
+        """Threads that run frames side by side; FrameGraphs share them."""
+        return Helpers(self.threads - 1, "nuwa-frames") if self.threads > 1 else None
 
     @cached_property
     def _sketches(self) -> Frames:

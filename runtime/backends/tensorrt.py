@@ -176,7 +176,9 @@ class TensorRt:
         self._recorded: dict[tuple, _Recorded | None] = {}  # the one used last at the end
         self._recorded_for = -1  # generation of the rows
 
-    def encode_text(self, ids: Int, condition_slots: Sequence[int], first: int) -> None:
+    def encode_text(
+        self, ids: Int, condition_slots: Sequence[int], first: int, *, busy: bool = False
+    ) -> None:
         for row, slot in zip(ids, condition_slots, strict=True):
             self._encode(self._text, {"tokens": row[None]}, slot, first, (1, len(row)))
 

@@ -12,7 +12,7 @@
 
 #include "vector.h"
 
-#if defined(__AVX512F__) && defined(__linux__) && defined(__GNUC__) && __GNUC__ >= 11
+#if defined(__AVX512F__) && defined(__linux__) && !defined(__clang__)
 #define NUWA_TILES __attribute__((target("amx-tile,amx-bf16")))
 #include <cpuid.h>
 #include <immintrin.h>

@@ -27,7 +27,8 @@ inline Floats silu(Floats x) {
   return x / (1.f + exp(minus > most ? most : minus));
 }
 
-// An operation and its weights: panels of [kernel][kernel][channels][kPanel], or the same in bf16.
+// An operation and its weights: panels of [kernel][kernel][channels][kPanel], or of bf16
+// [kernel][kernel][channels / 2][kPanel][2].
 struct Op {
   NuwaOp told;
   Array<float> weight, bias;
@@ -127,20 +128,34 @@ class ConvNetOf : public ConvNet {
  public:
   ConvNetOf(const NuwaOp* ops, int count, Team& team) : team_(team), members_(team.size()) {
     for (int i = 0; i < count; ++i) ops_.emplace_back(ops[i], kNarrow);
-    std::size_t map = 0, bordered = 0;
-    int buffers = 0, row = 0, channels = 0, keys = 0;
+    std::vector<std::size_t> maps;  // floats of each
+    const auto need = [&](int buffer, std::size_t side, int channels) {
+      if (buffer >= static_cast<int>(maps.size())) maps.resize(buffer + 1);
+      maps[buffer] = std::max(maps[buffer], side * side * channels);
+    };
+    std::size_t bordered = 0;
+    int row = 0, channels = 0, keys = 0;
     for (const Op& op : ops_) {
       const NuwaOp& told = op.told;
       const std::size_t side = std::max(told.side, op.to_side());
-      const int widest = std::max(told.in, told.kind == kConvolve ? told.out : 0);
-      map = std::max(map, side * side * widest);
-      bordered = std::max(bordered, (side + 2) * (side + 2) * whole_chunks(told.in));
-      row = std::max(row, static_cast<int>(side) * told.in);
-      channels = std::max(channels, whole_chunks(widest));
-      buffers = std::max({buffers, told.from, told.to, told.keys, told.values});
-      if (told.kind == kAttend) keys = std::max(keys, told.side * told.side);
+      switch (told.kind) {
+        case kTakeFeatures:
+        case kTakePixels:
+        case kTakeClasses: break;
+        case kConvolve: need(told.to, op.to_side(), told.out); break;
+        case kAttend:
+          need(told.keys, told.side, told.in);
+          need(told.values, told.side, told.in);
+          keys = std::max(keys, told.side * told.side);
+          [[fallthrough]];
+        default: need(told.from, told.side, told.in);
+      }
+      if (told.kind != kGivePixels && told.kind != kGiveNearest)
+        bordered = std::max(bordered, (side + 2) * (side + 2) * stored(told.in));
+      row = std::max(row, told.side * told.in);
+      channels = std::max(channels, whole_chunks(told.in));
     }
-    for (int i = 0; i <= buffers; ++i) maps_.emplace_back(map);
+    for (const std::size_t size : maps) maps_.emplace_back(size);
     input_ = Array<Input>(bordered);
     sums_ = Array<float>(row);
     squares_ = Array<float>(row);
@@ -219,6 +234,7 @@ class ConvNetOf : public ConvNet {
 
   // Zeros around rows [first, last) of what convolutions read.
   void clear_border(int side, int channels, int first, int last) {
+    if (first == last) return;
     const auto clear = [&](std::size_t from, std::size_t size) {
       std::memset(static_cast<void*>(input_.get() + from), 0, size * sizeof(Input));
     };
@@ -489,8 +505,13 @@ void* nuwa_convnet_new(const NuwaOp* ops, std::int32_t count, void* team, std::i
   }
 }
 
-void nuwa_convnet_run(void* convnet, const void* given, std::int32_t threads, void* made) {
-  static_cast<nuwa::ConvNet*>(convnet)->run(given, threads, made);
+std::int32_t nuwa_convnet_run(void* convnet, const void* given, std::int32_t threads, void* made) {
+  try {
+    static_cast<nuwa::ConvNet*>(convnet)->run(given, threads, made);
+    return 0;
+  } catch (...) {
+    return 1;
+  }
 }
 
 void nuwa_convnet_free(void* convnet) { delete static_cast<nuwa::ConvNet*>(convnet); }

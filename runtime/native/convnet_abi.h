@@ -48,9 +48,10 @@ NUWA_EXPORT void* nuwa_convnet_new(const NuwaOp* ops, std::int32_t count, void* 
                                    std::int32_t narrow);
 
 // given: what the first operation takes; made: what the last one gives. On so many of the threads,
-// of which no bit depends; one at a time on a team, in the process that made it.
-NUWA_EXPORT void nuwa_convnet_run(void* convnet, const void* given, std::int32_t threads,
-                                  void* made);
+// of which no bit depends; one at a time on a team, in the process that made it. 0, or 1 without
+// memory, with nothing made.
+NUWA_EXPORT std::int32_t nuwa_convnet_run(void* convnet, const void* given, std::int32_t threads,
+                                          void* made);
 
 NUWA_EXPORT void nuwa_convnet_free(void* convnet);
 }

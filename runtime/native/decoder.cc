@@ -88,9 +88,10 @@ void Decoder::run_call(const NuwaStep& step, NuwaPart* parts) {
 void Decoder::make_room(std::size_t rows, std::size_t draws) {
   x_.reserve(rows * width_);
   query_.reserve(rows * width_);
-  normed_.reserve(rows, width_);
-  attended_.reserve(rows, width_);
-  active_.reserve(rows, hidden_);
+  const Layer& layer = layers_.front();  // all have matrices of the same types
+  normed_.reserve(rows, width_, {&layer.self_qkv, &layer.cross_q, &layer.ff_in, &head_});
+  attended_.reserve(rows, width_, {&layer.self_out, &layer.cross_out});
+  active_.reserve(rows, hidden_, {&layer.ff_out});
   logits_.reserve(draws * logits_stride_);
 }
 
@@ -386,7 +387,7 @@ std::int32_t nuwa_multiply(const float* from, std::int32_t rows, std::int32_t in
   return guarded([&] {
     const nuwa::Linear linear = nuwa::Linear::pack(*matrix, nullptr, out, in);
     nuwa::Rows given;
-    given.reserve(rows, in);
+    given.reserve(rows, in, {&linear});
     std::memcpy(given.row(0), from, static_cast<std::size_t>(rows) * in * sizeof(float));
     for (int row = 0; row < rows; ++row) given.finish(row, linear);
     nuwa::Array<float> unpacked(static_cast<std::size_t>(in) * nuwa::kPanel);

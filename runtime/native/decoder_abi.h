@@ -112,7 +112,8 @@ NUWA_EXPORT std::int32_t nuwa_lanes();
 // Whether this processor has what the library's int8 products need.
 NUWA_EXPORT std::int32_t nuwa_has_int8();
 
-// Whether this processor and system have what multiplies bf16 fast (AMX). Bits do not depend on it.
+// Whether this processor and system have what multiplies bf16 fast (AMX). No bit of a product
+// depends on it; whether convolutions are in bf16 does (convnet_abi.h).
 NUWA_EXPORT std::int32_t nuwa_has_tiles();
 
 // The x86-64 level that this machine's processor and system can run: 4 (AVX-512), 3 (AVX2 and FMA)

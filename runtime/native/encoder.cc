@@ -40,10 +40,11 @@ class Encoder {
   void run(const NuwaEncoding& call) {
     const std::size_t rows = call.rows, width = shape_.width;
     for (Array<float>* each : {&x_, &query_, &key_, &value_}) each->reserve(rows * width);
-    normed_.reserve(rows, shape_.width);
-    attended_.reserve(rows, shape_.width);
-    active_.reserve(rows, shape_.hidden);
-    projected_.reserve(rows, shape_.out);
+    const Block& block = blocks_.front();  // all have matrices of the same types
+    normed_.reserve(rows, shape_.width, {&block.qkv, &block.ff_in, &project_});
+    attended_.reserve(rows, shape_.width, {&block.attended});
+    active_.reserve(rows, shape_.hidden, {&block.ff_out});
+    projected_.reserve(rows, shape_.out, {&memory_.front()});
     const int seen = call.neighbours ? shape_.columns : call.rows;
     for (Member& member : members_) member.window.reserve(seen);
     team_.employ(call.threads);

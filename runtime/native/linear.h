@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <initializer_list>
 #include <utility>
 
 #include "bfloat.h"
@@ -31,14 +32,8 @@ struct Rows {
   Array<BFloat> narrow;
   int width = 0, narrow_width = 0;
 
-  void reserve(std::size_t rows, int row_width) {
-    width = row_width;
-    narrow_width = whole_chunks(width);
-    value.reserve(rows * width);
-    whole.reserve(rows * width);
-    scale.reserve(rows);
-    narrow.reserve(rows * narrow_width);
-  }
+  // For what multiplies them.
+  inline void reserve(std::size_t rows, int row_width, std::initializer_list<const Linear*> next);
   float* row(int index) { return value.get() + static_cast<std::size_t>(index) * width; }
   const float* row(int index) const {
     return value.get() + static_cast<std::size_t>(index) * width;
@@ -147,6 +142,18 @@ struct Linear {
     start[j] = -kRaised * total;
   }
 };
+
+inline void Rows::reserve(std::size_t rows, int row_width,
+                          std::initializer_list<const Linear*> next) {
+  width = row_width;
+  narrow_width = whole_chunks(width);
+  value.reserve(rows * width);
+  for (const Linear* each : next) {
+    if (each->is_whole()) whole.reserve(rows * width);
+    if (each->is_whole()) scale.reserve(rows);
+    if (each->is_narrow()) narrow.reserve(rows * narrow_width);
+  }
+}
 
 inline void Rows::finish(int index, const Linear& next) {
   if (next.is_whole()) {

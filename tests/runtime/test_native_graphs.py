@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 
-from nuwa.runtime.backends import native_encoders, native_frames, native_library, native_team
+from nuwa.runtime.backends import native_library, native_team, native_weights
 from nuwa.runtime.backends.cores import Cores
 from nuwa.runtime.backends.frame_graph import FrameGraph
 from nuwa.runtime.backends.native_cpu import NativeCpu
@@ -24,11 +24,11 @@ from nuwa.spec.manifest import IMAGE_DETOKENIZER, IMAGE_TOKENIZER
 from .backend_kinds import CONDITIONS, NATIVE, PROMPTS, loaded, made_as, other_bundle, volume
 
 DEEP = VQGANConfig(  # attention at two sizes, two blocks a level, widths that change, odd sides
-    resolution=24,
+    resolution=20,
     base_channels=32,
     channel_multipliers=(1, 2, 3),
     res_blocks=2,
-    attention_resolutions=(6, 12),
+    attention_resolutions=(5, 10),
     z_channels=24,
     embedding_dim=7,
     codebook_size=50,
@@ -81,15 +81,14 @@ def test_frames_become_what_onnxruntime_makes_of_them(bundle, half, kind, precis
 
 
 @pytest.mark.parametrize("kind", NATIVE)
-def test_frames_in_bf16_are_nearly_those(bundle, narrow, kind):
-    """The same weights but for their rounding; where tiles are missing, nothing else is rounded."""
-    made = native(kind, narrow, threads=2)
-    given = frames_of(bundle.manifest.config.image, 5)
-    expected = loaded(bundle, "onnxruntime")
+def test_frames_in_bf16_are_nearly_those(narrow, kind):
+    """Without tiles, nothing is rounded here that ONNX Runtime does not round, too."""
+    made, expected = native(kind, narrow, threads=2), loaded(narrow, "onnxruntime")
+    given = frames_of(narrow.manifest.config.image, 5)
     pixels = made.detokenize(given["codes"]).astype(int) - expected.detokenize(given["codes"])
     assert np.abs(pixels).max() <= 8 and np.abs(pixels).mean() < 1
     if made._library.nuwa_has_tiles():
-        assert pixels.any()
+        assert (pixels != 0).mean() > 0.01
     assert (made.tokenize(given["pixels"]) == expected.tokenize(given["pixels"])).mean() > 0.8
 
 
@@ -167,14 +166,14 @@ def test_the_nearest_code_is_the_first_of_equals(bundle, deep, kind, monkeypatch
     native(kind, bundle)
     _, graphs = deep
     team = NativeTeam(native_library.load(int(kind.split()[-1])), Cores(1))
-    read = native_frames.read_weights
+    read = native_weights.read_weights
 
     def doubled(path):
         weights = read(path)
         codes = weights["vqgan.quantize.embedding.weight"]
         return weights | {"vqgan.quantize.embedding.weight": np.concatenate([codes[:25]] * 2)}
 
-    monkeypatch.setattr(native_frames, "read_weights", doubled)
+    monkeypatch.setattr(native_weights, "read_weights", doubled)
     pixels = frames_of(DEEP, 4)["pixels"]
     assert (
         NativeFrames(team, graphs, IMAGE_TOKENIZER, narrow=False).run(pixels, busy=False) < 25
@@ -189,8 +188,10 @@ def test_conditions_are_those_of_onnxruntime(bundle, half, narrow, kind, precisi
     # Its encoders see the same weights; in fp16 it rounds between the layers, in bf16 we do.
     near = {"fp32": 2e-6, "fp16": 5e-3, "bf16": 5e-2}[precision]
     expected, made = loaded(bundle, "onnxruntime"), loaded(bundle, kind, threads=2)
-    if made._texts is None:
-        pytest.skip("these vectors are too wide for the tiny encoders")
+    if precision == "fp32":  # its heads are narrower than vectors of level 4
+        assert (made._volumes is None) == kind.endswith("4")
+    else:
+        assert made._texts is not None and made._volumes is not None
     layout = ConditionLayout.of(bundle.manifest.config)
     for name, wanted in expected.conditions.items():
         wanted, found = wanted.astype(np.float32), made.conditions[name]
@@ -201,7 +202,8 @@ def test_conditions_are_those_of_onnxruntime(bundle, half, narrow, kind, precisi
             for first, count in ((layout.text, used), (layout.none, none)):
                 rows = slice(first, first + count)
                 assert np.abs(found[slot, rows] - wanted[slot, rows]).max() < near * most
-            assert not found[slot, layout.text + used : layout.text + 77].any()
+            if made._texts is not None:
+                assert not found[slot, layout.text + used : layout.text + 77].any()
             seen = slice(layout.visual, layout.visual + bundle.manifest.config.decoder.grid.size)
             assert np.abs(found[slot, seen] - wanted[slot, seen]).max() < near * most
 
@@ -234,18 +236,17 @@ def test_no_bit_of_a_condition_depends_on_threads(bundle, kind):
 
 def test_a_bundle_that_names_less_runs_on_onnxruntime(bundle, monkeypatch, caplog):
     """As those exported before the names of norms and of turned matrices were noted."""
-    read = native_frames.read_weights
+    read = native_weights.read_weights
 
     def without(path):
         return {k: v for k, v in read(path).items() if "norm" not in k and "qkv" not in k}
 
-    monkeypatch.setattr(native_frames, "read_weights", without)
-    monkeypatch.setattr(native_encoders, "read_weights", without)
+    monkeypatch.setattr(native_weights, "read_weights", without)
     with caplog.at_level(logging.INFO, "nuwa.runtime"):
         made, expected = loaded(bundle, NATIVE[-1]), loaded(bundle, "onnxruntime")
     assert made._texts is made._volumes is None and isinstance(made._detokenizer, FrameGraph)
     told = caplog.text
-    assert "image_detokenizer.onnx does not name vqgan.decoder.mid.block_1.norm1.weight" in told
+    assert "image_detokenizer.onnx has no weights vqgan.decoder.mid.block_1.norm1.weight" in told
     assert "text_encoder.onnx has no weights nuwa.text.blocks.0.attention_norm.weight" in told
     assert "runs on ONNX Runtime" in told
     codes = frames_of(bundle.manifest.config.image, 2)["codes"]
@@ -282,7 +283,7 @@ def test_frames_and_encoders_take_cores_while_they_run(bundle, busy):
 
     def convolve(net, given, threads, to):
         seen.append((threads, made._cores.free))
-        library.nuwa_convnet_run(net, given, threads, to)
+        return library.nuwa_convnet_run(net, given, threads, to)
 
     lent = types.SimpleNamespace(
         nuwa_convnet_run=convolve,

@@ -10,14 +10,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from nuwa.spec.onnx_file import external, read_model, widen, widened
 
-BITS = np.array([0x3F80, 0xBF81, 0x0001, 0x7F80, 0x8000], np.uint16)
+BITS = np.resize(np.array([0x3F80, 0xBF81, 0x0001, 0x7F80, 0x8000], np.uint16), 100)
 
 
 def small(as_numbers: bool, second_file) -> onnx.ModelProto:
-    """y = cast(x) * weight, through a function of bf16 with a constant, and a table of int64."""
-    weight = helper.make_tensor("weight", TensorProto.BFLOAT16, [5], BITS.tobytes(), raw=True)
+    """Twice cast(x) * weight, backwards, in part through a function of bf16 with a constant."""
+    weight = helper.make_tensor("weight", TensorProto.BFLOAT16, [100], BITS.tobytes(), raw=True)
     if as_numbers:  # kept as int32s, as helpers of the onnx package like to
-        weight = TensorProto(name="weight", data_type=TensorProto.BFLOAT16, dims=[5])
+        weight = TensorProto(name="weight", data_type=TensorProto.BFLOAT16, dims=[100])
         weight.int32_data.extend(BITS.tolist())
     one = helper.make_tensor("", TensorProto.BFLOAT16, [], b"\x80\x3f", raw=True)
     twice = helper.make_function(
@@ -33,7 +33,8 @@ def small(as_numbers: bool, second_file) -> onnx.ModelProto:
         [helper.make_opsetid("", 20)],
     )
     nodes = [
-        helper.make_node("Cast", ["x"], ["narrow"], to=TensorProto.BFLOAT16),
+        helper.make_node("Reshape", ["x", "shape"], ["line"]),
+        helper.make_node("Cast", ["line"], ["narrow"], to=TensorProto.BFLOAT16),
         helper.make_node("Mul", ["narrow", "weight"], ["product"]),
         helper.make_node("Twice", ["product"], ["doubled"], domain="own"),
         helper.make_node("Gather", ["doubled", "order"], ["y"]),
@@ -41,10 +42,14 @@ def small(as_numbers: bool, second_file) -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes,
         "g",
-        [helper.make_tensor_value_info("x", TensorProto.DOUBLE, [5])],
-        [helper.make_tensor_value_info("y", TensorProto.BFLOAT16, [5])],
-        [weight, numpy_helper.from_array(np.arange(5)[::-1].copy(), "order")],
-        value_info=[helper.make_tensor_value_info("product", TensorProto.BFLOAT16, [5])],
+        [helper.make_tensor_value_info("x", TensorProto.DOUBLE, [10, 10])],
+        [helper.make_tensor_value_info("y", TensorProto.BFLOAT16, [100])],
+        [
+            weight,
+            numpy_helper.from_array(np.arange(100)[::-1].copy(), "order"),
+            numpy_helper.from_array(np.array([-1]), "shape"),
+        ],
+        value_info=[helper.make_tensor_value_info("product", TensorProto.BFLOAT16, [100])],
     )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("own", 1)]
     model = helper.make_model(graph, opset_imports=opsets, functions=[twice], ir_version=10)
@@ -72,11 +77,11 @@ def test_a_widened_graph_runs_and_has_the_same_values(tmp_path, stored, limit):
     assert (out.parent / "m.onnx.data").exists() == (limit == 10)
     values = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
     np.testing.assert_array_equal(values["weight"], widened(BITS))
-    assert values["order"].tolist() == [4, 3, 2, 1, 0]
+    assert (values["order"] == np.arange(100)[::-1]).all()
     assert model.metadata_props[0].value == "as it is"
-    x = np.array([1.0, 1.5, 2.0, 1.0, 1.0])
+    x = np.resize([1.0, 1.5, 2.0], (10, 10))
     (y,) = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"]).run(None, {"x": x})
-    np.testing.assert_array_equal(y, (2 * x.astype(np.float32) * widened(BITS))[::-1])
+    np.testing.assert_array_equal(y, (2 * x.astype(np.float32).reshape(-1) * widened(BITS))[::-1])
 
 
 def test_widening_is_exact():
@@ -91,4 +96,4 @@ def test_where_weights_lie(tmp_path):
     path = tmp_path / "m.onnx"
     small(False, path)
     places = [external(each, tmp_path) for each in read_model(path).graph.initializer]
-    assert places[0] == (tmp_path / "d.bin", 0, 10) and places[1][2] == 40
+    assert places[0] == (tmp_path / "d.bin", 0, 200) and places[1][2] == 800
