@@ -27,6 +27,29 @@ inline Floats silu(Floats x) {
   return x / (1.f + exp(minus > most ? most : minus));
 }
 
+// To about four digits, of which bf16 keeps less than three. 2^x is a polynomial on [-.5, .5].
+inline Floats silu_for_bfloat(Floats x) {
+#if defined(__AVX512F__)
+  const Floats least = all(-126.f), most = all(126.f);
+  Floats power = x * -1.44269504088896341f;
+  power = power > most ? most : power;
+  power = power < least ? least : power;
+  const __m512 given = reinterpret_cast<__m512>(power);
+  const __m512 whole = _mm512_maskz_roundscale_ps(0xffff, given, 8);  // to the nearest
+  const Floats rest = power - reinterpret_cast<Floats>(whole);
+  Floats p = all(9.61812910e-3f);
+  p = p * rest + 5.55041087e-2f;
+  p = p * rest + 2.40226507e-1f;
+  p = p * rest + 6.93147181e-1f;
+  p = p * rest + 1.f;
+  const __m512 scaled = _mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p), whole);
+  const Floats below = 1.f + reinterpret_cast<Floats>(scaled);
+  return x * reinterpret_cast<Floats>(_mm512_maskz_rcp14_ps(0xffff, reinterpret_cast<__m512>(below)));
+#else
+  return silu(x);
+#endif
+}
+
 // An operation and its weights: panels of [kernel][kernel][channels][kPanel], or of bf16
 // [kernel][kernel][channels / 2][kPanel][2].
 struct Op {
@@ -230,7 +253,12 @@ class ConvNetOf : public ConvNet {
     return (static_cast<std::size_t>(y + 1) * (side + 2) + x + 1) * channels;
   }
 
-  void put(std::size_t at, Floats value) { store(input_.get() + at, value); }
+  void put(std::size_t at, Floats value) {
+    if constexpr (kNarrow)
+      store_fast(input_.get() + at, value);
+    else
+      store(input_.get() + at, value);
+  }
 
   // Zeros around rows [first, last) of what convolutions read.
   void clear_border(int side, int channels, int first, int last) {
@@ -305,10 +333,12 @@ class ConvNetOf : public ConvNet {
         for (int c = 0; c < channels; c += kLanes) {
           const Floats normed = (load(cell + c) - load(mean + c)) * load(scale + c) +
                                 load(op.bias.get() + c);
-          put(at + c, told.silu ? silu(normed) : normed);
+          put(at + c, told.silu ? activated(normed) : normed);
         }
       }
   }
+
+  static Floats activated(Floats x) { return kNarrow ? silu_for_bfloat(x) : silu(x); }
 
   // Means over all cells and the channels of a group, for each of its channels.
   static void by_group(const float* rows, int side, int channels, float* means) {
@@ -408,7 +438,8 @@ class ConvNetOf : public ConvNet {
       const Cells both{input(strip), two ? input(strip + 1) : nullptr, count(strip),
                        two ? count(strip + 1) : 0, told.stride * op.channels, told.kernel,
                        told.kernel * op.channels, next_run};
-      multiply<false>(both, op.narrow.get() + panel * op.panel_size(), true, sizes, sums);
+      const auto product = strip ? multiply<false> : multiply<true>;
+      product(both, op.narrow.get() + panel * op.panel_size(), true, sizes, sums);
       for (int half = 0; half < 1 + two; ++half) {
         const int from = strip + half;
         const std::size_t cell = static_cast<std::size_t>(from / blocks) * side + begin(from);

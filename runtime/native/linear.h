@@ -161,7 +161,11 @@ inline void Rows::finish(int index, const Linear& next) {
     scale[index] = quantize(row(index), width, out);
   } else if (next.is_narrow()) {
     BFloat* out = narrow.get() + static_cast<std::size_t>(index) * narrow_width;
-    for (int i = 0; i < width; i += kLanes) store(out + i, load(row(index) + i));
+    const float* from = row(index);
+    if (has_tiles())
+      for (int i = 0; i < width; i += kLanes) store_fast(out + i, load(from + i));
+    else
+      for (int i = 0; i < width; i += kLanes) store(out + i, load(from + i));
   }
 }
 

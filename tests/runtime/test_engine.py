@@ -224,7 +224,7 @@ def test_pixels_are_the_detokenizers(engine, tiny_checkpoint):
 
 
 def test_a_request_that_cannot_be_prepared_leaves_its_room(engine, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("no text today")
 
     monkeypatch.setattr(engine._backend, "encode_text", fail)
@@ -243,7 +243,9 @@ def test_samples_share_what_is_prepared_once(engine, monkeypatch):
     ]
     encoded = []
     encode = engine._backend.encode_text
-    monkeypatch.setattr(engine._backend, "encode_text", lambda *a: (encoded.append(a), encode(*a)))
+    monkeypatch.setattr(
+        engine._backend, "encode_text", lambda *a, **_: (encoded.append(a), encode(*a))
+    )
     prepared = engine.prepare(wanted)
     runs = {slot: Run(wanted, prepared) for slot in range(3)}
     for slot in runs:
