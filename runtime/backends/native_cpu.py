@@ -111,7 +111,10 @@ class NativeCpu(OnnxRuntimeGraphs):
         )
         tiles = bool(self._library.nuwa_has_tiles())
         if tiles and manifest.precision in ("fp32", "fp16"):
-            log.info("this processor multiplies bf16 faster than %s (AMX)", manifest.precision)
+            log.info(
+                "this processor multiplies bf16 faster than %s (AMX): see nuwa export --precision",
+                manifest.precision,
+            )
         tiles = tiles and manifest.precision == "bf16"
         self.runs_on = f"native level {level}{' with AMX' if tiles else ''}, {self.runs_on}"
         layers, width = config.decoder.layers, config.decoder.width

@@ -255,6 +255,15 @@ def test_a_bundle_that_names_less_runs_on_onnxruntime(bundle, monkeypatch, caplo
         np.testing.assert_array_equal(made.conditions[name], rows)
 
 
+@pytest.mark.parametrize("stored", ["fp32", "bf16"])
+def test_where_bf16_would_be_faster_the_log_says_so(bundle, narrow, stored, caplog):
+    with caplog.at_level(logging.INFO, "nuwa.runtime"):
+        made = native(NATIVE[0], narrow if stored == "bf16" else bundle)
+    tiles = bool(made._library.nuwa_has_tiles())
+    assert ("multiplies bf16 faster than fp32" in caplog.text) == (tiles and stored == "fp32")
+    assert ("with AMX" in made.runs_on) == (tiles and stored == "bf16")
+
+
 def test_sizes_that_are_no_multiples_of_a_vector_are_refused(bundle, monkeypatch):
     team = NativeTeam(native_library.load(0), Cores(1))
     memory = [np.zeros((1, 1, 32), np.float32)] * 2
