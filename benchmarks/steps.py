@@ -61,6 +61,7 @@ def main() -> int:
         "precision": precision,
         "backend": engine.info.backend,
         "copy_bytes_per_second": bandwidth,
+        "products_by": floor.library,
     }
     print(f"{engine.info.name}, {precision}, {engine.info.backend}, {threads} threads")
     print(f"copying: {bandwidth / 1e9:.1f} GB/s")

@@ -111,6 +111,7 @@ def main() -> int:
         "requests": len(requests),
         "slots": options.slots,
         "flops": dict(flops),
+        "products_by": rate.library,
         "ratio": statistics.median(each["ratio"] for each in rounds),
         "most_ratio": statistics.median(each["most_ratio"] for each in rounds),
         "step_p99_over_median": statistics.median(
